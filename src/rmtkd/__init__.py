@@ -1,0 +1,14 @@
+"""Make a trained PyTorch model several times smaller and faster, dense and as accurate (RMT-KD, arXiv 2509.15724)."""
+
+from rmtkd.artifact import load as load
+from rmtkd.compression import Compressed as Compressed
+from rmtkd.compression import compress as compress
+from rmtkd.compression import plan as plan
+from rmtkd.distillation import Recovery as Recovery
+from rmtkd.measurement import Footprint as Footprint
+from rmtkd.measurement import measure as measure
+from rmtkd.planning import Plan as Plan
+from rmtkd.schedule import Options as Options
+from rmtkd.sites import Site as Site
+from rmtkd.sites import find_sites as find_sites
+from rmtkd.surgery import narrow as narrow

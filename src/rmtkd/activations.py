@@ -1,0 +1,112 @@
+"""Run batches through a model and gather the moments of its activations. Hooks live and die here."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rmtkd import batches as batching
+from rmtkd.batches import Batch
+from rmtkd.covariance import Covariance
+from rmtkd.errors import DataError
+from rmtkd.measurement import evaluation
+from rmtkd.sites import Site
+
+
+class _Enough(Exception):
+    """Ends a forward pass once the last stream has been seen."""
+
+
+def in_groups(activations: Tensor, groups: int) -> Tensor:
+    """The last dimension split into groups: `… × (groups · width)` to `… × groups × width`."""
+    return activations.unflatten(-1, (groups, -1))
+
+
+def collect(
+    model: nn.Module, sites: Sequence[Site], batches: Iterable[Batch]
+) -> dict[str, tuple[Covariance, ...]]:
+    """Moments of every stream of the sites, over the real positions of all batches, in one pass.
+
+    Args:
+        model: the model, run in evaluation mode without gradients, each forward pass only as deep as the deepest
+            site.
+        sites: sites of this model.
+        batches: calibration batches.
+
+    Returns:
+        For each site's name one `Covariance` per stream.
+
+    Raises:
+        DataError: if there are no real positions, fewer than a site is wide, or if activations are not finite.
+    """
+    moments = {
+        site.name: tuple(Covariance(site.width, groups=site.groups) for _ in site.streams) for site in sites
+    }
+    pending = 0
+    mask: Tensor | None = None
+    device = next(model.parameters()).device
+
+    def watch(site: Site, moment: Covariance, activations: Tensor) -> None:
+        nonlocal pending
+        vectors = in_groups(activations, site.groups)
+        vectors = vectors.flatten(0, -3) if mask is None else vectors[mask]
+        try:
+            moment.update(vectors)
+        except DataError as error:
+            raise DataError(f"site {site.name}: {error}") from None
+        pending -= 1
+        if pending == 0:
+            raise _Enough
+
+    handles = []
+    streams = [
+        (site, stream, moment)
+        for site in sites
+        for stream, moment in zip(site.streams, moments[site.name], strict=True)
+    ]
+    try:
+        for site, stream, moment in streams:
+            module = model.get_submodule(stream.module)
+            if stream.side == "input":
+                hook = module.register_forward_pre_hook(lambda _, args, s=site, m=moment: watch(s, m, args[0]))
+            else:
+                hook = module.register_forward_hook(lambda _, __, output, s=site, m=moment: watch(s, m, output))
+            handles.append(hook)
+        with evaluation(model):
+            for batch in batches:
+                batch = batching.to(batch, device)
+                mask = batching.real_positions(batch)
+                pending = len(streams)
+                try:
+                    batching.logits(model, batch)
+                except _Enough:
+                    continue
+    finally:
+        for handle in handles:
+            handle.remove()
+    for site in sites:
+        _check_count(site, moments[site.name][0].count)
+    return moments
+
+
+def _check_count(site: Site, count: int) -> None:
+    if count == 0:
+        raise DataError(
+            "calibration must hold at least one real (unpadded) position. Got none: no rows, or rows of padding "
+            "only. Pass calibration rows with their attention_mask."
+        )
+    if count < site.width:
+        raise DataError(
+            f"site {site.name} of width {site.width} needs at least as many activation vectors. Got {count}. "
+            "Pass more calibration rows, or exclude the site."
+        )
+
+
+def readers(model: nn.Module, site: Site) -> Float[Tensor, "groups out width"]:
+    """The weights that read a site's (first) stream, stacked along their outputs, in float64 on the CPU."""
+    stacked = []
+    for axis in site.streams[0].readers:
+        weight = model.get_parameter(axis.parameter).detach().double().cpu()
+        stacked.append(in_groups(weight.movedim(axis.dim, -1).flatten(0, -2), site.groups))
+    return torch.cat(stacked).movedim(1, 0)

@@ -1,0 +1,159 @@
+"""Which directions stay: the closed forms that turn second moments into a narrower basis, one per kind of site.
+
+Everything is float64 and per group (attention head). A basis says how activations `h` of one stream are written in
+`k` coordinates and read back: `z = reduce h`, `h ≈ mean + lift (z - reduce mean)`. At full width `lift reduce = I` by
+construction, so that a cut which keeps everything changes nothing.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+RIDGE = 1e-6
+"""Added to every metric, relative to its mean diagonal: bounds the condition number of roots and inverses. Root and
+inverse use the same regularised metric, which keeps the full-width forms exact."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Basis:
+    """The basis of one stream.
+
+    Attributes:
+        reduce: coordinates of an activation, `groups × kept × width`.
+        lift: activation from coordinates, `groups × width × kept`.
+        mean: what is restored in place of dropped directions, `groups × width`; zeros for a bilinear stream.
+    """
+
+    reduce: Float[Tensor, "groups kept width"]
+    lift: Float[Tensor, "groups width kept"]
+    mean: Float[Tensor, "groups width"]
+
+    @property
+    def projector(self) -> Float[Tensor, "groups width width"]:
+        """What a full-width activation becomes by reducing and lifting it."""
+        return self.lift @ self.reduce
+
+
+def linear_basis(
+    covariance: Float[Tensor, "groups width width"],
+    mean: Float[Tensor, "groups width"],
+    readers: Float[Tensor, "groups out width"],
+    keep: int,
+) -> Basis:
+    """The rank-`keep` basis with the least expected squared error of what the readers compute.
+
+    With W = reader and C = covariance, `‖W (I - T) C^½‖` is least for the truncated singular value decomposition
+    of `W C^½` (Eckart-Young), so `T = C^½ V_k V_kᵀ C^-½`. Among the bases of that subspace the one with orthonormal
+    `reduce` is taken: the narrowed writer keeps the scale of the original.
+
+    Reference:
+        Type-III modules of MoDeGPT, arXiv 2408.09632, in the covariance of the head's context.
+    """
+    root, inverse = _roots(covariance)
+    right = torch.linalg.svd(readers @ root, full_matrices=True).Vh[:, :keep]
+    reduce = right @ inverse
+    lift = root @ right.mT
+    # Left polar factor: reduce = scale @ orthonormal.
+    left, values, rest = torch.linalg.svd(reduce, full_matrices=False)
+    scale = left @ torch.diag_embed(values) @ left.mT
+    return Basis(reduce=left @ rest, lift=lift @ scale, mean=mean)
+
+
+def unit_basis(
+    covariance: Float[Tensor, "groups width width"],
+    mean: Float[Tensor, "groups width"],
+    readers: Float[Tensor, "groups out width"],
+    keep: int,
+) -> Basis:
+    """`keep` units and the least-squares reconstruction of all others from them: `T = C[:,S] C[S,S]⁻¹`.
+
+    A rotation does not commute with a pointwise non-linearity, a choice of units does. `T[S,S] = I` by construction.
+
+    Reference:
+        Nyström step of MoDeGPT, arXiv 2408.09632, §3; the choice of units is `select_units`.
+    """
+    groups, width = mean.shape
+    reduce = covariance.new_zeros(groups, keep, width)
+    lift = covariance.new_zeros(groups, width, keep)
+    for g in range(groups):
+        kept = select_units(covariance[g], readers[g], keep)
+        dropped = torch.ones(width, dtype=torch.bool).index_fill(0, kept, False)
+        reduce[g, torch.arange(keep), kept] = 1
+        lift[g, kept, torch.arange(keep)] = 1
+        metric = _regularized(covariance[g][kept][:, kept])
+        lift[g, dropped] = torch.linalg.solve(metric, covariance[g][kept][:, dropped]).mT
+    return Basis(reduce=reduce, lift=lift, mean=mean)
+
+
+def select_units(
+    covariance: Float[Tensor, "width width"], reader: Float[Tensor, "out width"], keep: int
+) -> Tensor:
+    """Choose units one by one, each the one that explains most of what the reader's output still lacks.
+
+    With the covariance R of the residual after regressing on the chosen units, unit j explains `‖W R e_j‖² / R_jj` of
+    the reader's output. R is never formed: a pivoted Cholesky factorisation keeps its diagonal and `W R`, at
+    O(width · (chosen + out)) a step.
+
+    Returns:
+        Indices of the chosen units in ascending order, shape `(keep,)`.
+    """
+    width = len(covariance)
+    diagonal = covariance.diagonal().clone()
+    unseen = reader @ covariance  # W R, out × width
+    factor = covariance.new_zeros(keep, width)
+    floor = RIDGE * diagonal.mean().clamp_min(torch.finfo(diagonal.dtype).tiny)
+    chosen: list[int] = []
+    for step in range(keep):
+        gain = unseen.square().sum(0) / diagonal.clamp_min(floor)
+        gain[diagonal <= floor] = 0  # dead, or already explained: nothing to gain, whatever the rounding
+        gain[chosen] = -1
+        unit = int(gain.argmax())
+        chosen.append(unit)
+        residual = covariance[unit] - factor[:step, unit] @ factor[:step]
+        factor[step] = residual / residual[unit].clamp_min(floor).sqrt()
+        unseen -= torch.outer(unseen[:, unit] / residual[unit].clamp_min(floor).sqrt(), factor[step])
+        diagonal = (diagonal - factor[step].square()).clamp_min(0)
+    return torch.tensor(sorted(chosen))
+
+
+def bilinear_bases(
+    first: Float[Tensor, "groups width width"], second: Float[Tensor, "groups width width"], keep: int
+) -> tuple[Basis, Basis]:
+    """The rank-`keep` pair with the least expected squared error of the scalar product of two streams.
+
+    For independent q and k with second moments M_q and M_k, `E (qᵀk - qᵀXk)² = ‖M_q^½ (I - X) M_k^½‖²` is least for
+    the truncated singular value decomposition `U S Vᵀ` of `M_q^½ M_k^½`; `X = A_qᵀ A_k` with
+    `A_q = S^½ Uᵀ M_q^-½`, `A_k = S^½ Vᵀ M_k^-½`, which gives both streams the same second moment `S`.
+
+    Reference:
+        The attention step of MoDeGPT, arXiv 2408.09632 (there a choice of columns), with free rotations.
+    """
+    (root_q, inverse_q), (root_k, inverse_k) = _roots(first), _roots(second)
+    left, values, right = torch.linalg.svd(root_q @ root_k)
+    balance = torch.diag_embed(values[:, :keep].sqrt())
+    reduce_q = balance @ left[:, :, :keep].mT @ inverse_q
+    reduce_k = balance @ right[:, :keep] @ inverse_k
+    # A product has no reader: qᵀ X k is q lifted by A_kᵀ against the full-width k, and the other way round.
+    zero = first.new_zeros(first.shape[:2])
+    return (
+        Basis(reduce=reduce_q, lift=reduce_k.mT, mean=zero),
+        Basis(reduce=reduce_k, lift=reduce_q.mT, mean=zero),
+    )
+
+
+def _regularized(matrix: Float[Tensor, "*groups width width"]) -> Float[Tensor, "*groups width width"]:
+    """The matrix plus `RIDGE` of its mean diagonal; the identity where the matrix is zero."""
+    ridge = RIDGE * matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
+    ridge = torch.where(ridge > 0, ridge, torch.ones_like(ridge))
+    return matrix + ridge[..., None, None] * torch.eye(matrix.shape[-1], dtype=matrix.dtype)
+
+
+def _roots(
+    matrix: Float[Tensor, "groups width width"],
+) -> tuple[Float[Tensor, "groups width width"], Float[Tensor, "groups width width"]]:
+    """Square root of the regularised matrix, and its inverse."""
+    values, vectors = torch.linalg.eigh(_regularized(matrix))
+    root = values.clamp_min(torch.finfo(values.dtype).tiny).sqrt()
+    return (vectors * root[:, None]) @ vectors.mT, (vectors / root[:, None]) @ vectors.mT

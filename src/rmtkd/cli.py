@@ -1,0 +1,274 @@
+"""The command line: the same words as in Python."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from rmtkd.errors import RmtkdError
+
+app = typer.Typer(
+    help="Make a trained model several times smaller and faster, dense and as accurate, with the evidence.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+out_console = Console()
+log_console = Console(stderr=True)
+
+RecipeName = Annotated[str, typer.Argument(help="The task: see `rmtkd ls`.")]
+Model = Annotated[str | None, typer.Option("--model", help="Model folder, or a name on the hub.")]
+Data = Annotated[Path | None, typer.Option("--data", help="Folder of parquet files; the hub by default.")]
+Seed = Annotated[int, typer.Option(help="Of everything random.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
+Target = Annotated[str | None, typer.Option(help="What remains: 25%params, 40%flops, 5M. Tied weights count once.")]
+Tau = Annotated[float, typer.Option(help="Quantile that starts the noise level; larger cuts more.")]
+Rule = Annotated[str, typer.Option(help="Spectral rule.")]
+MultipleOf = Annotated[int, typer.Option(help="Kept widths are multiples of this.")]
+MinShare = Annotated[float, typer.Option(help="No width below this share of its full size.")]
+Calibration = Annotated[float, typer.Option(help="Share of the training batches whose activations are seen.")]
+
+
+@app.command()
+def train(
+    recipe: RecipeName,
+    out: Annotated[Path, typer.Option(help="Folder for the trained model; must be new.")],
+    model: Model = None,
+    data: Data = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the training rows; the recipe's by default.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate; the recipe's by default.")] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+) -> None:
+    """Train a teacher.
+
+    \b
+    rmtkd train sst2 --model PATH_OR_HUB_NAME --data DIR --out teacher
+    """
+    from rmtkd.teaching import train_teacher
+
+    record = train_teacher(
+        _recipe(recipe), model=model, data=data, out=out, epochs=epochs, lr=lr, seed=seed, device=device,
+        on_event=_watcher(),
+    )
+    accuracy = record["accuracy"]
+    out_console.print(
+        f"{out}: {record['parameters']:,} parameters, accuracy {accuracy['value']:.2%} ± {accuracy['stderr']:.2%} "
+        f"on {accuracy['n']} report rows",
+        highlight=False,
+    )
+
+
+@app.command()
+def plan(
+    recipe: RecipeName,
+    out: Annotated[Path, typer.Option(help="Folder for plan.json and spectra.npz; new, or holding only a plan.")],
+    model: Model = None,
+    data: Data = None,
+    target: Target = None,
+    rule: Rule = "mp",
+    tau: Tau = 0.5,
+    multiple_of: MultipleOf = 8,
+    min_share: MinShare = 0.0,
+    calibration_share: Calibration = 0.1,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Dry run: look at the spectra and choose the widths. Nothing is trained, no run is touched.
+
+    \b
+    rmtkd plan sst2 --model teacher --data DIR --out runs/sst2 --target 25%params
+    """
+    from rmtkd import compression, reporting
+    from rmtkd.checkpoint import RunFolder
+
+    task = _recipe(recipe)
+    source = task.load(_needed(model))
+    folder = RunFolder.for_plan(out)
+    rows = task.rows(data, source.tokenizer, seed)
+    made, spectrums = compression.plan(
+        source.model.to(device),
+        calibration=compression.share_of(rows.train, calibration_share),
+        example=task.example(source.model),
+        target=target or task.options.get("target"),
+        rule=rule,
+        tau=tau,
+        multiple_of=multiple_of,
+        min_share=min_share,
+        seed=seed,
+        device=device,
+    )
+    folder.save_plan(made, spectrums)
+    if as_json:
+        sys.stdout.write(made.to_json() + "\n")
+        return
+    out_console.print(reporting.plan_table(made))
+    if note := reporting.misfit_note(made):
+        out_console.print(note, highlight=False)
+    out_console.print(f"saved {out / 'plan.json'}", highlight=False)
+
+
+@app.command()
+def compress(
+    recipe: RecipeName,
+    out: Annotated[Path, typer.Option(help="Run folder; new, or holding only a plan.")],
+    model: Model = None,
+    data: Data = None,
+    target: Target = None,
+    rule: Rule = "mp",
+    tau: Tau = 0.5,
+    granularity: Annotated[str | None, typer.Option(help="What is cut between recoveries: site, layer or round.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Recovery of the whole run, in epochs; 0 cuts only.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate of recovery.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Weight of the labels against the teacher.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of both softmaxes.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="previous (before the cut) or original.")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Largest loss of selection accuracy (0.02 is two points); else roll back.")
+    ] = None,
+    max_rounds: Annotated[int | None, typer.Option(help="Stop after as many rounds.")] = None,
+    multiple_of: MultipleOf = 8,
+    min_share: MinShare = 0.0,
+    calibration_share: Calibration = 0.1,
+    control: Annotated[bool, typer.Option("--control", help="Also train the same shape from a random start.")] = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Narrow a trained model and let it recover by self-distillation.
+
+    \b
+    rmtkd compress digits --out runs/digits --control        # trains its own teacher first
+    rmtkd compress sst2 --model teacher --data DIR --target 25%params --epochs 2 --out runs/sst2
+    """
+    from dataclasses import replace
+
+    from rmtkd import compression, reporting
+    from rmtkd.checkpoint import RunFolder
+    from rmtkd.schedule import Options
+    from rmtkd.teaching import train_teacher
+
+    task = _recipe(recipe)
+    given = {
+        "target": target, "granularity": granularity, "epochs": epochs, "teacher": teacher, "tolerance": tolerance,
+        "max_rounds": max_rounds,
+    }
+    steps = {name: value for name, value in (("lr", lr), ("alpha", alpha), ("temperature", temperature)) if value is not None}
+    options: dict[str, Any] = {
+        **task.options,
+        **{name: value for name, value in given.items() if value is not None},
+        "rule": rule, "tau": tau, "multiple_of": multiple_of, "min_share": min_share,
+        "calibration_share": calibration_share, "seed": seed, "device": device,
+    }
+    options["recovery"] = replace(options.get("recovery", Options().recovery), **steps)
+    Options(**options)  # before anything takes time
+    RunFolder.check_free(out)
+    if model is None and task.needs_no_checkpoint:
+        teacher_folder = out.with_name(f"{out.name}-teacher")
+        if not teacher_folder.exists():
+            log_console.print(f"no --model: training a teacher into {teacher_folder}", highlight=False)
+            train_teacher(task, out=teacher_folder, seed=seed, device=device, on_event=_watcher())
+        model = str(teacher_folder)
+    source = task.load(_needed(model))
+    rows = task.rows(data, source.tokenizer, seed)
+    result = compression.compress(
+        source.model,
+        train=rows.train,
+        selection=rows.selection,
+        report=rows.report,
+        example=task.example(source.model),
+        control=control,
+        out=out,
+        extra_files=source.files,
+        on_event=_watcher(),
+        **options,
+    )
+    if as_json:
+        sys.stdout.write(json.dumps(result.record, indent=1) + "\n")
+        return
+    out_console.print(reporting.plan_table(result.plan))
+    if note := reporting.misfit_note(result.plan):
+        out_console.print(note, highlight=False)
+    out_console.print(reporting.summary(result.record))
+    out_console.print(f"{out}/summary.json holds the record, {out}/model the model: rmtkd.load({str(out / 'model')!r})",
+                      highlight=False)
+
+
+@app.command()
+def evaluate(
+    model_dir: Annotated[str, typer.Argument(help="Model folder, compressed or not.")],
+    recipe: Annotated[str, typer.Option(help="The task whose columns the rows have.")],
+    file: Annotated[Path | None, typer.Option(help="Parquet file of labelled rows; the report rows by default.")] = None,
+    data: Data = None,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Accuracy of a model on labelled rows.
+
+    \b
+    rmtkd evaluate runs/sst2/model --recipe sst2 --file rows.parquet --json
+    """
+    from dataclasses import asdict
+
+    from rmtkd.measurement import accuracy
+
+    task = _recipe(recipe)
+    source = task.load(model_dir)
+    rows = task.rows(data, source.tokenizer, 0).report if file is None else task.file_rows(file, source.tokenizer)
+    result = accuracy(source.model.to(device), rows)
+    if as_json:
+        sys.stdout.write(json.dumps({"accuracy": asdict(result)}) + "\n")
+    else:
+        out_console.print(f"accuracy {result.value:.2%} ± {result.stderr:.2%} (n = {result.n})", highlight=False)
+
+
+@app.command("ls")
+def list_recipes() -> None:
+    """The tasks that come with rmtkd."""
+    from rmtkd import recipes
+
+    for name in recipes.names():
+        out_console.print(f"{name:8} {recipes.get(name).describe}", highlight=False)
+
+
+@app.command()
+def env() -> None:
+    """Versions and machine, to paste into a bug report."""
+    from rmtkd.environment import machine, versions
+
+    for name, value in {**versions(), **machine()}.items():
+        out_console.print(f"- {name}: {value}", highlight=False)
+
+
+def main() -> None:
+    """Run the command line; errors of rmtkd are one message, not a traceback."""
+    try:
+        app()
+    except RmtkdError as error:
+        log_console.print(f"[bold red]error:[/] {type(error).__name__}", highlight=False)
+        log_console.print(str(error), markup=False, highlight=False)
+        sys.exit(2)
+
+
+def _recipe(name: str):
+    from rmtkd import recipes
+
+    return recipes.get(name)
+
+
+def _needed(model: str | None) -> str:
+    if model is None:
+        raise typer.BadParameter("this recipe needs a trained model: pass --model PATH_OR_HUB_NAME.")
+    return model
+
+
+def _watcher():
+    from rmtkd.progress import watcher
+
+    return watcher(log_console)

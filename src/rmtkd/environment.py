@@ -1,0 +1,43 @@
+"""What a result was made with: versions, processor, accelerator."""
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("rmtkd", "torch", "numpy", "scipy", "safetensors", "transformers", "datasets", "tokenizers")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of `rmtkd` and of what it rests on, where installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, str]:
+    """The machine in words that carry no name of it: processor, cores, memory, accelerator."""
+    facts = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "bf16 matrix instructions": str(torch.cpu._is_avx512_bf16_supported()),
+    }
+    if torch.cuda.is_available():
+        facts["accelerator"] = torch.cuda.get_device_name()
+    return facts
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

@@ -1,0 +1,54 @@
+"""Every error that `rmtkd` raises on purpose.
+
+Messages follow one grammar: *what must hold — what came — what to do*. Each class is also a builtin
+`ValueError` or `RuntimeError`, so that callers who know nothing of `rmtkd` can catch it.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class RmtkdError(Exception):
+    """Base of all errors raised by `rmtkd`."""
+
+
+class OptionError(RmtkdError, ValueError):
+    """An option has a value that it cannot have."""
+
+
+class DataError(RmtkdError, ValueError):
+    """The rows or activations cannot be used: too few, not finite, labels out of range, a teacher at chance."""
+
+
+class UnsupportedModelError(RmtkdError, ValueError):
+    """The model, its head or one of its parts is not understood. Nothing was changed."""
+
+
+class PlanError(RmtkdError, ValueError):
+    """A plan cannot be made or does not fit the model."""
+
+
+class SurgeryError(RmtkdError, RuntimeError):
+    """A cut model disagrees with its full-width reference."""
+
+
+class ArtifactError(RmtkdError, ValueError):
+    """A model folder is incomplete, altered, or of another format."""
+
+
+class RunError(RmtkdError, RuntimeError):
+    """A run folder cannot be used as asked."""
+
+
+def check_choice(what: str, value: str, allowed: Iterable[str]) -> str:
+    """Return `value` if it is one of `allowed`.
+
+    Raises:
+        OptionError: naming the nearest allowed value.
+    """
+    names = list(allowed)
+    if value in names:
+        return value
+    near = difflib.get_close_matches(value, names, n=1, cutoff=0.4)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise OptionError(f"{what} must be one of {', '.join(names)}. Got {value!r}.{hint}")

@@ -1,0 +1,215 @@
+"""What a model costs and how well it does: parameters, FLOPs, latency, disk, accuracy."""
+
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import save_model
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from rmtkd import batches as batching
+from rmtkd.batches import Batch
+from rmtkd.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A measured proportion with its binomial standard error over `n` rows."""
+
+    value: float
+    n: int
+    stderr: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """Wall-clock time of one forward pass in milliseconds: median and interquartile range of `repeats` passes."""
+
+    median: float
+    iqr: float
+    batch: int
+    length: int
+    threads: int
+    repeats: int
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """What a model costs. `parameters` counts tied weights once; `parameters_encoder` leaves out embeddings and head;
+    `flops` (2 per multiply-add) and `latency_ms` are those of the batch that was measured."""
+
+    parameters: int
+    parameters_encoder: int | None
+    flops: int
+    disk_bytes: int
+    latency_ms: Latency | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The footprint as plain JSON values."""
+        return asdict(self)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """The number of parameters, those shared between modules once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@contextmanager
+def evaluation(*models: nn.Module):
+    """Evaluation mode without gradients; each module gets its own training flag back."""
+    flags = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def count_flops(model: nn.Module, batch: Batch) -> int:
+    """Floating-point operations of one forward pass, attention included, by torch's counter.
+
+    The counter knows no formula for the fused attention kernel of the CPU and counts it as zero, so attention is
+    computed by its plain matrix products here.
+    """
+    counter = FlopCounterMode(display=False)
+    with evaluation(model), sdpa_kernel(SDPBackend.MATH), counter:
+        batching.logits(model, batch)
+    return counter.get_total_flops()
+
+
+def count_disk_bytes(model: nn.Module) -> int:
+    """Size of the weights as a safetensors file, in bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        save_model(model, str(path))
+        return path.stat().st_size
+
+
+def time_forward(
+    models: Sequence[nn.Module], batch: Batch, *, repeats: int = 20, warm_up: int = 3
+) -> list[Latency]:
+    """Time the forward passes of several models on the same batch, interleaved, so that drift hits all alike.
+
+    Args:
+        models: models on one device.
+        batch: the batch to run, already on that device.
+        repeats: timed passes of each model.
+        warm_up: untimed passes of each model before.
+
+    Returns:
+        One `Latency` per model, in order.
+    """
+    device = next(models[0].parameters()).device
+    times: list[list[float]] = [[] for _ in models]
+    with evaluation(*models):
+        for i in range(warm_up + repeats):
+            for model, record in zip(models, times, strict=True):
+                start = time.perf_counter()
+                batching.logits(model, batch)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                if i >= warm_up:
+                    record.append((time.perf_counter() - start) * 1e3)
+    mask = batching.real_positions(batch)
+    return [
+        Latency(
+            median=statistics.median(record),
+            iqr=float(torch.tensor(record).quantile(0.75) - torch.tensor(record).quantile(0.25)),
+            batch=batching.rows(batch),
+            length=1 if mask is None else mask.shape[1],
+            threads=torch.get_num_threads(),
+            repeats=repeats,
+            device=str(device),
+        )
+        for record in times
+    ]
+
+
+def measure(
+    model: nn.Module, batch: Batch, *, encoder: str | None = None, latency: Latency | None = None
+) -> Footprint:
+    """The footprint of a model on one batch.
+
+    Args:
+        model: the model, left as it was.
+        batch: the batch whose FLOPs are counted.
+        encoder: path of the submodule whose parameters are counted as the encoder's.
+        latency: a measurement from `time_forward`; taken here when it is left out.
+    """
+    return Footprint(
+        parameters=count_parameters(model),
+        parameters_encoder=None if encoder is None else count_parameters(model.get_submodule(encoder)),
+        flops=count_flops(model, batch),
+        disk_bytes=count_disk_bytes(model),
+        latency_ms=latency or time_forward([model], batch)[0],
+    )
+
+
+def proportion(hits: int, n: int) -> Estimate:
+    """A proportion with its binomial standard error, sqrt(p (1 - p) / n)."""
+    if n == 0:
+        raise DataError("at least one labelled row is needed to measure accuracy. Got none. Pass more rows.")
+    p = hits / n
+    return Estimate(value=p, n=n, stderr=math.sqrt(p * (1 - p) / n))
+
+
+def predict(
+    model: nn.Module, rows: Iterable[Batch]
+) -> tuple[Float[Tensor, "rows classes"], Int[Tensor, " rows"]]:
+    """Scores and labels of all rows, on the CPU, computed in the model's own precision."""
+    device = next(model.parameters()).device
+    scores, labels = [], []
+    with evaluation(model):
+        for batch in rows:
+            batch_labels = batching.labels(batch)
+            if batch_labels is None:
+                raise DataError("rows that are evaluated must have labels. Got a batch without. Add `labels`.")
+            scores.append(batching.logits(model, batching.to(batch, device)).float().cpu())
+            labels.append(batch_labels.cpu())
+    if not scores:
+        raise DataError("at least one labelled row is needed to measure accuracy. Got none. Pass more rows.")
+    return torch.cat(scores), torch.cat(labels)
+
+
+def accuracy(model: nn.Module, rows: Iterable[Batch]) -> Estimate:
+    """Share of rows whose highest score is the label's."""
+    scores, labels = predict(model, rows)
+    return proportion(int((scores.argmax(-1) == labels).sum()), len(labels))
+
+
+def chance_level(labels: Int[Tensor, " rows"]) -> float:
+    """Accuracy of always answering the commonest class."""
+    return float(labels.bincount().max() / len(labels))
+
+
+def is_bf16_faster(model: nn.Module, batch: Batch, *, repeats: int = 3) -> bool:
+    """Whether a training step (forward and backward) of this model on this batch is faster under bf16 autocast here."""
+    device = next(model.parameters()).device.type
+    seconds = {}
+    for enabled in (False, True):
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            with torch.autocast(device, torch.bfloat16, enabled=enabled):
+                loss = batching.logits(model, batch).float().logsumexp(-1).sum()
+            loss.backward()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+            model.zero_grad(set_to_none=True)
+        seconds[enabled] = min(times)
+    return seconds[True] < seconds[False]

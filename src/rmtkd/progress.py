@@ -1,0 +1,109 @@
+"""Events of a run, and the two ways to watch them: bars on a terminal, plain lines in a pipe."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Listener = Callable[[Mapping[str, Any]], None]
+"""Called with every event: a mapping with the keys `event` and `seconds` (since the start) and those of its kind."""
+
+
+class Emitter:
+    """Sends every event to all listeners, stamped with the time since the start."""
+
+    def __init__(self, listeners: Sequence[Listener]):
+        self.listeners = listeners
+        self.start = time.monotonic()
+
+    def __call__(self, event: str, **fields: Any) -> None:
+        """Send one event."""
+        stamped = {"event": event, "seconds": round(time.monotonic() - self.start, 3), **fields}
+        for listener in self.listeners:
+            listener(stamped)
+
+
+def describe(event: Mapping[str, Any]) -> str | None:
+    """One line about an event, or None for those that are not told."""
+    match event["event"]:
+        case "start":
+            accuracy = event["selection_accuracy"]
+            return f"teacher: {accuracy['value']:.2%} ± {accuracy['stderr']:.2%} on {accuracy['n']} selection rows"
+        case "plan":
+            return f"plan: {event['predicted']['params']:,} parameters, {event['predicted']['flops'] / 1e6:,.1f} MFLOPs"
+        case "cut":
+            return f"round {event['number']}: cutting {len(event['sites'])} sites"
+        case "check":
+            return (
+                f"round {event['number']}: equals its full-width reference to {event['error']:.0e}; "
+                f"{event['selection_accuracy']:.2%} before recovery"
+            )
+        case "round":
+            back = " – taken back" if event["rolled_back"] else ""
+            return (
+                f"round {event['number']}: {event['parameters']:,} parameters, {event['accuracy']:.2%} on selection "
+                f"after {event['steps']} steps{back}"
+            )
+        case "measure":
+            return "measuring both models"
+        case "done":
+            return f"stopped: {event['stop_reason']}"
+    return None
+
+
+class PlainLines:
+    """A line per event, and one per tenth of the steps, for logs and pipes."""
+
+    def __init__(self, console: Console):
+        self.console = console
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """Print the event."""
+        if event["event"] == "step":
+            step, steps = event["step"], event["steps"]
+            if step * 10 // steps == (step - 1) * 10 // steps:
+                return
+            line = f"step {step}/{steps}, loss {event['loss']:.4f}"
+        else:
+            line = describe(event)
+        if line:
+            self.console.print(f"[{event['seconds']:7.1f} s] {line}", highlight=False, markup=False)
+
+
+class Bars:
+    """A bar with the time remaining for the steps of each phase; other events as lines above it."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.lines = PlainLines(console)
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("loss {task.fields[loss]:.4f}"),
+            console=console,
+            transient=True,
+        )
+        self.task = None
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """Draw the event."""
+        if event["event"] != "step":
+            return self.lines(event)
+        if self.task is None:
+            name = f"round {event['number']}" if event.get("number") else "training"
+            self.progress.start()
+            self.task = self.progress.add_task(name, total=event["steps"], loss=event["loss"])
+        self.progress.update(self.task, completed=event["step"], loss=event["loss"])
+        if event["step"] == event["steps"]:
+            self.progress.remove_task(self.task)
+            self.progress.stop()
+            self.task = None
+
+
+def watcher(console: Console) -> Listener:
+    """Bars where the console is a terminal, plain lines elsewhere."""
+    return Bars(console) if console.is_terminal else PlainLines(console)

@@ -1,0 +1,198 @@
+"""Renderings of a plan and of a record: terminal tables, model card. Nothing here computes a result."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rmtkd.planning import Plan
+
+
+def plan_table(plan: Plan) -> Table:
+    """A plan as a table: one line a site."""
+    table = Table(
+        title=(
+            f"{plan.model} · rule {plan.rule}, τ {plan.tau:g}"
+            + (f" · target {plan.target}, edge × {plan.multiplier:.3g}" if plan.target else "")
+        ),
+        caption=(
+            f"before recovery: {plan.predicted['params']:,} of {plan.baseline['params']:,} parameters "
+            f"({plan.predicted['params'] / plan.baseline['params']:.1%}), "
+            f"{plan.predicted['flops'] / 1e6:,.1f} of {plan.baseline['flops'] / 1e6:,.1f} MFLOPs "
+            f"({plan.predicted['flops'] / plan.baseline['flops']:.1%})"
+        ),
+        title_justify="left",
+        caption_justify="left",
+    )
+    for name, justify in (
+        ("site", "left"),
+        ("kind", "left"),
+        ("width", "right"),
+        ("keep", "right"),
+        ("q", "right"),
+        ("noise σ²", "right"),
+        ("edge", "right"),
+        ("KS", "right"),
+        ("energy", "right"),
+        ("why", "left"),
+    ):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for site in plan.sites:
+        per_head = f"{site.groups} × " if site.groups > 1 else ""
+        table.add_row(
+            site.name,
+            site.kind,
+            f"{per_head}{site.width}",
+            f"{per_head}{site.keep}",
+            f"{site.q:.2g}",
+            f"{site.sigma2:.3g}",
+            f"{site.edge:.3g}",
+            f"{site.ks:.2f}{'!' if site.misfit else ''}",
+            f"{site.energy:.1%}",
+            site.why,
+        )
+    return table
+
+
+def misfit_note(plan: Plan) -> str | None:
+    """One sentence on the sites whose spectra hold no Marchenko–Pastur bulk, if there are any."""
+    bad = [site.name for site in plan.sites if site.misfit]
+    if not bad:
+        return None
+    return (
+        f"! {len(bad)} of {len(plan.sites)} spectra show no Marchenko–Pastur bulk (KS > 0.1): there the edge is a "
+        "threshold on a quantile, not a test for noise."
+    )
+
+
+def summary_rows(record: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Lines of the result: name, before, after, ratio."""
+    before, after = record["baseline"], record["compressed"]
+
+    def ratio(a: float, b: float) -> str:
+        return f"{b / a:.1%}"
+
+    def accuracy(cost: Mapping[str, Any], key: str) -> str:
+        value = cost[key]
+        return "–" if value is None else f"{value['value']:.2%} ± {value['stderr']:.2%}"
+
+    rows = [
+        (
+            "parameters",
+            f"{before['parameters']:,}",
+            f"{after['parameters']:,}",
+            ratio(before["parameters"], after["parameters"]),
+        )
+    ]
+    if before["parameters_encoder"]:
+        rows.append(
+            (
+                "  of these in the encoder",
+                f"{before['parameters_encoder']:,}",
+                f"{after['parameters_encoder']:,}",
+                ratio(before["parameters_encoder"], after["parameters_encoder"]),
+            )
+        )
+    slow, fast = before["latency_ms"], after["latency_ms"]
+    rows += [
+        (
+            "MFLOPs a batch",
+            f"{before['flops'] / 1e6:,.1f}",
+            f"{after['flops'] / 1e6:,.1f}",
+            ratio(before["flops"], after["flops"]),
+        ),
+        (
+            f"latency, batch {slow['batch']} × {slow['length']}, {slow['threads']} threads",
+            f"{slow['median']:.1f} ms (IQR {slow['iqr']:.1f})",
+            f"{fast['median']:.1f} ms (IQR {fast['iqr']:.1f})",
+            f"{slow['median'] / fast['median']:.2f}× faster",
+        ),
+        (
+            "on disk",
+            f"{before['disk_bytes'] / 1e6:,.2f} MB",
+            f"{after['disk_bytes'] / 1e6:,.2f} MB",
+            ratio(before["disk_bytes"], after["disk_bytes"]),
+        ),
+    ]
+    for key, name in (("accuracy", "accuracy, report rows"), ("accuracy_selection", "accuracy, selection rows")):
+        if before[key] is not None:
+            points = 100 * (after[key]["value"] - before[key]["value"])
+            rows.append(
+                (
+                    f"{name} (n = {before[key]['n']})",
+                    accuracy(before, key),
+                    accuracy(after, key),
+                    f"{points:+.2f} points",
+                )
+            )
+    if record.get("control"):
+        control = record["control"]
+        value = control["accuracy"]
+        rows.append(
+            (
+                f"same shape, random start, {control['steps']} steps",
+                "",
+                f"{value['value']:.2%} ± {value['stderr']:.2%}",
+                f"{100 * (value['value'] - before['accuracy']['value']):+.2f} points" if before["accuracy"] else "",
+            )
+        )
+    return rows
+
+
+def summary(record: Mapping[str, Any]) -> Table:
+    """The result as a table."""
+    table = Table(title="what it costs and how well it does", title_justify="left", caption_justify="left")
+    table.add_column("")
+    for name in ("before", "after", ""):
+        table.add_column(name, justify="right")
+    for row in summary_rows(record):
+        table.add_row(*row)
+    done = record["rounds"]
+    table.caption = f"{len(done)} round{'s' if len(done) != 1 else ''}; stopped: {record['stop_reason']}"
+    return table
+
+
+def summary_table(record: Mapping[str, Any], width: int = 110) -> str:
+    """The result as plain text."""
+    console = Console(width=width, color_system=None)
+    with console.capture() as captured:
+        console.print(summary(record))
+    return captured.get()
+
+
+def model_card(record: Mapping[str, Any], plan: Plan) -> str:
+    """A model card in Markdown."""
+    lines = [
+        "---",
+        "tags: [rmtkd, model-compression, knowledge-distillation]",
+        "---",
+        f"# {plan.model}, narrowed by rmtkd",
+        "",
+        "Random matrix theory chose the widths, exact folding cut them, self-distillation recovered the accuracy "
+        "(RMT-KD, arXiv 2509.15724). The model is dense.",
+        "",
+        "| | before | after | |",
+        "|---|--:|--:|--:|",
+        *(f"| {' | '.join(row)} |" for row in summary_rows(record)),
+        "",
+        "Load it with `rmtkd.load(FOLDER)`: no flags, no pickle; every file is verified by its checksum and the model by "
+        "the outputs stored for a synthetic batch.",
+        "",
+        "## Widths",
+        "",
+        "| site | before | after | why |",
+        "|---|--:|--:|---|",
+        *(
+            f"| {site.name} | {site.groups} × {site.width} | {site.groups} × {site.keep} | {site.why} |"
+            if site.groups > 1
+            else f"| {site.name} | {site.width} | {site.keep} | {site.why} |"
+            for site in plan.sites
+        ),
+        "",
+        f"Stopped: {record['stop_reason']}. Seed {record['seed']}. Versions: "
+        + ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+        + ".",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,148 @@
+"""What a run is asked to do, what it did, and when it stops: options, records, and rules that read only records."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from rmtkd.distillation import Recovery
+from rmtkd.errors import OptionError, check_choice
+from rmtkd.planning import Target
+from rmtkd.spectra import RULES
+
+Granularity = Literal["site", "layer", "round"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """All choices of a run.
+
+    Attributes:
+        target: what remains (`25%params`, `40%flops`, `5M`); without one, what the rule keeps.
+        rule: spectral rule, a name in `spectra.RULES`.
+        tau: quantile that starts the noise level; larger cuts more.
+        granularity: what is cut between two recoveries: one width (`site`), one layer, or all (`round`).
+        epochs: recovery over the whole run, in passes over the training rows; 0 cuts only.
+        teacher: `previous` is the checkpoint before the cut, `original` the untouched model.
+        tolerance: largest loss of selection accuracy, as a fraction (0.02 is two points); a cut that
+            breaks it is taken back and the run stops. None sets no bound.
+        max_rounds: stop after as many rounds. None sets no bound.
+        multiple_of: kept widths are multiples of this.
+        min_share: no width below this share of its full size (the method's ρ_min).
+        calibration_share: share of the training batches whose activations are seen.
+        recovery: the training after each cut.
+        seed: of everything random.
+        device: where the models run.
+    """
+
+    target: str | None = None
+    rule: str = "mp"
+    tau: float = 0.5
+    granularity: Granularity = "round"
+    epochs: float = 1.0
+    teacher: Literal["previous", "original"] = "previous"
+    tolerance: float | None = None
+    max_rounds: int | None = None
+    multiple_of: int = 8
+    min_share: float = 0.0
+    calibration_share: float = 0.1
+    recovery: Recovery = field(default_factory=Recovery)
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        check_choice("rule", self.rule, RULES)
+        check_choice("granularity", self.granularity, ("site", "layer", "round"))
+        check_choice("teacher", self.teacher, ("previous", "original"))
+        if self.target is not None:
+            Target.parse(self.target)
+        for name, ok, must in (
+            ("tau", 0 < self.tau < 1, "within (0, 1)"),
+            ("epochs", self.epochs >= 0, "at least 0"),
+            ("tolerance", self.tolerance is None or 0 <= self.tolerance <= 1, "within [0, 1]"),
+            ("max_rounds", self.max_rounds is None or self.max_rounds >= 1, "at least 1"),
+            ("multiple_of", self.multiple_of >= 1, "at least 1"),
+            ("min_share", 0 <= self.min_share <= 1, "within [0, 1]"),
+            ("calibration_share", 0 < self.calibration_share <= 1, "within (0, 1]"),
+        ):
+            if not ok:
+                raise OptionError(f"{name} must be {must}. Got {getattr(self, name)}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as plain JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """What one round did: a cut, its check, its recovery, and what selection rows say of it."""
+
+    number: int
+    sites: tuple[str, ...]
+    widths: dict[str, tuple[int, int]]
+    """Site name to (width before, width after)."""
+    parameters: int
+    check_error: float
+    """Largest relative difference from the projected full-width reference, in float64."""
+    accuracy_cut: float
+    """Selection accuracy after the cut, before recovery."""
+    accuracy: float
+    """Selection accuracy after recovery."""
+    steps: int
+    loss_first: float | None
+    loss_last: float | None
+    seconds_cut: float
+    seconds_recovery: float
+    rolled_back: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """The part of a run that stop rules look at."""
+
+    options: Options
+    baseline_accuracy: float
+    rounds: tuple[Round, ...]
+    pending: int
+    """Rounds that are still planned."""
+
+
+StopRule = Callable[[History], str | None]
+
+
+def too_much_lost(history: History) -> str | None:
+    """Selection accuracy fell by more than the tolerance."""
+    tolerance = history.options.tolerance
+    if tolerance is None or not history.rounds:
+        return None
+    lost = history.baseline_accuracy - history.rounds[-1].accuracy
+    if lost <= tolerance:
+        return None
+    return (
+        f"tolerance: round {history.rounds[-1].number} lost {lost:.2%} of selection accuracy, more than {tolerance:.2%}"
+    )
+
+
+def enough_rounds(history: History) -> str | None:
+    """The allowed number of rounds is reached."""
+    most = history.options.max_rounds
+    if most is None or len(history.rounds) < most or history.pending == 0:
+        return None
+    return f"max_rounds: {most} rounds done, {history.pending} left out"
+
+
+def plan_finished(history: History) -> str | None:
+    """Every planned cut is made."""
+    if history.pending:
+        return None
+    if history.options.target is not None:
+        return f"target: {Target.parse(history.options.target)} reached"
+    return "plan: every site has the width the rule gives it"
+
+
+STOP_RULES: tuple[StopRule, ...] = (too_much_lost, enough_rounds, plan_finished)
+"""Asked in this order after every round; the first that speaks ends the run."""
+
+
+def stop_reason(history: History) -> str | None:
+    """Why the run ends now, or None if it goes on."""
+    return next((reason for rule in STOP_RULES if (reason := rule(history))), None)

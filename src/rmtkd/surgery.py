@@ -1,0 +1,229 @@
+"""Cutting a network: fold bases into its weights, slice, resize; and the check against the full-width reference.
+
+A cut touches only what its sites name. The caller's model is never modified.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rmtkd import batches as batching
+from rmtkd.activations import in_groups
+from rmtkd.bases import Basis
+from rmtkd.batches import Batch
+from rmtkd.errors import PlanError, SurgeryError
+from rmtkd.measurement import evaluation
+from rmtkd.modules import FactorizedEmbedding
+from rmtkd.sites import Axis, Site, Stream
+
+ROUNDINGS = 1000
+"""A cut model may differ from its reference, relatively and both run in float64, by this many roundings of its dtype:
+folds are made in float64 and stored in the model's own precision, one after the other."""
+
+
+def narrow(model: nn.Module, sites: Sequence[Site], bases: Mapping[str, Sequence[Basis]]) -> nn.Module:
+    """A narrower copy of the model, with every basis folded into the weights around its site.
+
+    Args:
+        model: the model, left as it was.
+        sites: the sites to cut.
+        bases: for each site's name one basis per stream.
+
+    Returns:
+        A new dense model without hooks, sharing no storage with `model`, in the same dtype and on the same device.
+
+    Raises:
+        PlanError: if sites that share a width are given different widths.
+    """
+    _check_shared(sites, bases)
+    student = copy.deepcopy(model)
+    for site in sites:
+        _prepare(student, site)
+        for i, (stream, basis) in enumerate(zip(site.streams, bases[site.name], strict=True)):
+            _fold(student, site, stream, basis, rescale=site.kind == "bilinear" and i == 0)
+        _set_attributes(student, site, bases[site.name][0].reduce.shape[1])
+    return student
+
+
+def skeleton(model: nn.Module, sites: Sequence[Site], widths: Mapping[str, int]) -> nn.Module:
+    """The shape of the model at the given widths, on the meta device: no memory, no values.
+
+    Args:
+        model: the model, left as it was.
+        sites: the sites that may be narrowed.
+        widths: for each site's name the width that is kept; full where a site is missing.
+    """
+    # deepcopy takes what the memo holds in place of a copy: no parameter or buffer is ever duplicated.
+    meta = {
+        id(tensor): nn.Parameter(tensor.to("meta"), requires_grad=tensor.requires_grad)
+        if isinstance(tensor, nn.Parameter)
+        else tensor.to("meta")
+        for tensor in (*model.parameters(), *model.buffers())
+    }
+    student = copy.deepcopy(model, meta)
+    for site in sites:
+        width = widths.get(site.name, site.width)
+        if width == site.width:
+            continue
+        _prepare(student, site)
+        for stream in site.streams:
+            for axis in (*stream.writers, *stream.readers):
+                parameter = student.get_parameter(axis.parameter)
+                shape = list(parameter.shape)
+                shape[axis.dim] = site.groups * width
+                _replace(student, axis.parameter, torch.empty(shape, dtype=parameter.dtype, device="meta"))
+        _set_attributes(student, site, width)
+    return student
+
+
+def resize(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Give the model's parameters these shapes, in place, without values: what a loader does before it loads."""
+    for name, shape in shapes.items():
+        parameter = model.get_parameter(name)
+        if list(parameter.shape) != list(shape):
+            _replace(model, name, parameter.new_empty(tuple(shape)))
+
+
+def factorize_embedding(model: nn.Module, path: str) -> None:
+    """Replace the embedding at `path`, in place, by the same function in two factors."""
+    embedding = model.get_submodule(path)
+    if isinstance(embedding, nn.Embedding):
+        model.set_submodule(path, FactorizedEmbedding.identity(embedding))
+
+
+def check_cut(
+    reference: nn.Module,
+    student: nn.Module,
+    sites: Sequence[Site],
+    bases: Mapping[str, Sequence[Basis]],
+    batch: Batch,
+) -> float:
+    """Compare a cut model with the uncut one whose activations are projected by hooks at full width.
+
+    The reference shares no code with the folding: it is the unmodified model, in which every stream is replaced by
+    `mean + lift reduce (h - mean)` on the fly. Both run in float64.
+
+    Args:
+        reference: the model before the cut.
+        student: the model after the cut of exactly these sites and bases.
+        batch: a few real rows.
+
+    Returns:
+        The largest difference of the outputs, relative to the largest output.
+
+    Raises:
+        SurgeryError: if it exceeds what rounding of the folded weights explains.
+    """
+    dtype = next(student.parameters()).dtype
+    reference, student = (copy.deepcopy(m).double().cpu() for m in (reference, student))
+    expected = projected_logits(reference, sites, bases, batch)
+    with evaluation(student):
+        got = batching.logits(student, batching.to(batch, "cpu"))
+    error = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+    allowed = max(1e-9, ROUNDINGS * torch.finfo(dtype).eps)
+    if not error <= allowed:
+        raise SurgeryError(
+            f"a cut model must compute what its projected full-width reference computes, to {allowed:.1e}. It differs "
+            f"by {error:.1e} after cutting {', '.join(site.name for site in sites)}. This is a fault of rmtkd or an "
+            "unusual forward of the model: exclude these sites and report it."
+        )
+    return error
+
+
+def projected_logits(
+    model: nn.Module, sites: Iterable[Site], bases: Mapping[str, Sequence[Basis]], batch: Batch
+) -> Tensor:
+    """Outputs of the full-width model with the streams of these sites projected by hooks."""
+    handles = []
+    try:
+        for site in sites:
+            # In a product it is enough to project one of the two streams.
+            stream, basis = site.streams[0], bases[site.name][0]
+            handles.append(_project(model, site, stream, basis))
+        with evaluation(model):
+            return batching.logits(model, batching.to(batch, next(model.parameters()).device))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _project(model: nn.Module, site: Site, stream: Stream, basis: Basis):
+    module = model.get_submodule(stream.module)
+
+    def project(activations: Tensor) -> Tensor:
+        projector = basis.projector.to(activations)
+        mean = basis.mean.to(activations)
+        grouped = in_groups(activations, site.groups) - mean
+        return (torch.einsum("...gw,gvw->...gv", grouped, projector) + mean).flatten(-2)
+
+    if stream.side == "input":
+        return module.register_forward_pre_hook(lambda _, args: (project(args[0]), *args[1:]))
+    return module.register_forward_hook(lambda _, __, output: project(output))
+
+
+def _check_shared(sites: Sequence[Site], bases: Mapping[str, Sequence[Basis]]) -> None:
+    widths: dict[str, int] = {}
+    for site in sites:
+        for basis in bases[site.name]:
+            kept = basis.reduce.shape[1]
+            if widths.setdefault(site.shares, kept) != kept:
+                raise PlanError(
+                    f"sites that share the width {site.shares} must keep the same. Got {widths[site.shares]} and {kept}."
+                    " Give them one width; nothing was changed."
+                )
+
+
+def _prepare(model: nn.Module, site: Site) -> None:
+    if site.factorizes:
+        factorize_embedding(model, site.factorizes)
+
+
+def _fold(model: nn.Module, site: Site, stream: Stream, basis: Basis, *, rescale: bool) -> None:
+    reduce = basis.reduce
+    if rescale and any(attribute.quantity == "scaling" for attribute in site.attributes):
+        # The module divides the product by the square root of the new width; the old one was meant.
+        kept, width = reduce.shape[-2:]
+        reduce = reduce * (kept / width) ** 0.5
+    if stream.intercept:
+        dropped = basis.mean - (basis.projector @ basis.mean[..., None])[..., 0]
+        shift = sum(_weight(model, axis) @ dropped.flatten() for axis in stream.readers)
+        bias = model.get_parameter(stream.intercept)
+        _replace(model, stream.intercept, bias.detach().double().cpu() + shift)
+    for axis in stream.writers:
+        _apply(model, axis, reduce)
+    for axis in stream.readers:
+        _apply(model, axis, basis.lift.mT)
+
+
+def _weight(model: nn.Module, axis: Axis) -> Float[Tensor, "out total"]:
+    """A reader's weight in float64, as a matrix that acts on the site's activations."""
+    weight = model.get_parameter(axis.parameter).detach().double().cpu()
+    return weight.movedim(axis.dim, -1).flatten(0, -2)
+
+
+def _apply(model: nn.Module, axis: Axis, maps: Float[Tensor, "groups kept width"]) -> None:
+    """Multiply one dimension of a parameter, group by group, in float64."""
+    weight = model.get_parameter(axis.parameter).detach().double().cpu().movedim(axis.dim, -1)
+    mapped = torch.einsum("...gw,gkw->...gk", in_groups(weight, len(maps)), maps).flatten(-2)
+    _replace(model, axis.parameter, mapped.movedim(-1, axis.dim))
+
+
+def _replace(model: nn.Module, name: str, value: Tensor) -> None:
+    """Put a new value of any shape in place of a parameter and tell its module the new sizes."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    old = module.get_parameter(leaf)
+    new = nn.Parameter(value.to(old.device, old.dtype).contiguous(), requires_grad=old.requires_grad)
+    setattr(module, leaf, new)
+    if leaf == "weight" and isinstance(module, nn.Linear):
+        module.out_features, module.in_features = new.shape
+    elif leaf == "weight" and isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = new.shape
+
+
+def _set_attributes(model: nn.Module, site: Site, width: int) -> None:
+    for attribute in site.attributes:
+        setattr(model.get_submodule(attribute.module), attribute.name, attribute.value(width, site.groups))
