@@ -1,5 +1,7 @@
 """The claims of `rmtkd.spectra`: closed forms against quadrature and goldens, the rule on known spectra."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import integrate, stats
 
 from rmtkd.errors import DataError, OptionError
-from rmtkd.spectra import RULES, MarchenkoPastur, NoiseEdge, mp
+from rmtkd.spectra import RULES, MarchenkoPastur, NoiseEdge, _cdf_of_angle, mp
 
 QUADRATURE_Q = [1e-6, 1e-4, 0.01, 0.1, 0.5, 1.0, 3.0]
 
@@ -127,12 +129,14 @@ def test_law_is_stable_for_tiny_q() -> None:
     assert law.median == pytest.approx(1 - 1e-8 / 3, abs=1e-15)
 
 
-def test_series_and_closed_form_agree_where_they_meet() -> None:
-    # q = 0.01 is where the code changes from one to the other; the law itself is continuous in q
-    u = np.linspace(0.01, 0.99, 50)
-    below, above = MarchenkoPastur(q=0.01 * (1 - 1e-13)), MarchenkoPastur(q=0.01 * (1 + 1e-13))
-    p = [law.cdf(law.lower + (law.upper - law.lower) * u) for law in (below, above)]
-    np.testing.assert_allclose(p[0], p[1], atol=2e-14)
+@pytest.mark.parametrize("r", [1e-8, 1e-3, 0.0999, 0.1001, 0.4, 0.9])
+def test_cdf_has_full_precision_on_both_sides_of_the_change_of_formula(r: float) -> None:
+    """Against the sine series to 600 terms; the closed form alone would be wrong by 1e-8 at r = 1e-8."""
+    phi = np.linspace(0, np.pi, 41)
+    k = np.arange(2, 602)
+    tail = np.array([math.fsum(r ** (k - 2.0) * np.sin(k * angle) / k) for angle in phi])
+    expected = (phi + r * np.sin(phi) - (1 - r * r) * tail) / np.pi
+    np.testing.assert_allclose(_cdf_of_angle(phi, r), expected, rtol=0, atol=2e-15)
 
 
 def test_zero_is_an_atom_when_vectors_are_fewer_than_dimensions() -> None:

@@ -19,7 +19,7 @@ from rmtkd.errors import OptionError, PlanError, check_choice
 from rmtkd.measurement import count_flops, count_parameters
 from rmtkd.sites import Site, by_width
 from rmtkd.spectra import NoiseEdge
-from rmtkd.surgery import skeleton
+from rmtkd.surgery import fill_with_zeros, skeleton
 
 FORMAT = 1
 
@@ -227,13 +227,14 @@ def make_plan(
             widths |= {site.name: min(rounded, group[0].width) for site in group}
         return widths
 
-    def cost(widths: Mapping[str, int]) -> dict[str, int]:
-        return predict_cost(model, sites, widths, batch)
-
-    baseline = cost({})
+    baseline = predict_cost(model, sites, {}, batch)
     multiplier = 1.0
     if target is not None:
-        multiplier = _meet(target, baseline, widths_at, cost, _critical(spectrums, edges))
+
+        def cost_at(multiplier: float) -> int:
+            return COSTS[target.cost](model, sites, widths_at(multiplier), batch)
+
+        multiplier = _meet(target, baseline, cost_at, _critical(spectrums, edges))
     widths = widths_at(multiplier)
     return Plan(
         model=type(model).__name__,
@@ -246,18 +247,33 @@ def make_plan(
             for site in sites
         ),
         baseline=baseline,
-        predicted=cost(widths),
+        predicted=predict_cost(model, sites, widths, batch),
     )
 
 
 def predict_cost(
     model: nn.Module, sites: Sequence[Site], widths: Mapping[str, int], batch: Batch
 ) -> dict[str, int]:
-    """Parameters and FLOPs of the model at these widths, counted on its skeleton: exact, without building it."""
-    from rmtkd.batches import to
+    """Parameters and FLOPs of the model at these widths, counted on its skeleton: exact, and no model is built."""
+    return {name: count(model, sites, widths, batch) for name, count in COSTS.items()}
 
+
+def _parameters(model: nn.Module, sites: Sequence[Site], widths: Mapping[str, int], batch: Batch) -> int:
+    return count_parameters(skeleton(model, sites, widths))
+
+
+def _flops(model: nn.Module, sites: Sequence[Site], widths: Mapping[str, int], batch: Batch) -> int:
     shape = skeleton(model, sites, widths)
-    return {"params": count_parameters(shape), "flops": count_flops(shape, to(batch, "meta"))}
+    # Zeros in place of weights: a forward pass may look at values, which the meta device has none of.
+    fill_with_zeros(shape, next(model.parameters()).device)
+    return count_flops(shape, batch)
+
+
+COSTS: Mapping[str, Callable[[nn.Module, Sequence[Site], Mapping[str, int], Batch], int]] = {
+    "params": _parameters,
+    "flops": _flops,
+}
+"""What a target can name, and how it is counted for given widths."""
 
 
 def _count(spectrums: Sequence[Spectrum], edges: Sequence[NoiseEdge], multiplier: float) -> float:
@@ -283,23 +299,22 @@ def _critical(
 def _meet(
     target: Target,
     baseline: Cost,
-    widths_at: Callable[[float], dict[str, int]],
-    cost: Callable[[Mapping[str, int]], dict[str, int]],
+    cost_at: Callable[[float], int],
     candidates: Float[np.ndarray, " candidates"],
 ) -> float:
     """The smallest multiplier whose widths meet the target: cost falls as the multiplier rises, so bisect."""
     limit = target.limit(baseline)
-    least = cost(widths_at(float(candidates[-1])))[target.cost]
+    least = cost_at(float(candidates[-1]))
     if least > limit:
         raise PlanError(
             f"the target must be at least {least:,} {target.cost} ({least / baseline[target.cost]:.1%} of "
             f"{baseline[target.cost]:,}), which remain with every site at its least width. Got {limit:,.0f}. "
             "Raise the target, or lower multiple_of or min_share."
         )
-    low, high = 0, len(candidates) - 1  # cost(high) meets the target
+    low, high = 0, len(candidates) - 1  # `high` meets the target
     while low < high:
         middle = (low + high) // 2
-        if cost(widths_at(float(candidates[middle])))[target.cost] <= limit:
+        if cost_at(float(candidates[middle])) <= limit:
             high = middle
         else:
             low = middle + 1

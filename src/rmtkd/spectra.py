@@ -220,9 +220,9 @@ def mp(eigenvalues: Float[np.ndarray, " count"], *, q: float, tau: float = 0.5, 
     * *Continuous.* A histogram of d points is piecewise constant in σ², with many false minima. The empirical
       cdf is interpolated linearly between eigenvalues instead; they repel each other, so little is lost.
     * *Local.* If there is a bulk, the τ-quantile is one of its eigenvalues: λ₋ ≤ σ₀² ≤ λ₊. Hence σ² is the
-      best fit within σ₀²/(1 + √q)² ≤ σ² ≤ σ₀²/(1 − √q)², never beyond 4 σ₀² (and never below σ₀²/4, by the
-      first bound). It follows that the edge never falls below the τ-quantile, and that a larger τ never keeps
-      more. Where nothing improves on σ₀², σ₀² stays.
+      best fit within σ₀²/(1 + √q)² ≤ σ² ≤ σ₀²/(1 − √q)² (1/q for q > 1), never beyond 4 σ₀², and never below
+      σ₀²/4 by the first bound. It follows that the edge never falls below the τ-quantile, and that a larger τ
+      never keeps more. Where nothing improves on σ₀², σ₀² stays.
 
     As q → 0 the support closes on σ²: if the spectrum then is no bulk but, say, a power law, the rule keeps a
     share 1 − τ of it or a little less, whatever the data. τ is a compression setting there, and the remarks
@@ -254,7 +254,6 @@ def mp(eigenvalues: Float[np.ndarray, " count"], *, q: float, tau: float = 0.5, 
         raise OptionError(f"tau must lie strictly between 0 and 1 — got {tau} — 0.4 to 0.6 is usual.")
     if bins < 1:
         raise OptionError(f"bins must be at least 1 — got {bins} — 20 is usual.")
-    total = len(eigenvalues)
     noise, q, remarks = _without_zeros(_checked(eigenvalues), q)
     gram = noise / max(1.0, q)  # by duality these follow σ² MP(min(q, 1/q)), which has no atom
     law = MarchenkoPastur(q=min(q, 1 / q))
@@ -267,7 +266,7 @@ def mp(eigenvalues: Float[np.ndarray, " count"], *, q: float, tau: float = 0.5, 
     ks = _kolmogorov_smirnov(gram[noise <= edge] / sigma2, law)
     if ks > _MISFIT_KS:
         remarks.append(f"No bulk fits, KS {ks:.2f}.")
-    share = np.count_nonzero(noise > edge) / total
+    share = float(np.mean(noise > edge))
     if q < 0.05 and abs(share - (1 - tau)) <= 0.1:
         remarks.append(
             f"With q = {q:.2g} the edge closes on σ²: the rule acts as a quantile threshold and keeps "
@@ -356,7 +355,7 @@ def _kolmogorov_smirnov(values: Float[np.ndarray, " count"], law: MarchenkoPastu
 
 
 def _checked(eigenvalues: Float[np.ndarray, " count"]) -> Float[np.ndarray, " count"]:
-    """`eigenvalues` in float64, ascending, rounding below zero removed."""
+    """`eigenvalues` in float64, ascending."""
     if len(eigenvalues) == 0:
         raise DataError("A spectrum must hold at least one eigenvalue — got none — pass the eigenvalues.")
     if not np.all(np.isfinite(eigenvalues)):
@@ -375,7 +374,7 @@ def _checked(eigenvalues: Float[np.ndarray, " count"]) -> Float[np.ndarray, " co
             "Some eigenvalue must be positive — got only zeros — the width is dead on these data: leave it "
             "alone."
         )
-    return np.maximum(ascending, 0)
+    return ascending
 
 
 def _check_positive(name: str, value: float) -> None:

@@ -49,20 +49,15 @@ def narrow(model: nn.Module, sites: Sequence[Site], bases: Mapping[str, Sequence
 
 
 def skeleton(model: nn.Module, sites: Sequence[Site], widths: Mapping[str, int]) -> nn.Module:
-    """The shape of the model at the given widths, on the meta device: no memory, no values.
+    """The shape of the model at the given widths: parameters on the meta device, without memory or values.
 
     Args:
         model: the model, left as it was.
         sites: the sites that may be narrowed.
         widths: for each site's name the width that is kept; full where a site is missing.
     """
-    # deepcopy takes what the memo holds in place of a copy: no parameter or buffer is ever duplicated.
-    meta = {
-        id(tensor): nn.Parameter(tensor.to("meta"), requires_grad=tensor.requires_grad)
-        if isinstance(tensor, nn.Parameter)
-        else tensor.to("meta")
-        for tensor in (*model.parameters(), *model.buffers())
-    }
+    # deepcopy takes what the memo holds in place of a copy: no parameter is ever duplicated.
+    meta = {id(parameter): nn.Parameter(parameter.detach().to("meta")) for parameter in model.parameters()}
     student = copy.deepcopy(model, meta)
     for site in sites:
         width = widths.get(site.name, site.width)
@@ -77,6 +72,14 @@ def skeleton(model: nn.Module, sites: Sequence[Site], widths: Mapping[str, int])
                 _replace(student, axis.parameter, torch.empty(shape, dtype=parameter.dtype, device="meta"))
         _set_attributes(student, site, width)
     return student
+
+
+def fill_with_zeros(model: nn.Module, device: torch.device | str) -> None:
+    """Give the parameters of a skeleton values, in place, so that it runs."""
+    for name, parameter in list(model.named_parameters()):
+        path, _, leaf = name.rpartition(".")
+        zeros = torch.zeros(parameter.shape, dtype=parameter.dtype, device=device)
+        setattr(model.get_submodule(path), leaf, nn.Parameter(zeros))
 
 
 def resize(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
