@@ -69,9 +69,13 @@ def collect(
         for site, stream, moment in streams:
             module = model.get_submodule(stream.module)
             if stream.side == "input":
-                hook = module.register_forward_pre_hook(lambda _, args, s=site, m=moment: watch(s, m, args[0]))
+                hook = module.register_forward_pre_hook(
+                    lambda _, args, s=site, m=moment: watch(s, m, args[0])
+                )
             else:
-                hook = module.register_forward_hook(lambda _, __, output, s=site, m=moment: watch(s, m, output))
+                hook = module.register_forward_hook(
+                    lambda _, __, output, s=site, m=moment: watch(s, m, output)
+                )
             handles.append(hook)
         with evaluation(model):
             for batch in batches:

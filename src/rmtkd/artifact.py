@@ -104,11 +104,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text())
     except (ValueError, OSError) as error:
-        raise ArtifactError(f"{path} must be JSON. Reading it gave: {error}. Fetch the folder again.") from None
+        raise ArtifactError(
+            f"{path} must be JSON. Reading it gave: {error}. Fetch the folder again."
+        ) from None
     needed = ("format", "model_class", "config", "shapes", "factorized", "attributes", "files", "self_test")
     missing = [key for key in needed if not isinstance(manifest, dict) or key not in manifest]
     if missing:
-        raise ArtifactError(f"{path} must hold {', '.join(needed)}. It lacks {', '.join(missing)}. Fetch it again.")
+        raise ArtifactError(
+            f"{path} must hold {', '.join(needed)}. It lacks {', '.join(missing)}. Fetch it again."
+        )
     if manifest["format"] != FORMAT:
         raise ArtifactError(
             f"the folder's format must be {FORMAT}. Got {manifest['format']!r}. Use the rmtkd that wrote it."
@@ -194,7 +198,9 @@ def _assign(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     expected = _all_tensors(model)
     if set(expected) != set(tensors):
         odd = sorted(set(expected) ^ set(tensors))
-        raise ArtifactError(f"{WEIGHTS} must hold exactly the model's tensors. They differ in {', '.join(odd[:5])}.")
+        raise ArtifactError(
+            f"{WEIGHTS} must hold exactly the model's tensors. They differ in {', '.join(odd[:5])}."
+        )
     for name, value in tensors.items():
         if value.shape != expected[name].shape:
             raise ArtifactError(
@@ -230,9 +236,7 @@ def _self_test_logits(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -
 
 def _self_test(model: nn.Module, test: Mapping[str, Any]) -> None:
     expected = torch.tensor(test["logits"])
-    got = _self_test_logits(
-        model, torch.tensor(test["input_ids"]), torch.tensor(test["attention_mask"])
-    )
+    got = _self_test_logits(model, torch.tensor(test["input_ids"]), torch.tensor(test["attention_mask"]))
     error = float((got - expected).abs().max() / expected.abs().max())
     if not error <= SELF_TEST_TOLERANCE:
         raise ArtifactError(
@@ -247,7 +251,9 @@ def _verify_checksums(folder: Path, manifest: Mapping[str, Any]) -> None:
         if Path(name).name != name or not path.is_file():
             raise ArtifactError(f"the folder must hold {name!r}. It does not. Fetch the folder again.")
         if _sha256(path) != expected:
-            raise ArtifactError(f"{path} must be as it was written. Its checksum differs. Fetch the folder again.")
+            raise ArtifactError(
+                f"{path} must be as it was written. Its checksum differs. Fetch the folder again."
+            )
 
 
 def _sha256(path: Path) -> str:

@@ -26,7 +26,9 @@ Data = Annotated[Path | None, typer.Option("--data", help="Folder of parquet fil
 Seed = Annotated[int, typer.Option(help="Of everything random.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
-Target = Annotated[str | None, typer.Option(help="What remains: 25%params, 40%flops, 5M. Tied weights count once.")]
+Target = Annotated[
+    str | None, typer.Option(help="What remains: 25%params, 40%flops, 5M. Tied weights count once.")
+]
 Tau = Annotated[float, typer.Option(help="Quantile that starts the noise level; larger cuts more.")]
 Rule = Annotated[str, typer.Option(help="Spectral rule.")]
 MultipleOf = Annotated[int, typer.Option(help="Kept widths are multiples of this.")]
@@ -40,7 +42,9 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder for the trained model; must be new.")],
     model: Model = None,
     data: Data = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the training rows; the recipe's by default.")] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over the training rows; the recipe's by default.")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate; the recipe's by default.")] = None,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -53,7 +57,14 @@ def train(
     from rmtkd.teaching import train_teacher
 
     record = train_teacher(
-        _recipe(recipe), model=model, data=data, out=out, epochs=epochs, lr=lr, seed=seed, device=device,
+        _recipe(recipe),
+        model=model,
+        data=data,
+        out=out,
+        epochs=epochs,
+        lr=lr,
+        seed=seed,
+        device=device,
         on_event=_watcher(),
     )
     accuracy = record["accuracy"]
@@ -67,7 +78,9 @@ def train(
 @app.command()
 def plan(
     recipe: RecipeName,
-    out: Annotated[Path, typer.Option(help="Folder for plan.json and spectra.npz; new, or holding only a plan.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for plan.json and spectra.npz; new, or holding only a plan.")
+    ],
     model: Model = None,
     data: Data = None,
     target: Target = None,
@@ -123,20 +136,27 @@ def compress(
     target: Target = None,
     rule: Rule = "mp",
     tau: Tau = 0.5,
-    granularity: Annotated[str | None, typer.Option(help="What is cut between recoveries: site, layer or round.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Recovery of the whole run, in epochs; 0 cuts only.")] = None,
+    granularity: Annotated[
+        str | None, typer.Option(help="What is cut between recoveries: site, layer or round.")
+    ] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="Recovery of the whole run, in epochs; 0 cuts only.")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate of recovery.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Weight of the labels against the teacher.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Of both softmaxes.")] = None,
     teacher: Annotated[str | None, typer.Option(help="previous (before the cut) or original.")] = None,
     tolerance: Annotated[
-        float | None, typer.Option(help="Largest loss of selection accuracy (0.02 is two points); else roll back.")
+        float | None,
+        typer.Option(help="Largest loss of selection accuracy (0.02 is two points); else roll back."),
     ] = None,
     max_rounds: Annotated[int | None, typer.Option(help="Stop after as many rounds.")] = None,
     multiple_of: MultipleOf = 8,
     min_share: MinShare = 0.0,
     calibration_share: Calibration = 0.1,
-    control: Annotated[bool, typer.Option("--control", help="Also train the same shape from a random start.")] = False,
+    control: Annotated[
+        bool, typer.Option("--control", help="Also train the same shape from a random start.")
+    ] = False,
     seed: Seed = 0,
     device: Device = "cpu",
     as_json: AsJson = False,
@@ -156,15 +176,28 @@ def compress(
 
     task = _recipe(recipe)
     given = {
-        "target": target, "granularity": granularity, "epochs": epochs, "teacher": teacher, "tolerance": tolerance,
+        "target": target,
+        "granularity": granularity,
+        "epochs": epochs,
+        "teacher": teacher,
+        "tolerance": tolerance,
         "max_rounds": max_rounds,
     }
-    steps = {name: value for name, value in (("lr", lr), ("alpha", alpha), ("temperature", temperature)) if value is not None}
+    steps = {
+        name: value
+        for name, value in (("lr", lr), ("alpha", alpha), ("temperature", temperature))
+        if value is not None
+    }
     options: dict[str, Any] = {
         **task.options,
         **{name: value for name, value in given.items() if value is not None},
-        "rule": rule, "tau": tau, "multiple_of": multiple_of, "min_share": min_share,
-        "calibration_share": calibration_share, "seed": seed, "device": device,
+        "rule": rule,
+        "tau": tau,
+        "multiple_of": multiple_of,
+        "min_share": min_share,
+        "calibration_share": calibration_share,
+        "seed": seed,
+        "device": device,
     }
     options["recovery"] = replace(options.get("recovery", Options().recovery), **steps)
     Options(**options)  # before anything takes time
@@ -196,15 +229,19 @@ def compress(
     if note := reporting.misfit_note(result.plan):
         out_console.print(note, highlight=False)
     out_console.print(reporting.summary(result.record))
-    out_console.print(f"{out}/summary.json holds the record, {out}/model the model: rmtkd.load({str(out / 'model')!r})",
-                      highlight=False)
+    out_console.print(
+        f"{out}/summary.json holds the record, {out}/model the model: rmtkd.load({str(out / 'model')!r})",
+        highlight=False,
+    )
 
 
 @app.command()
 def evaluate(
     model_dir: Annotated[str, typer.Argument(help="Model folder, compressed or not.")],
     recipe: Annotated[str, typer.Option(help="The task whose columns the rows have.")],
-    file: Annotated[Path | None, typer.Option(help="Parquet file of labelled rows; the report rows by default.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="Parquet file of labelled rows; the report rows by default.")
+    ] = None,
     data: Data = None,
     device: Device = "cpu",
     as_json: AsJson = False,
@@ -220,12 +257,18 @@ def evaluate(
 
     task = _recipe(recipe)
     source = task.load(model_dir)
-    rows = task.rows(data, source.tokenizer, 0).report if file is None else task.file_rows(file, source.tokenizer)
+    rows = (
+        task.rows(data, source.tokenizer, 0).report
+        if file is None
+        else task.file_rows(file, source.tokenizer)
+    )
     result = accuracy(source.model.to(device), rows)
     if as_json:
         sys.stdout.write(json.dumps({"accuracy": asdict(result)}) + "\n")
     else:
-        out_console.print(f"accuracy {result.value:.2%} ± {result.stderr:.2%} (n = {result.n})", highlight=False)
+        out_console.print(
+            f"accuracy {result.value:.2%} ± {result.stderr:.2%} (n = {result.n})", highlight=False
+        )
 
 
 @app.command("ls")

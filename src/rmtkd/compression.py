@@ -149,9 +149,7 @@ def plan(
     return made, spectrums
 
 
-def fit_bases(
-    model: nn.Module, site: Site, moments: Sequence[Covariance], keep: int
-) -> tuple[Basis, ...]:
+def fit_bases(model: nn.Module, site: Site, moments: Sequence[Covariance], keep: int) -> tuple[Basis, ...]:
     """The bases of one site's streams at width `keep`, from the moments of its activations."""
     if site.kind == "bilinear":
         queries, keys = moments
@@ -224,9 +222,7 @@ class _Run:
         queue = self.rounds_of(made)
         steps = self.steps_of(len(queue))
         student, rounds = self.model, ()
-        history = History(
-            options=options, baseline_accuracy=baseline.value, rounds=(), pending=len(queue)
-        )
+        history = History(options=options, baseline_accuracy=baseline.value, rounds=(), pending=len(queue))
         while (reason := stop_reason(history)) is None:
             sites = queue.pop(0)
             candidate, done = self.round(student, sites, made, len(rounds) + 1, steps[len(rounds)])
@@ -258,7 +254,9 @@ class _Run:
         cut = accuracy(student, self.selection)
         self.emit("check", number=number, error=error, selection_accuracy=cut.value)
         middle = time.monotonic()
-        losses = self.recover(student, self.model if self.options.teacher == "original" else before, number, steps)
+        losses = self.recover(
+            student, self.model if self.options.teacher == "original" else before, number, steps
+        )
         after = accuracy(student, self.selection) if losses else cut
         return student, Round(
             number=number,

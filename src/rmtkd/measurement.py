@@ -177,7 +177,9 @@ def predict(
         for batch in rows:
             batch_labels = batching.labels(batch)
             if batch_labels is None:
-                raise DataError("rows that are evaluated must have labels. Got a batch without. Add `labels`.")
+                raise DataError(
+                    "rows that are evaluated must have labels. Got a batch without. Add `labels`."
+                )
             scores.append(batching.logits(model, batching.to(batch, device)).float().cpu())
             labels.append(batch_labels.cpu())
     if not scores:

@@ -66,9 +66,7 @@ class Target:
         if number := re.fullmatch(r"([\d.]+)\s*([kmb]?)", text.strip().lower()):
             amount = float(number[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[number[2]]
             return cls(cost="params", amount=amount, is_share=False)
-        raise OptionError(
-            f"--target must be what remains, such as 25%params, 40%flops or 5M. Got {text!r}."
-        )
+        raise OptionError(f"--target must be what remains, such as 25%params, 40%flops or 5M. Got {text!r}.")
 
     def limit(self, baseline: "Cost") -> float:
         """The largest count that meets the target."""
@@ -159,7 +157,9 @@ class Plan:
             )
             return cls(**{**fields, "remarks": tuple(fields["remarks"])})
         except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise PlanError(f"a plan must be the JSON that `rmtkd plan` writes. Reading it gave {error!r}.") from None
+            raise PlanError(
+                f"a plan must be the JSON that `rmtkd plan` writes. Reading it gave {error!r}."
+            ) from None
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON."""

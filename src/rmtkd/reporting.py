@@ -115,7 +115,10 @@ def summary_rows(record: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
             ratio(before["disk_bytes"], after["disk_bytes"]),
         ),
     ]
-    for key, name in (("accuracy", "accuracy, report rows"), ("accuracy_selection", "accuracy, selection rows")):
+    for key, name in (
+        ("accuracy", "accuracy, report rows"),
+        ("accuracy_selection", "accuracy, selection rows"),
+    ):
         if before[key] is not None:
             points = 100 * (after[key]["value"] - before[key]["value"])
             rows.append(
@@ -134,7 +137,9 @@ def summary_rows(record: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
                 f"same shape, random start, {control['steps']} steps",
                 "",
                 f"{value['value']:.2%} ± {value['stderr']:.2%}",
-                f"{100 * (value['value'] - before['accuracy']['value']):+.2f} points" if before["accuracy"] else "",
+                f"{100 * (value['value'] - before['accuracy']['value']):+.2f} points"
+                if before["accuracy"]
+                else "",
             )
         )
     return rows

@@ -86,7 +86,14 @@ def train_teacher(
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        train(student, rows.train, steps=steps, recovery=recovery, precision="bf16" if bf16 else "fp32", on_step=on_step)
+        train(
+            student,
+            rows.train,
+            steps=steps,
+            recovery=recovery,
+            precision="bf16" if bf16 else "fp32",
+            on_step=on_step,
+        )
     if average and steps:
         average.apply()
     record = {

@@ -28,7 +28,10 @@ def start_classifier(path: str, labels: tuple[str, ...], seed: int) -> Source:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _from_pretrained(
-            path, num_labels=len(labels), id2label=dict(enumerate(labels)), label2id={n: i for i, n in enumerate(labels)}
+            path,
+            num_labels=len(labels),
+            id2label=dict(enumerate(labels)),
+            label2id={n: i for i, n in enumerate(labels)},
         )
     return Source(model=model, tokenizer=load_tokenizer(path))
 
