@@ -96,9 +96,7 @@ def test_groups_are_independent_of_one_another() -> None:
     together = streamed(vectors, [50, 150])
     for group in range(3):
         alone = streamed(vectors[:, group : group + 1], [50, 150])
-        torch.testing.assert_close(
-            together.covariance()[group], alone.covariance()[0], rtol=1e-13, atol=1e-13
-        )
+        torch.testing.assert_close(together.covariance()[group], alone.covariance()[0], rtol=1e-13, atol=1e-13)
     changed = vectors.clone()
     changed[:, 1] *= 1e6
     other = streamed(changed, [50, 150])
@@ -194,9 +192,7 @@ def test_gradients_are_not_recorded() -> None:
     mean=st.sampled_from([0.0, 1.0, 1e3]),
     order=st.randoms(use_true_random=False),
 )
-def test_any_split_merged_in_any_order_equals_one_shot(
-    cuts: list[int], seed: int, mean: float, order
-) -> None:
+def test_any_split_merged_in_any_order_equals_one_shot(cuts: list[int], seed: int, mean: float, order) -> None:
     vectors = vectors_of(120, 2, 5, seed=seed, mean=mean)
     bounds = [0, *cuts, 120]
     sizes = [b - a for a, b in pairwise(bounds)]  # some are empty

@@ -368,9 +368,7 @@ def test_rounding_below_zero_is_forgiven() -> None:
 
 
 def test_count_is_strict_and_takes_a_margin() -> None:
-    found = NoiseEdge(
-        rule="mp", q=0.1, sigma2_initial=1.0, sigma2=1.0, edge=2.0, fit_error=0.0, ks=0.0, misfit=False
-    )
+    found = NoiseEdge(rule="mp", q=0.1, sigma2_initial=1.0, sigma2=1.0, edge=2.0, fit_error=0.0, ks=0.0, misfit=False)
     eigenvalues = np.array([2.0, 5.0, 1.0, 3.0, 3.0])
     assert found.count(eigenvalues) == 3
     assert found.count(eigenvalues, 1.5) == 1

@@ -23,9 +23,7 @@ def in_groups(activations: Tensor, groups: int) -> Tensor:
     return activations.unflatten(-1, (groups, -1))
 
 
-def collect(
-    model: nn.Module, sites: Sequence[Site], batches: Iterable[Batch]
-) -> dict[str, tuple[Covariance, ...]]:
+def collect(model: nn.Module, sites: Sequence[Site], batches: Iterable[Batch]) -> dict[str, tuple[Covariance, ...]]:
     """Moments of every stream of the sites, over the real positions of all batches, in one pass.
 
     Args:
@@ -40,9 +38,7 @@ def collect(
     Raises:
         DataError: if there are no real positions, fewer than a site is wide, or if activations are not finite.
     """
-    moments = {
-        site.name: tuple(Covariance(site.width, groups=site.groups) for _ in site.streams) for site in sites
-    }
+    moments = {site.name: tuple(Covariance(site.width, groups=site.groups) for _ in site.streams) for site in sites}
     pending = 0
     mask: Tensor | None = None
     device = next(model.parameters()).device
@@ -69,13 +65,9 @@ def collect(
         for site, stream, moment in streams:
             module = model.get_submodule(stream.module)
             if stream.side == "input":
-                hook = module.register_forward_pre_hook(
-                    lambda _, args, s=site, m=moment: watch(s, m, args[0])
-                )
+                hook = module.register_forward_pre_hook(lambda _, args, s=site, m=moment: watch(s, m, args[0]))
             else:
-                hook = module.register_forward_hook(
-                    lambda _, __, output, s=site, m=moment: watch(s, m, output)
-                )
+                hook = module.register_forward_hook(lambda _, __, output, s=site, m=moment: watch(s, m, output))
             handles.append(hook)
         with evaluation(model):
             for batch in batches:

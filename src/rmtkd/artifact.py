@@ -104,15 +104,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text())
     except (ValueError, OSError) as error:
-        raise ArtifactError(
-            f"{path} must be JSON. Reading it gave: {error}. Fetch the folder again."
-        ) from None
+        raise ArtifactError(f"{path} must be JSON. Reading it gave: {error}. Fetch the folder again.") from None
     needed = ("format", "model_class", "config", "shapes", "factorized", "attributes", "files", "self_test")
     missing = [key for key in needed if not isinstance(manifest, dict) or key not in manifest]
     if missing:
-        raise ArtifactError(
-            f"{path} must hold {', '.join(needed)}. It lacks {', '.join(missing)}. Fetch it again."
-        )
+        raise ArtifactError(f"{path} must hold {', '.join(needed)}. It lacks {', '.join(missing)}. Fetch it again.")
     if manifest["format"] != FORMAT:
         raise ArtifactError(
             f"the folder's format must be {FORMAT}. Got {manifest['format']!r}. Use the rmtkd that wrote it."
@@ -120,9 +116,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _write(
-    model: nn.Module, folder: Path, card: str, provenance: dict[str, Any], extra_files: Iterable[Path]
-) -> None:
+def _write(model: nn.Module, folder: Path, card: str, provenance: dict[str, Any], extra_files: Iterable[Path]) -> None:
     tensors = {name: value.detach().cpu().contiguous() for name, value in _all_tensors(model).items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     config = model.config.to_dict()
@@ -139,9 +133,7 @@ def _write(
             "model_class": type(model).__name__,
             "config": config,
             "shapes": {name: list(parameter.shape) for name, parameter in model.named_parameters()},
-            "factorized": [
-                name for name, module in model.named_modules() if isinstance(module, FactorizedEmbedding)
-            ],
+            "factorized": [name for name, module in model.named_modules() if isinstance(module, FactorizedEmbedding)],
             "attributes": [
                 [attribute.module, attribute.name, attribute.value(site.width, site.groups)]
                 for site in find_sites(model)
@@ -198,9 +190,7 @@ def _assign(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     expected = _all_tensors(model)
     if set(expected) != set(tensors):
         odd = sorted(set(expected) ^ set(tensors))
-        raise ArtifactError(
-            f"{WEIGHTS} must hold exactly the model's tensors. They differ in {', '.join(odd[:5])}."
-        )
+        raise ArtifactError(f"{WEIGHTS} must hold exactly the model's tensors. They differ in {', '.join(odd[:5])}.")
     for name, value in tensors.items():
         if value.shape != expected[name].shape:
             raise ArtifactError(
@@ -251,9 +241,7 @@ def _verify_checksums(folder: Path, manifest: Mapping[str, Any]) -> None:
         if Path(name).name != name or not path.is_file():
             raise ArtifactError(f"the folder must hold {name!r}. It does not. Fetch the folder again.")
         if _sha256(path) != expected:
-            raise ArtifactError(
-                f"{path} must be as it was written. Its checksum differs. Fetch the folder again."
-            )
+            raise ArtifactError(f"{path} must be as it was written. Its checksum differs. Fetch the folder again.")
 
 
 def _sha256(path: Path) -> str:

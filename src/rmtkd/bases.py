@@ -87,9 +87,7 @@ def unit_basis(
     return Basis(reduce=reduce, lift=lift, mean=mean)
 
 
-def select_units(
-    covariance: Float[Tensor, "width width"], reader: Float[Tensor, "out width"], keep: int
-) -> Tensor:
+def select_units(covariance: Float[Tensor, "width width"], reader: Float[Tensor, "out width"], keep: int) -> Tensor:
     """Choose units one by one, each the one that explains most of what the reader's output still lacks.
 
     With the covariance R of the residual after regressing on the chosen units, unit j explains `‖W R e_j‖² / R_jj` of

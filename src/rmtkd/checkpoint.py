@@ -62,9 +62,7 @@ class RunFolder:
             raise RunError(f"--out must be a folder. {path} is a file. Choose another name.")
         found = {file.name for file in path.iterdir()} if path.exists() else set()
         if found - PLAN_FILES:
-            held = (
-                "another run" if "config.json" in found else f"other files ({sorted(found - PLAN_FILES)[0]})"
-            )
+            held = "another run" if "config.json" in found else f"other files ({sorted(found - PLAN_FILES)[0]})"
             raise RunError(
                 f"--out must be a new folder, or hold only a plan. {path} holds {held}. "
                 "Choose another folder, or remove this one; nothing in it was changed."

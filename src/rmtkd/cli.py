@@ -26,9 +26,7 @@ Data = Annotated[Path | None, typer.Option("--data", help="Folder of parquet fil
 Seed = Annotated[int, typer.Option(help="Of everything random.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
-Target = Annotated[
-    str | None, typer.Option(help="What remains: 25%params, 40%flops, 5M. Tied weights count once.")
-]
+Target = Annotated[str | None, typer.Option(help="What remains: 25%params, 40%flops, 5M. Tied weights count once.")]
 Tau = Annotated[float, typer.Option(help="Quantile that starts the noise level; larger cuts more.")]
 Rule = Annotated[str, typer.Option(help="Spectral rule.")]
 MultipleOf = Annotated[int, typer.Option(help="Kept widths are multiples of this.")]
@@ -78,9 +76,7 @@ def train(
 @app.command()
 def plan(
     recipe: RecipeName,
-    out: Annotated[
-        Path, typer.Option(help="Folder for plan.json and spectra.npz; new, or holding only a plan.")
-    ],
+    out: Annotated[Path, typer.Option(help="Folder for plan.json and spectra.npz; new, or holding only a plan.")],
     model: Model = None,
     data: Data = None,
     target: Target = None,
@@ -139,9 +135,7 @@ def compress(
     granularity: Annotated[
         str | None, typer.Option(help="What is cut between recoveries: site, layer or round.")
     ] = None,
-    epochs: Annotated[
-        float | None, typer.Option(help="Recovery of the whole run, in epochs; 0 cuts only.")
-    ] = None,
+    epochs: Annotated[float | None, typer.Option(help="Recovery of the whole run, in epochs; 0 cuts only.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate of recovery.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Weight of the labels against the teacher.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Of both softmaxes.")] = None,
@@ -154,9 +148,7 @@ def compress(
     multiple_of: MultipleOf = 8,
     min_share: MinShare = 0.0,
     calibration_share: Calibration = 0.1,
-    control: Annotated[
-        bool, typer.Option("--control", help="Also train the same shape from a random start.")
-    ] = False,
+    control: Annotated[bool, typer.Option("--control", help="Also train the same shape from a random start.")] = False,
     seed: Seed = 0,
     device: Device = "cpu",
     as_json: AsJson = False,
@@ -184,9 +176,7 @@ def compress(
         "max_rounds": max_rounds,
     }
     steps = {
-        name: value
-        for name, value in (("lr", lr), ("alpha", alpha), ("temperature", temperature))
-        if value is not None
+        name: value for name, value in (("lr", lr), ("alpha", alpha), ("temperature", temperature)) if value is not None
     }
     options: dict[str, Any] = {
         **task.options,
@@ -257,18 +247,12 @@ def evaluate(
 
     task = _recipe(recipe)
     source = task.load(model_dir)
-    rows = (
-        task.rows(data, source.tokenizer, 0).report
-        if file is None
-        else task.file_rows(file, source.tokenizer)
-    )
+    rows = task.rows(data, source.tokenizer, 0).report if file is None else task.file_rows(file, source.tokenizer)
     result = accuracy(source.model.to(device), rows)
     if as_json:
         sys.stdout.write(json.dumps({"accuracy": asdict(result)}) + "\n")
     else:
-        out_console.print(
-            f"accuracy {result.value:.2%} ± {result.stderr:.2%} (n = {result.n})", highlight=False
-        )
+        out_console.print(f"accuracy {result.value:.2%} ± {result.stderr:.2%} (n = {result.n})", highlight=False)
 
 
 @app.command("ls")

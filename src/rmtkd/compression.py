@@ -209,9 +209,7 @@ class _Run:
         started = time.monotonic()
         baseline = check_teacher(self.model, self.selection)
         emit("start", options=options.to_dict(), selection_accuracy=asdict(baseline))
-        made, spectrums = plan(
-            self.model, calibration=self.calibration, example=self.example, **_fields(options)
-        )
+        made, spectrums = plan(self.model, calibration=self.calibration, example=self.example, **_fields(options))
         made = given or made
         emit("plan", predicted=made.predicted, widths=made.widths)
         if folder:
@@ -254,9 +252,7 @@ class _Run:
         cut = accuracy(student, self.selection)
         self.emit("check", number=number, error=error, selection_accuracy=cut.value)
         middle = time.monotonic()
-        losses = self.recover(
-            student, self.model if self.options.teacher == "original" else before, number, steps
-        )
+        losses = self.recover(student, self.model if self.options.teacher == "original" else before, number, steps)
         after = accuracy(student, self.selection) if losses else cut
         return student, Round(
             number=number,
@@ -317,9 +313,7 @@ class _Run:
         """What both models cost and how well they do, measured side by side on the same rows and batch."""
         latencies = time_forward([self.model, student], self.example)
         record: dict[str, Any] = {}
-        for name, model, latency in zip(
-            ("baseline", "compressed"), (self.model, student), latencies, strict=True
-        ):
+        for name, model, latency in zip(("baseline", "compressed"), (self.model, student), latencies, strict=True):
             cost = measure(model, self.example, encoder=self.family.encoder, latency=latency).to_dict()
             cost["accuracy"] = None if self.report is None else asdict(accuracy(model, self.report))
             cost["accuracy_selection"] = asdict(accuracy(model, self.selection))

@@ -47,13 +47,9 @@ class Covariance:
     count: int
     """Vectors seen, n."""
 
-    def __init__(
-        self, width: int, *, groups: int = 1, shift: Float[Tensor, "groups width"] | None = None
-    ) -> None:
+    def __init__(self, width: int, *, groups: int = 1, shift: Float[Tensor, "groups width"] | None = None) -> None:
         if width < 1 or groups < 1:
-            raise OptionError(
-                f"width and groups must be at least 1 — got {width} and {groups} — pass positive ones."
-            )
+            raise OptionError(f"width and groups must be at least 1 — got {width} and {groups} — pass positive ones.")
         if shift is not None:
             if shift.shape != (groups, width) or not shift.isfinite().all():
                 raise OptionError(
@@ -91,11 +87,7 @@ class Covariance:
             DataError: if the shape or dtype is wrong, or a value is NaN, infinite or beyond 1e17. Nothing was
                 added.
         """
-        if (
-            vectors.ndim != 3
-            or vectors.shape[1:] != (self.groups, self.width)
-            or not vectors.is_floating_point()
-        ):
+        if vectors.ndim != 3 or vectors.shape[1:] != (self.groups, self.width) or not vectors.is_floating_point():
             raise DataError(
                 f"Vectors must be floating point, of shape [n, {self.groups}, {self.width}] — got "
                 f"{vectors.dtype}, {list(vectors.shape)} — reshape them, or make a Covariance of their width."
@@ -110,9 +102,7 @@ class Covariance:
             )
         if not _holds_float64(vectors.device):
             vectors = vectors.cpu()
-        dtype = (
-            torch.float64 if _products_are_relaxed() else torch.promote_types(vectors.dtype, torch.float32)
-        )
+        dtype = torch.float64 if _products_are_relaxed() else torch.promote_types(vectors.dtype, torch.float32)
 
         self._move(vectors.device)
         if self._shift is None:
@@ -237,9 +227,7 @@ class Covariance:
     def _moments(self) -> tuple[Tensor, Tensor, Tensor]:
         """The shift, and mean and second moment about it, on the CPU."""
         if self.count == 0 or self._shift is None:
-            raise DataError(
-                "A covariance needs at least one vector — got none — update it with vectors first."
-            )
+            raise DataError("A covariance needs at least one vector — got none — update it with vectors first.")
         return self._shift.cpu(), (self._sum / self.count).cpu(), (self._scatter / self.count).cpu()
 
 

@@ -117,11 +117,7 @@ def train(
     frozen = _embedding_tables(student) if recovery.freeze_embeddings else set()
     trained = [parameter for parameter in student.parameters() if id(parameter) not in frozen]
     optimizer = _optimizer(trained, recovery)
-    autocast = (
-        torch.autocast(device.type, torch.bfloat16, cache_enabled=True)
-        if precision == "bf16"
-        else nullcontext()
-    )
+    autocast = torch.autocast(device.type, torch.bfloat16, cache_enabled=True) if precision == "bf16" else nullcontext()
     losses = []
     student.train()
     if teacher is not None:

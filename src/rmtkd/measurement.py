@@ -99,9 +99,7 @@ def count_disk_bytes(model: nn.Module) -> int:
         return path.stat().st_size
 
 
-def time_forward(
-    models: Sequence[nn.Module], batch: Batch, *, repeats: int = 20, warm_up: int = 3
-) -> list[Latency]:
+def time_forward(models: Sequence[nn.Module], batch: Batch, *, repeats: int = 20, warm_up: int = 3) -> list[Latency]:
     """Time the forward passes of several models on the same batch, interleaved, so that drift hits all alike.
 
     Args:
@@ -139,9 +137,7 @@ def time_forward(
     ]
 
 
-def measure(
-    model: nn.Module, batch: Batch, *, encoder: str | None = None, latency: Latency | None = None
-) -> Footprint:
+def measure(model: nn.Module, batch: Batch, *, encoder: str | None = None, latency: Latency | None = None) -> Footprint:
     """The footprint of a model on one batch.
 
     Args:
@@ -167,9 +163,7 @@ def proportion(hits: int, n: int) -> Estimate:
     return Estimate(value=p, n=n, stderr=math.sqrt(p * (1 - p) / n))
 
 
-def predict(
-    model: nn.Module, rows: Iterable[Batch]
-) -> tuple[Float[Tensor, "rows classes"], Int[Tensor, " rows"]]:
+def predict(model: nn.Module, rows: Iterable[Batch]) -> tuple[Float[Tensor, "rows classes"], Int[Tensor, " rows"]]:
     """Scores and labels of all rows, on the CPU, computed in the model's own precision."""
     device = next(model.parameters()).device
     scores, labels = [], []
@@ -177,9 +171,7 @@ def predict(
         for batch in rows:
             batch_labels = batching.labels(batch)
             if batch_labels is None:
-                raise DataError(
-                    "rows that are evaluated must have labels. Got a batch without. Add `labels`."
-                )
+                raise DataError("rows that are evaluated must have labels. Got a batch without. Add `labels`.")
             scores.append(batching.logits(model, batching.to(batch, device)).float().cpu())
             labels.append(batch_labels.cpu())
     if not scores:

@@ -152,14 +152,10 @@ class Plan:
             fields = json.loads(text)
             if fields["format"] != FORMAT:
                 raise PlanError(f"a plan must have format {FORMAT}. Got {fields['format']!r}. Make it anew.")
-            fields["sites"] = tuple(
-                SitePlan(**{**site, "remarks": tuple(site["remarks"])}) for site in fields["sites"]
-            )
+            fields["sites"] = tuple(SitePlan(**{**site, "remarks": tuple(site["remarks"])}) for site in fields["sites"])
             return cls(**{**fields, "remarks": tuple(fields["remarks"])})
         except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise PlanError(
-                f"a plan must be the JSON that `rmtkd plan` writes. Reading it gave {error!r}."
-            ) from None
+            raise PlanError(f"a plan must be the JSON that `rmtkd plan` writes. Reading it gave {error!r}.") from None
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON."""
@@ -212,9 +208,7 @@ def make_plan(
     if multiple_of < 1:
         raise OptionError(f"multiple_of must be at least 1. Got {multiple_of}.")
     edges = {
-        site.name: tuple(
-            spectra.RULES[rule](s.eigenvalues.ravel(), q=s.q, tau=tau) for s in spectrums[site.name]
-        )
+        site.name: tuple(spectra.RULES[rule](s.eigenvalues.ravel(), q=s.q, tau=tau) for s in spectrums[site.name])
         for site in sites
     }
 
@@ -243,17 +237,14 @@ def make_plan(
         target=None if target is None else str(target),
         multiplier=multiplier,
         sites=tuple(
-            _site_plan(site, spectrums[site.name], edges[site.name], multiplier, widths[site.name])
-            for site in sites
+            _site_plan(site, spectrums[site.name], edges[site.name], multiplier, widths[site.name]) for site in sites
         ),
         baseline=baseline,
         predicted=predict_cost(model, sites, widths, batch),
     )
 
 
-def predict_cost(
-    model: nn.Module, sites: Sequence[Site], widths: Mapping[str, int], batch: Batch
-) -> dict[str, int]:
+def predict_cost(model: nn.Module, sites: Sequence[Site], widths: Mapping[str, int], batch: Batch) -> dict[str, int]:
     """Parameters and FLOPs of the model at these widths, counted on its skeleton: exact, and no model is built."""
     return {name: count(model, sites, widths, batch) for name, count in COSTS.items()}
 
@@ -330,11 +321,7 @@ def _site_plan(
     spectrum, edge = spectrums[shown], edges[shown]
     pooled = np.sort(spectrum.eigenvalues.ravel())[::-1]
     above = edge.count(pooled, multiplier)
-    margin = (
-        float(pooled[above - 1] / pooled[above])
-        if 0 < above < len(pooled) and pooled[above] > 0
-        else math.inf
-    )
+    margin = float(pooled[above - 1] / pooled[above]) if 0 < above < len(pooled) and pooled[above] > 0 else math.inf
     total = float(spectrum.eigenvalues.sum())
     return SitePlan(
         name=site.name,

@@ -137,9 +137,7 @@ def summary_rows(record: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
                 f"same shape, random start, {control['steps']} steps",
                 "",
                 f"{value['value']:.2%} ± {value['stderr']:.2%}",
-                f"{100 * (value['value'] - before['accuracy']['value']):+.2f} points"
-                if before["accuracy"]
-                else "",
+                f"{100 * (value['value'] - before['accuracy']['value']):+.2f} points" if before["accuracy"] else "",
             )
         )
     return rows

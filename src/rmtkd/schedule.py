@@ -117,7 +117,9 @@ def too_much_lost(history: History) -> str | None:
     lost = history.baseline_accuracy - history.rounds[-1].accuracy
     if lost <= tolerance:
         return None
-    return f"tolerance: round {history.rounds[-1].number} lost {lost:.2%} of selection accuracy, more than {tolerance:.2%}"
+    return (
+        f"tolerance: round {history.rounds[-1].number} lost {lost:.2%} of selection accuracy, more than {tolerance:.2%}"
+    )
 
 
 def enough_rounds(history: History) -> str | None:

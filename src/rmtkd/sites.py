@@ -221,9 +221,7 @@ def _layer_sites(model: nn.Module, family: EncoderFamily, i: int) -> tuple[Site,
     def path(part: str) -> str:
         return f"{family.layers}.{i}.{part}"
 
-    query, key, value, output = (
-        path(p) for p in (family.query, family.key, family.value, family.attention_output)
-    )
+    query, key, value, output = (path(p) for p in (family.query, family.key, family.value, family.attention_output))
     ffn_in, ffn_out = path(family.ffn_in), path(family.ffn_out)
     for part in (query, key, value, output, ffn_in, ffn_out):
         _linear(model, part)
@@ -257,8 +255,7 @@ def _layer_sites(model: nn.Module, family: EncoderFamily, i: int) -> tuple[Site,
             streams=tuple(Stream(module=p, side="output", writers=_writer(p)) for p in (query, key)),
             shares=f"{block}.head",
             attributes=tuple(
-                Attribute(module=path(family.attention), name=name, quantity=quantity)
-                for name, quantity in attributes
+                Attribute(module=path(family.attention), name=name, quantity=quantity) for name, quantity in attributes
             ),
         ),
         Site(

@@ -289,9 +289,7 @@ RULES: dict[str, Callable[..., NoiseEdge]] = {"mp": mp}
 """Every rule by name: `rule(eigenvalues, q=..., **options) -> NoiseEdge`."""
 
 
-def _refine(
-    gram: Float[np.ndarray, " count"], law: MarchenkoPastur, initial: float, bins: int
-) -> tuple[float, float]:
+def _refine(gram: Float[np.ndarray, " count"], law: MarchenkoPastur, initial: float, bins: int) -> tuple[float, float]:
     """The best fit (σ², its L2 error) in the interval in which `initial` is a bulk eigenvalue.
 
     Args:
@@ -332,9 +330,7 @@ def _without_zeros(eigenvalues: Float[np.ndarray, " count"], q: float) -> tuple[
         rank = full
     remarks = []
     if q > 1:
-        remarks.append(
-            f"With q = {q:.3g} there are fewer vectors than dimensions: only {rank} eigenvalues tell."
-        )
+        remarks.append(f"With q = {q:.3g} there are fewer vectors than dimensions: only {rank} eigenvalues tell.")
     # Centring costs one vector (per group, hence the 2 %): that is no dead direction.
     if rank < (total if q <= 1 else 0.98 * full - 1):
         alive = q * rank / total
@@ -360,9 +356,7 @@ def _checked(eigenvalues: Float[np.ndarray, " count"]) -> Float[np.ndarray, " co
         raise DataError("A spectrum must hold at least one eigenvalue — got none — pass the eigenvalues.")
     if not np.all(np.isfinite(eigenvalues)):
         bad = np.count_nonzero(~np.isfinite(eigenvalues))
-        raise DataError(
-            f"Eigenvalues must be finite — got {bad} NaN or infinite — check the vectors behind them."
-        )
+        raise DataError(f"Eigenvalues must be finite — got {bad} NaN or infinite — check the vectors behind them.")
     ascending = np.sort(np.asarray(eigenvalues, dtype=np.float64))
     if ascending[0] < -1e-6 * abs(ascending[-1]):
         raise DataError(
@@ -371,8 +365,7 @@ def _checked(eigenvalues: Float[np.ndarray, " count"]) -> Float[np.ndarray, " co
         )
     if ascending[-1] <= 0:
         raise DataError(
-            "Some eigenvalue must be positive — got only zeros — the width is dead on these data: leave it "
-            "alone."
+            "Some eigenvalue must be positive — got only zeros — the width is dead on these data: leave it alone."
         )
     return ascending
 

@@ -53,9 +53,7 @@ def _from_pretrained(path: str, **config: Any) -> nn.Module:
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     try:
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(
-            path, dtype=torch.float32, **config
-        )
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32, **config)
     except RmtkdError:
         raise
     except (OSError, ValueError) as error:

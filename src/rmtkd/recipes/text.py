@@ -63,20 +63,14 @@ def read_parquet(path: Path, text: str, label: str) -> tuple[list[str], list[int
                 f"{path} must have a column {column!r}. It has {', '.join(table.column_names)}. Rename one."
             )
         if table[column].null_count:
-            raise DataError(
-                f"column {column!r} of {path} must be filled. {table[column].null_count} rows are empty."
-            )
+            raise DataError(f"column {column!r} of {path} must be filled. {table[column].null_count} rows are empty.")
     return table[text].to_pylist(), table[label].to_pylist()
 
 
-def encode(
-    task: TextTask, tokenizer: Any, texts: Sequence[str], labels: Sequence[int], **rows: Any
-) -> TokenRows:
+def encode(task: TextTask, tokenizer: Any, texts: Sequence[str], labels: Sequence[int], **rows: Any) -> TokenRows:
     """Texts as rows of token ids."""
     if tokenizer is None:
-        raise DataError(
-            "a text model must come with its tokenizer. Its folder holds none. Save one beside it."
-        )
+        raise DataError("a text model must come with its tokenizer. Its folder holds none. Save one beside it.")
     ids = tokenizer(list(texts), truncation=True, max_length=task.max_length)["input_ids"] if texts else []
     return TokenRows(ids, labels, pad_id=tokenizer.pad_token_id or 0, **rows)
 
@@ -114,9 +108,7 @@ def file_rows(task: TextTask, path: Path, tokenizer: Any) -> TokenRows:
 def start(task: TextTask, path: str | None, seed: int) -> Source:
     """A pretrained checkpoint with a fresh head."""
     if path is None:
-        raise DataError(
-            "a text teacher must start from a checkpoint. Got none. Pass --model PATH_OR_HUB_NAME."
-        )
+        raise DataError("a text teacher must start from a checkpoint. Got none. Pass --model PATH_OR_HUB_NAME.")
     return start_classifier(path, task.labels, seed)
 
 
