@@ -18,7 +18,8 @@ setup: .venv/ready
 	@touch $@
 
 demo: setup
-	$(BIN)/rmtkd demo --out runs/digits
+	rm -rf runs/digits runs/digits-teacher
+	$(BIN)/rmtkd compress digits --out runs/digits --control
 
 test: setup
 	$(BIN)/pytest

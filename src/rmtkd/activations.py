@@ -1,17 +1,19 @@
 """Run batches through a model and gather the moments of its activations. Hooks live and die here."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from rmtkd import batches as batching
 from rmtkd.batches import Batch
 from rmtkd.covariance import Covariance
 from rmtkd.errors import DataError
 from rmtkd.measurement import evaluation
-from rmtkd.sites import Site
+from rmtkd.sites import Site, Stream
 
 
 class _Enough(Exception):
@@ -21,6 +23,18 @@ class _Enough(Exception):
 def in_groups(activations: Tensor, groups: int) -> Tensor:
     """The last dimension split into groups: `… × (groups · width)` to `… × groups × width`."""
     return activations.unflatten(-1, (groups, -1))
+
+
+def attach(model: nn.Module, stream: Stream, see: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+    """Hook `see` onto a stream of the model. What it returns, unless None, takes the place of the activations.
+
+    The caller removes the hook by the handle.
+    """
+    module = model.get_submodule(stream.module)
+    if stream.side == "input":
+        # A pre-hook may return the one positional argument bare; None leaves it.
+        return module.register_forward_pre_hook(lambda _, arguments: see(arguments[0]))
+    return module.register_forward_hook(lambda _, __, output: see(output))
 
 
 def collect(model: nn.Module, sites: Sequence[Site], batches: Iterable[Batch]) -> dict[str, tuple[Covariance, ...]]:
@@ -55,7 +69,7 @@ def collect(model: nn.Module, sites: Sequence[Site], batches: Iterable[Batch]) -
         if pending == 0:
             raise _Enough
 
-    handles = []
+    handles: list[RemovableHandle] = []
     streams = [
         (site, stream, moment)
         for site in sites
@@ -63,12 +77,7 @@ def collect(model: nn.Module, sites: Sequence[Site], batches: Iterable[Batch]) -
     ]
     try:
         for site, stream, moment in streams:
-            module = model.get_submodule(stream.module)
-            if stream.side == "input":
-                hook = module.register_forward_pre_hook(lambda _, args, s=site, m=moment: watch(s, m, args[0]))
-            else:
-                hook = module.register_forward_hook(lambda _, __, output, s=site, m=moment: watch(s, m, output))
-            handles.append(hook)
+            handles.append(attach(model, stream, partial(watch, site, moment)))
         with evaluation(model):
             for batch in batches:
                 batch = batching.to(batch, device)
@@ -95,7 +104,7 @@ def _check_count(site: Site, count: int) -> None:
     if count < site.width:
         raise DataError(
             f"site {site.name} of width {site.width} needs at least as many activation vectors. Got {count}. "
-            "Pass more calibration rows, or exclude the site."
+            "Pass more calibration rows."
         )
 
 

@@ -46,19 +46,15 @@ def linear_basis(
 
     With W = reader and C = covariance, `‖W (I - T) C^½‖` is least for the truncated singular value decomposition
     of `W C^½` (Eckart-Young), so `T = C^½ V_k V_kᵀ C^-½`. Among the bases of that subspace the one with orthonormal
-    `reduce` is taken: the narrowed writer keeps the scale of the original.
+    `reduce` is taken, most important direction first: the narrowed writer keeps the scale of the original.
 
     Reference:
         Type-III modules of MoDeGPT, arXiv 2408.09632, in the covariance of the head's context.
     """
     root, inverse = _roots(covariance)
     right = torch.linalg.svd(readers @ root, full_matrices=True).Vh[:, :keep]
-    reduce = right @ inverse
-    lift = root @ right.mT
-    # Left polar factor: reduce = scale @ orthonormal.
-    left, values, rest = torch.linalg.svd(reduce, full_matrices=False)
-    scale = left @ torch.diag_embed(values) @ left.mT
-    return Basis(reduce=left @ rest, lift=lift @ scale, mean=mean)
+    reduce = torch.linalg.qr((right @ inverse).mT).Q.mT
+    return Basis(reduce=reduce, lift=_paired(reduce, root @ right.mT), mean=mean)
 
 
 def unit_basis(
@@ -132,13 +128,21 @@ def bilinear_bases(
     left, values, right = torch.linalg.svd(root_q @ root_k)
     balance = torch.diag_embed(values[:, :keep].sqrt())
     reduce_q = balance @ left[:, :, :keep].mT @ inverse_q
-    reduce_k = balance @ right[:, :keep] @ inverse_k
+    reduce_k = _paired(reduce_q, (balance @ right[:, :keep] @ inverse_k).mT).mT
     # A product has no reader: qᵀ X k is q lifted by A_kᵀ against the full-width k, and the other way round.
     zero = first.new_zeros(first.shape[:2])
     return (
         Basis(reduce=reduce_q, lift=reduce_k.mT, mean=zero),
         Basis(reduce=reduce_k, lift=reduce_q.mT, mean=zero),
     )
+
+
+def _paired(
+    reduce: Float[Tensor, "groups kept width"], lift: Float[Tensor, "groups width kept"]
+) -> Float[Tensor, "groups width kept"]:
+    """The lift with the same range for which `reduce lift = I`. The closed forms satisfy this in exact arithmetic, but
+    lose digits to the condition numbers of root and inverse, which full width must not show."""
+    return torch.linalg.solve(reduce @ lift, lift, left=False)
 
 
 def _regularized(matrix: Float[Tensor, "*groups width width"]) -> Float[Tensor, "*groups width width"]:

@@ -100,15 +100,15 @@ def compress(
         RmtkdError: see `rmtkd.errors`; nothing that existed before is changed.
     """
     chosen = Options(**options)
-    folder = None if out is None else RunFolder.create(Path(out), chosen)
-    emit = progress.Emitter([listener for listener in (on_event, folder and folder.append) if listener])
+    if out is not None:
+        RunFolder.check_free(Path(out))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(chosen.seed)
-        run = _Run(model, train, selection, report, calibration, example, chosen, emit)
-        compressed = run.execute(plan, folder, control)
-    if folder:
-        folder.save_json("summary.json", compressed.record)
-        compressed.save(folder.path / "model", extra_files=extra_files)
+        run = _Run(model, train, selection, report, calibration, example, chosen, on_event)
+        compressed = run.execute(plan, None if out is None else Path(out), control)
+    if run.folder:
+        compressed.save(run.folder.path / "model", extra_files=extra_files)
+        run.folder.save_json("summary.json", compressed.record)
     return compressed
 
 
@@ -190,20 +190,22 @@ class _Run:
         calibration: Iterable[Batch] | None,
         example: Batch | None,
         options: Options,
-        emit: progress.Emitter,
+        on_event: progress.Listener | None,
     ):
         self.family = find_family(model)
         self.model = copy.deepcopy(model).to(options.device).eval()
         self.train_rows, self.selection, self.report = train_rows, selection, report
         self.calibration = calibration or share_of(train_rows, options.calibration_share)
         self.example = batching.to(example or batching.first(selection, "selection"), options.device)
-        self.options, self.emit = options, emit
+        self.options = options
+        self.emit = progress.Emitter([on_event] if on_event else [])
+        self.folder: RunFolder | None = None
         self.batches_per_epoch = sum(1 for _ in train_rows)
         if self.batches_per_epoch == 0:
             raise DataError("training rows must hold at least one batch. Got none. Pass more rows.")
         self.precision: Precision = "fp32"
 
-    def execute(self, given: Plan | None, folder: RunFolder | None, control: bool) -> Compressed:
+    def execute(self, given: Plan | None, out: Path | None, control: bool) -> Compressed:
         """The story of a run, top to bottom."""
         options, emit = self.options, self.emit
         started = time.monotonic()
@@ -212,8 +214,10 @@ class _Run:
         made, spectrums = plan(self.model, calibration=self.calibration, example=self.example, **_fields(options))
         made = given or made
         emit("plan", predicted=made.predicted, widths=made.widths)
-        if folder:
-            folder.save_plan(made, spectrums)
+        if out is not None:  # not before all input has proved good: a refused run leaves nothing behind
+            self.folder = RunFolder.create(out, options)
+            self.folder.save_plan(made, spectrums)
+            emit.add(self.folder.append)
         if options.epochs > 0 and is_bf16_faster(self.model, self.example):
             self.precision = "bf16"
 

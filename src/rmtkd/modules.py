@@ -6,7 +6,11 @@ from torch import Tensor, nn
 
 
 class FactorizedEmbedding(nn.Module):
-    """An embedding as a narrow table followed by a linear map to the model's width."""
+    """An embedding as a narrow table followed by a linear map to the model's width.
+
+    It has no `weight`: code that wants one, such as transformers' `resize_token_embeddings`, fails by name rather than
+    act on the table alone.
+    """
 
     def __init__(self, table: nn.Embedding, projection: nn.Linear):
         super().__init__()
@@ -22,8 +26,7 @@ class FactorizedEmbedding(nn.Module):
         with torch.no_grad():
             projection.weight.copy_(torch.eye(width, dtype=weight.dtype))
             projection.bias.zero_()
-        projection.train(embedding.training)
-        return cls(embedding, projection)
+        return cls(embedding, projection).train(embedding.training)
 
     @staticmethod
     def names(path: str) -> tuple[str, str]:
@@ -36,14 +39,17 @@ class FactorizedEmbedding(nn.Module):
 
 
 def randomize(model: nn.Module, *, seed: int) -> None:
-    """Give the model a random start, in place: Xavier for linear maps, as the paper trains; small embeddings."""
+    """Give the model a random start, in place: Xavier for linear maps, as the paper trains; small embeddings.
+
+    Drawn on the CPU: the same start on every device.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight, generator=generator)
+                module.weight.copy_(nn.init.xavier_uniform_(torch.empty(module.weight.shape), generator=generator))
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02, generator=generator)
+                module.weight.copy_(torch.empty(module.weight.shape).normal_(std=0.02, generator=generator))
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()

@@ -349,12 +349,9 @@ def _site_plan(
 
 
 def _why(site: Site, count: float, keep: int, multiplier: float) -> str:
-    above = "the noise edge" if multiplier == 1 else f"{multiplier:.3g} × the noise edge"
-    per_head = " a head" if site.groups > 1 else ""
-    shown = f"{count:.1f}" if site.groups > 1 else f"{count:.0f}"
+    directions = f"{count:.1f} a head" if site.groups > 1 else f"{count:.0f}"
+    edge = "edge" if multiplier == 1 else f"{multiplier:.3g} × edge"
     if keep == site.width:
-        return f"{shown} directions{per_head} above {above}: kept whole"
-    if keep >= count:
-        shared = f", or by {site.shares}" if site.shares != site.name else ""
-        return f"{shown} directions{per_head} above {above}; rounded up{shared}"
-    return f"{shown} directions{per_head} above {above}"
+        return f"{directions} above {edge}: whole"
+    shared = f" of {site.shares}" if site.shares != site.name else ""
+    return f"{directions} above {edge}, rounded up{shared}" if keep > count else f"{directions} above {edge}"

@@ -15,12 +15,21 @@ class Emitter:
     """Sends every event to all listeners, stamped with the time since the start."""
 
     def __init__(self, listeners: Sequence[Listener]):
-        self.listeners = listeners
+        self.listeners = list(listeners)
+        self.told: list[Mapping[str, Any]] = []
         self.start = time.monotonic()
+
+    def add(self, listener: Listener) -> None:
+        """Tell one more listener, first of all that was told before."""
+        for event in self.told:
+            listener(event)
+        self.listeners.append(listener)
 
     def __call__(self, event: str, **fields: Any) -> None:
         """Send one event."""
         stamped = {"event": event, "seconds": round(time.monotonic() - self.start, 3), **fields}
+        if event != "step":
+            self.told.append(stamped)
         for listener in self.listeners:
             listener(stamped)
 

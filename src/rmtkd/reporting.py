@@ -25,21 +25,13 @@ def plan_table(plan: Plan) -> Table:
         title_justify="left",
         caption_justify="left",
     )
-    for name, justify in (
-        ("site", "left"),
-        ("kind", "left"),
-        ("width", "right"),
-        ("keep", "right"),
-        ("q", "right"),
-        ("noise σ²", "right"),
-        ("edge", "right"),
-        ("KS", "right"),
-        ("energy", "right"),
-        ("why", "left"),
-    ):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    table.add_column("site", no_wrap=True)
+    table.add_column("kind", no_wrap=True)
+    for name in ("width", "keep", "q", "noise σ²", "edge", "KS", "energy"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("why")
     for site in plan.sites:
-        per_head = f"{site.groups} × " if site.groups > 1 else ""
+        per_head = f"{site.groups}×" if site.groups > 1 else ""
         table.add_row(
             site.name,
             site.kind,

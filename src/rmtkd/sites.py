@@ -15,7 +15,7 @@ attention kernel survive) carry the same `shares`.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from torch import nn
 
@@ -25,6 +25,7 @@ from rmtkd.modules import FactorizedEmbedding
 
 Kind = Literal["linear", "pointwise", "bilinear"]
 Quantity = Literal["width", "total", "scaling"]
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +105,7 @@ def find_family(model: nn.Module) -> EncoderFamily:
                 f"{family.refused_classes[class_name]}. Use {family.model_class}; nothing was changed."
             )
         if class_name == family.model_class:
-            _check_head(model, class_name)
+            _check_config(model, class_name)
             return family
     raise UnsupportedModelError(
         f"the model must be one of: {supported}. Got {class_name}, whose widths rmtkd does not know. Nothing was changed."
@@ -122,8 +123,9 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
     """
     family = find_family(model)
     sites = [_embedding_site(model, family.word_embeddings)]
-    for i in range(len(model.get_submodule(family.layers))):  # type: ignore[arg-type]
+    for i in range(len(_expect(model, family.layers, nn.ModuleList))):
         sites += _layer_sites(model, family, i)
+    _check_untied(model, sites)
     return tuple(sites)
 
 
@@ -145,10 +147,10 @@ def check_names(names: Iterable[str], sites: Sequence[Site]) -> None:
             )
 
 
-def _check_head(model: nn.Module, class_name: str) -> None:
-    config = model.config
+def _check_config(model: nn.Module, class_name: str) -> None:
+    config = getattr(model, "config", None)
     problem = getattr(config, "problem_type", None)
-    if problem in ("regression", "multi_label_classification") or config.num_labels == 1:
+    if problem in ("regression", "multi_label_classification") or getattr(config, "num_labels", None) == 1:
         head = problem or "regression (one output)"
         raise UnsupportedModelError(
             f"the head must be single-label classification. This {class_name} has problem type {head}, for which "
@@ -161,14 +163,28 @@ def _check_head(model: nn.Module, class_name: str) -> None:
         )
 
 
-def _expect(model: nn.Module, path: str, *kinds: type[nn.Module]) -> nn.Module:
+def _check_untied(model: nn.Module, sites: Iterable[Site]) -> None:
+    """A parameter with two names (layers that share their weights) would be folded twice."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    touched = {axis.parameter for site in sites for stream in site.streams for axis in stream.writers + stream.readers}
+    for tied in names.values():
+        if len(tied) > 1 and touched.intersection(tied):
+            raise UnsupportedModelError(
+                f"a parameter around a site must belong to one module. {' and '.join(tied)} are the same. Give each "
+                "its own copy; nothing was changed."
+            )
+
+
+def _expect(model: nn.Module, path: str, *kinds: type[M]) -> M:
     """The submodule at `path`, exactly of one of these types: a subclass (a quantised layer, an adapter) may compute
     something else with its weight."""
     try:
         module = model.get_submodule(path)
     except AttributeError:
         module = None
-    if type(module) not in kinds:
+    if not isinstance(module, kinds) or type(module) not in kinds:
         expected = " or ".join(kind.__name__ for kind in kinds)
         found = "nothing" if module is None else type(module).__name__
         raise UnsupportedModelError(
@@ -180,8 +196,13 @@ def _expect(model: nn.Module, path: str, *kinds: type[nn.Module]) -> nn.Module:
 
 def _linear(model: nn.Module, path: str) -> nn.Linear:
     module = _expect(model, path, nn.Linear)
-    assert isinstance(module, nn.Linear)
-    if module.bias is None:
+    own = dict(module.named_parameters())
+    if "weight" not in own:
+        raise UnsupportedModelError(
+            f"{path} must hold its weight as a parameter. It computes it from {', '.join(own)}. Make the pruning or "
+            "parametrization permanent first; nothing was changed."
+        )
+    if "bias" not in own:
         raise UnsupportedModelError(
             f"{path} must have a bias, into which the mean of dropped directions folds. It has none. "
             "Nothing was changed."
@@ -210,7 +231,7 @@ def _embedding_site(model: nn.Module, path: str) -> Site:
         name="embeddings.word",
         kind="linear",
         block="embeddings",
-        width=int(width),
+        width=width,
         streams=(stream,),
         shares="embeddings.word",
         factorizes=None if factorized else path,
@@ -226,6 +247,16 @@ def _layer_sites(model: nn.Module, family: EncoderFamily, i: int) -> tuple[Site,
     for part in (query, key, value, output, ffn_in, ffn_out):
         _linear(model, part)
     attention = model.get_submodule(path(family.attention))
+    if type(attention).__name__ != family.attention_class:
+        raise UnsupportedModelError(
+            f"{path(family.attention)} must be {family.attention_class}. Got {type(attention).__name__}, which may do "
+            "more than a scaled product. Replace it by its plain form first; nothing was changed."
+        )
+    if getattr(model.get_submodule(f"{family.layers}.{i}"), family.chunk_size, 0):
+        raise UnsupportedModelError(
+            f"{family.layers}.{i}.{family.chunk_size} must be 0, else activations come in pieces. Set it to 0, the "
+            "outputs stay the same; nothing was changed."
+        )
     heads = getattr(attention, family.heads)
     head_width = getattr(attention, family.head_size)
     for part in (query, key, value):

@@ -19,6 +19,7 @@ BERT = EncoderFamily(
     word_embeddings="bert.embeddings.word_embeddings",
     layers="bert.encoder.layer",
     attention="attention.self",
+    attention_class="BertSelfAttention",
     query="attention.self.query",
     key="attention.self.key",
     value="attention.self.value",
@@ -29,4 +30,5 @@ BERT = EncoderFamily(
     all_head_size="all_head_size",
     scaling="scaling",
     heads="num_attention_heads",
+    chunk_size="chunk_size_feed_forward",
 )

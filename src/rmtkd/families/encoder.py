@@ -23,6 +23,8 @@ class EncoderFamily:
     layers: str
     """Module list of the layers."""
     attention: str
+    attention_class: str
+    """The stock attention module; another may do more than a scaled product."""
     query: str
     key: str
     value: str
@@ -34,3 +36,5 @@ class EncoderFamily:
     scaling: str
     heads: str
     """Attribute of the attention module that holds the number of heads."""
+    chunk_size: str
+    """Attribute of a layer by which its feed-forward part runs in pieces if it is not 0."""

@@ -108,7 +108,7 @@ DIGITS = Recipe(
     file_rows=file_rows,
     example=example,
     training=Recovery(lr=1e-3, weight_decay=0.01),
-    epochs=30,
+    epochs=20,
     needs_no_checkpoint=True,
-    options={"target": "25%params", "epochs": 10, "recovery": Recovery(lr=1e-3)},
+    options={"target": "25%params", "epochs": 5, "recovery": Recovery(lr=1e-3)},
 )
