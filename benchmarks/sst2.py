@@ -183,7 +183,9 @@ def table() -> str:
         )
     lost = [100 * (r["baseline"]["accuracy"]["value"] - r["compressed"]["accuracy"]["value"]) for r in runs]
     if len(lost) > 1:
-        lines.append(f"\nLoss over {len(lost)} seeds: {statistics.mean(lost):.2f} ± {statistics.stdev(lost):.2f} points.")
+        lines.append(
+            f"\nLoss over {len(lost)} seeds: {statistics.mean(lost):.2f} ± {statistics.stdev(lost):.2f} points."
+        )
     lines += [
         "",
         "| start at equal shape | learning rate (chosen on selection) | selection before | selection after | dev after |",

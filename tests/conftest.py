@@ -1,13 +1,17 @@
 """Models and rows that several tests share: tiny, random, in float64 where a claim is exact."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
+from rmtkd import recipes
 from rmtkd.recipes.rows import TokenRows
+from rmtkd.teaching import train_teacher
 
 
 def tiny_bert(*, seed: int = 0, labels: int = 3, layers: int = 2, **config: object) -> BertForSequenceClassification:
@@ -62,3 +66,80 @@ def data_folder() -> Path:
     if not folder:
         pytest.skip("RMTKD_DATA does not name the folder of real data")
     return Path(folder)
+
+
+def snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of all parameters and buffers, to be held against the model later."""
+    return {name: tensor.clone() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def assert_untouched(model: torch.nn.Module, before: dict[str, torch.Tensor]) -> None:
+    """Every parameter and buffer is there, under its name, with the bytes, dtype and shape that it had."""
+    after = snapshot(model)
+    assert list(after) == list(before)
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype, name
+        assert torch.equal(tensor, after[name]), name
+
+
+WORDS = ["a", "the", "of", "film", "plot", "actor", "scene", "very", "quite", "never", "story", "music", "end", "is"]
+
+
+def write_sentiment_rows(path: Path, count: int, *, seed: int) -> Path:
+    """A parquet file of random phrases with the columns of SST-2; the label is whether `good` or `bad` occurs."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    generator = torch.Generator().manual_seed(seed)
+    texts, labels = [], []
+    for _ in range(count):
+        length, label = (int(torch.randint(*span, (), generator=generator)) for span in ((4, 14), (0, 2)))
+        words = [WORDS[i] for i in torch.randint(0, len(WORDS), (length,), generator=generator)]
+        words[int(torch.randint(0, length, (), generator=generator))] = ("bad", "good")[label]
+        texts.append(" ".join(words))
+        labels.append(label)
+    pq.write_table(pa.table({"text": texts, "label": pa.array(labels, pa.int8())}), path)
+    return path
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer that knows the words of `write_sentiment_rows`."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = {word: i for i, word in enumerate([*special, "good", "bad", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+
+
+@dataclass(frozen=True)
+class Sentiment:
+    """A little sentiment task on disk: `data` for `--data`, a random checkpoint to start from, a trained teacher."""
+
+    data: Path
+    start: Path
+    teacher: Path
+
+
+@pytest.fixture(scope="session")
+def sentiment(tmp_path_factory: pytest.TempPathFactory) -> Sentiment:
+    """The sst2 recipe on little phrases, with a teacher that is much better than chance."""
+    folder = tmp_path_factory.mktemp("sentiment")
+    data = folder / "data"
+    data.mkdir()
+    write_sentiment_rows(data / "sst2_train.parquet", 800, seed=1)
+    write_sentiment_rows(data / "sst2_dev.parquet", 90, seed=2)
+    start = folder / "start"
+    model = tiny_bert(labels=2, max_position_embeddings=40)
+    for name, parameter in model.named_parameters():
+        if "LayerNorm" not in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(start)
+    make_tokenizer().save_pretrained(start)
+    teacher = folder / "teacher"
+    train_teacher(recipes.get("sst2"), model=str(start), data=data, out=teacher, epochs=6.0, lr=3e-3, precision="fp32")
+    return Sentiment(data=data, start=start, teacher=teacher)

@@ -31,10 +31,14 @@ def attach(model: nn.Module, stream: Stream, see: Callable[[Tensor], Tensor | No
     The caller removes the hook by the handle.
     """
     module = model.get_submodule(stream.module)
-    if stream.side == "input":
-        # A pre-hook may return the one positional argument bare; None leaves it.
-        return module.register_forward_pre_hook(lambda _, arguments: see(arguments[0]))
-    return module.register_forward_hook(lambda _, __, output: see(output))
+
+    def before(_: nn.Module, arguments: tuple[Tensor, ...]) -> Tensor | None:
+        return see(arguments[0])
+
+    def after(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        return see(output)
+
+    return module.register_forward_pre_hook(before) if stream.side == "input" else module.register_forward_hook(after)
 
 
 def collect(model: nn.Module, sites: Sequence[Site], batches: Iterable[Batch]) -> dict[str, tuple[Covariance, ...]]:
@@ -91,7 +95,7 @@ def collect(model: nn.Module, sites: Sequence[Site], batches: Iterable[Batch]) -
         for handle in handles:
             handle.remove()
     for site in sites:
-        _check_count(site, moments[site.name][0].count)
+        _check_count(site, min(moment.count for moment in moments[site.name]))
     return moments
 
 
@@ -109,7 +113,12 @@ def _check_count(site: Site, count: int) -> None:
 
 
 def readers(model: nn.Module, site: Site) -> Float[Tensor, "groups out width"]:
-    """The weights that read a site's (first) stream, stacked along their outputs, in float64 on the CPU."""
+    """The weights that read a site's (first) stream, stacked along their outputs, in float64 on the CPU.
+
+    Those of an embedding that is not factorised yet are the identity.
+    """
+    if site.factorizes:
+        return torch.eye(site.width, dtype=torch.float64)[None]
     stacked = []
     for axis in site.streams[0].readers:
         weight = model.get_parameter(axis.parameter).detach().double().cpu()

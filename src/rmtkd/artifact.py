@@ -2,24 +2,22 @@
 
 `rmtkd.json` holds: `format`, the model class, its stock configuration, every parameter's shape, factorised embeddings,
 attributes by which modules know their widths, label names, versions, where the model comes from, the SHA-256 of every
-other file, and a self-test: a synthetic batch and the outputs that the model must give for it.
+other file, a self-test (a synthetic batch and the outputs that the model must give for it), and its own SHA-256.
 """
 
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rmtkd.checkpoint import write_atomically
-from rmtkd.environment import versions
+from rmtkd.checkpoint import new_folder, write_atomically, write_json
+from rmtkd.environment import check_device, versions
 from rmtkd.errors import ArtifactError
 from rmtkd.families import FAMILIES
 from rmtkd.measurement import evaluation
@@ -30,6 +28,22 @@ from rmtkd.surgery import factorize_embedding, resize
 FORMAT = 1
 MANIFEST = "rmtkd.json"
 WEIGHTS = "model.safetensors"
+OWN_FILES = frozenset({MANIFEST, WEIGHTS, "config.json", "README.md"})
+FIELDS: Mapping[str, type] = {
+    "format": int,
+    "model_class": str,
+    "config": dict,
+    "shapes": dict,
+    "factorized": list,
+    "attributes": list,
+    "labels": dict,
+    "versions": dict,
+    "provenance": dict,
+    "files": dict,
+    "self_test": dict,
+    "checksum": str,
+}
+"""What `rmtkd.json` holds."""
 SELF_TEST_TOLERANCE = 1e-3
 """Largest difference of self-test outputs, relative to the largest output: other processors round differently."""
 
@@ -41,7 +55,7 @@ def is_artifact(folder: Path) -> bool:
 
 def save(
     model: nn.Module,
-    folder: Path,
+    folder: str | Path,
     *,
     card: str = "",
     provenance: Mapping[str, Any] | None = None,
@@ -57,19 +71,35 @@ def save(
         extra_files: files to copy into the folder, such as a tokenizer's.
 
     Raises:
-        ArtifactError: if the folder exists.
+        ArtifactError: if the folder exists, an extra file is missing or has a name of ours, provenance is not JSON, or
+            the model's outputs are not finite.
+        UnsupportedModelError: if the model's family is not known.
     """
-    if folder.exists():
+    folder, extra_files = Path(folder), check_extra_files(extra_files)
+    if folder.exists() or folder.is_symlink():
         raise ArtifactError(f"a model folder must be new. {folder} exists. Choose another name or remove it.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        _write(model, partial, card, dict(provenance or {}), extra_files)
-        partial.chmod(0o755)
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        origin = json.loads(json.dumps(dict(provenance or {}), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"provenance must be JSON values. Writing it gave: {error}. Leave them out.") from None
+    with new_folder(folder) as partial:
+        _write(model, partial, card, origin, extra_files)
+
+
+def check_extra_files(files: Iterable[Path]) -> tuple[Path, ...]:
+    """Return the files if they can travel with a model.
+
+    Raises:
+        ArtifactError: if there is no such file, or it has a name of ours.
+    """
+    files = tuple(files)
+    for file in files:
+        if not file.is_file() or file.name in OWN_FILES:
+            fault = "has a name of ours" if file.is_file() else "is none"
+            raise ArtifactError(
+                f"an extra file must be a file of another name than ours. {file} {fault}. Leave it out."
+            )
+    return files
 
 
 def load(folder: str | Path, *, device: torch.device | str = "cpu") -> nn.Module:
@@ -77,18 +107,25 @@ def load(folder: str | Path, *, device: torch.device | str = "cpu") -> nn.Module
 
     Raises:
         ArtifactError: naming what is missing, altered or of another format.
+        OptionError: if there is no such device.
     """
+    check_device(str(device))
     folder = Path(folder)
     manifest = read_manifest(folder)
-    _verify_checksums(folder, manifest)
-    model = _build(manifest)
     try:
+        _verify_checksums(folder, manifest)
         tensors = load_file(folder / WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{WEIGHTS} must be a safetensors file. Reading it gave: {error}.") from None
-    _assign(model, tensors)
-    model.eval()
-    _self_test(model, manifest["self_test"])
+        model = _build(manifest, tensors)
+        _assign(model, tensors)
+        model.eval()
+        _self_test(model, manifest["self_test"])
+    except (ArtifactError, ImportError):
+        raise
+    except Exception as error:  # whatever safetensors, torch or transformers make of altered values
+        raise ArtifactError(
+            f"{folder} must hold a {manifest['model_class']} as it was written. Building it gave: {error!r}. "
+            "Fetch the folder again."
+        ) from error
     return model.to(device)
 
 
@@ -96,61 +133,74 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The contents of `rmtkd.json`.
 
     Raises:
-        ArtifactError: if it is missing, not JSON, lacks a key, or has another format.
+        ArtifactError: if it is missing, not JSON, lacks a key, was altered, or has another format.
     """
     path = folder / MANIFEST
     if not path.is_file():
         raise ArtifactError(f"a model folder must hold {MANIFEST}. {folder} does not. Is the path right?")
     try:
-        manifest = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
+        text = path.read_bytes().decode()
+        manifest = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, OSError, RecursionError) as error:
         raise ArtifactError(f"{path} must be JSON. Reading it gave: {error}. Fetch the folder again.") from None
-    needed = ("format", "model_class", "config", "shapes", "factorized", "attributes", "files", "self_test")
-    missing = [key for key in needed if not isinstance(manifest, dict) or key not in manifest]
-    if missing:
-        raise ArtifactError(f"{path} must hold {', '.join(needed)}. It lacks {', '.join(missing)}. Fetch it again.")
-    if manifest["format"] != FORMAT:
+    if isinstance(manifest, dict) and manifest.get("format", FORMAT) != FORMAT:
         raise ArtifactError(
             f"the folder's format must be {FORMAT}. Got {manifest['format']!r}. Use the rmtkd that wrote it."
         )
+    wrong = [
+        key for key, kind in FIELDS.items() if not isinstance(manifest, dict) or type(manifest.get(key)) is not kind
+    ]
+    if wrong:
+        raise ArtifactError(
+            f"{path} must hold {', '.join(FIELDS)}. Missing or odd: {', '.join(wrong)}. Fetch it again."
+        )
+    # Every byte counts: a repeated key or other white space is not what was written either.
+    if text != _sealed({key: value for key, value in manifest.items() if key != "checksum"}):
+        raise ArtifactError(f"{path} must be as it was written. Its checksum differs. Fetch the folder again.")
     return manifest
 
 
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _sealed(manifest: Mapping[str, Any]) -> str:
+    """The text of `rmtkd.json`, with the SHA-256 of all the rest as its last entry."""
+    checksum = hashlib.sha256(json.dumps(manifest, indent=1).encode()).hexdigest()
+    return json.dumps({**manifest, "checksum": checksum}, indent=1) + "\n"
+
+
 def _write(model: nn.Module, folder: Path, card: str, provenance: dict[str, Any], extra_files: Iterable[Path]) -> None:
+    sites = find_sites(model)
     tensors = {name: value.detach().cpu().contiguous() for name, value in _all_tensors(model).items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    config = model.config.to_dict()
+    stock: Any = model.config
+    # Where the model lay on this machine is nobody's business.
+    config = {key: value for key, value in stock.to_dict().items() if key != "_name_or_path"}
     # A stock loader must refuse this folder, rather than load half a model with fresh weights for the rest.
     write_json(folder / "config.json", {**config, "model_type": f"rmtkd_{config['model_type']}"})
-    (folder / "README.md").write_text(card)
+    write_atomically(folder / "README.md", card.encode())
     for file in extra_files:
         shutil.copyfile(file, folder / file.name)
-    files = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
-    write_json(
-        folder / MANIFEST,
-        {
-            "format": FORMAT,
-            "model_class": type(model).__name__,
-            "config": config,
-            "shapes": {name: list(parameter.shape) for name, parameter in model.named_parameters()},
-            "factorized": [name for name, module in model.named_modules() if isinstance(module, FactorizedEmbedding)],
-            "attributes": [
-                [attribute.module, attribute.name, attribute.value(site.width, site.groups)]
-                for site in find_sites(model)
-                for attribute in site.attributes
-            ],
-            "labels": {str(key): value for key, value in config.get("id2label", {}).items()},
-            "versions": versions(),
-            "provenance": provenance,
-            "files": files,
-            "self_test": _make_self_test(model),
-        },
-    )
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON, whole or not at all."""
-    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
+    manifest = {
+        "format": FORMAT,
+        "model_class": type(model).__name__,
+        "config": config,
+        "shapes": {name: list(parameter.shape) for name, parameter in model.named_parameters()},
+        "factorized": [name for name, module in model.named_modules() if isinstance(module, FactorizedEmbedding)],
+        "attributes": [
+            [attribute.module, attribute.name, attribute.value(site.width, site.groups)]
+            for site in sites
+            for attribute in site.attributes
+        ],
+        "labels": {str(key): value for key, value in config.get("id2label", {}).items()},
+        "versions": versions(),
+        "provenance": provenance,
+        "files": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
+        "self_test": _make_self_test(model),
+    }
+    # Read back what JSON makes of it: its keys are texts.
+    write_atomically(folder / MANIFEST, _sealed(json.loads(json.dumps(manifest))).encode())
 
 
 def _all_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -159,7 +209,7 @@ def _all_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def _build(manifest: Mapping[str, Any]) -> nn.Module:
+def _build(manifest: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> nn.Module:
     """The model's shape on the meta device. Only classes in the families' tables are ever built."""
     import transformers
 
@@ -170,20 +220,55 @@ def _build(manifest: Mapping[str, Any]) -> nn.Module:
             "Use the rmtkd that wrote the folder."
         )
     model_class = getattr(transformers, manifest["model_class"])
-    try:
-        config = model_class.config_class.from_dict(manifest["config"])
-        with torch.device("meta"):
-            model = model_class(config)
+    # Only what a stock configuration has: others name kernels to fetch and run, or sizes to unfold.
+    stock = model_class.config_class().to_dict()
+    config = model_class.config_class.from_dict({k: v for k, v in manifest["config"].items() if k in stock})
+    # Anything that would take time or memory before it fails must agree with the weights that are really there.
+    shapes = {name: list(tensors[name].shape) for name in manifest["shapes"] if name in tensors}
+    if manifest["shapes"] != shapes or config.num_hidden_layers > len(shapes):
+        raise ArtifactError(f"{MANIFEST} and {WEIGHTS} must agree on shapes. They do not. Fetch the folder again.")
+    with torch.device("meta"):
+        model = model_class(config)
         for path in manifest["factorized"]:
             factorize_embedding(model, path)
-        resize(model, manifest["shapes"])
-        for module, name, value in manifest["attributes"]:
-            setattr(model.get_submodule(module), name, value)
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ArtifactError(
-            f"{MANIFEST} must describe a {manifest['model_class']}. Building it gave: {error!r}. Fetch it again."
-        ) from None
+        stock_shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+        resize(model, shapes)
+    _set_attributes(model, {(module, name): value for module, name, value in manifest["attributes"]})
+    _check_widths(model, stock_shapes)
     return model
+
+
+def _check_widths(model: nn.Module, stock_shapes: Mapping[str, list[int]]) -> None:
+    """Raise `ArtifactError` if the model differs from the stock one in any other size than the width of a site."""
+    streams = [stream for site in find_sites(model) for stream in site.streams]
+    narrowed = {(axis.parameter, axis.dim) for stream in streams for axis in (*stream.writers, *stream.readers)}
+    for name, parameter in model.named_parameters():
+        for dim, (size, stock) in enumerate(zip(parameter.shape, stock_shapes[name], strict=True)):
+            if size != stock and (name, dim) not in narrowed:
+                raise ArtifactError(
+                    f"dimension {dim} of {name} must be {stock}, as the configuration says. Got {size}. "
+                    "Fetch the folder again."
+                )
+
+
+def _set_attributes(model: nn.Module, values: Mapping[tuple[str, str], Any]) -> None:
+    """Set the numbers by which modules know their widths; they must be those that the weights' shapes say."""
+    for (path, name), value in values.items():
+        module = model.get_submodule(path)
+        if type(getattr(module, name)) not in (int, float):
+            raise ArtifactError(
+                f"an attribute of a width must be a number. {path}.{name} is not. Fetch the folder again."
+            )
+        setattr(module, name, value)
+    expected = {
+        (attribute.module, attribute.name): attribute.value(site.width, site.groups)
+        for site in find_sites(model)
+        for attribute in site.attributes
+    }
+    if expected != values:
+        raise ArtifactError(
+            f"attributes in {MANIFEST} must fit the weights' widths. They do not. Fetch the folder again."
+        )
 
 
 def _assign(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -206,16 +291,15 @@ def _assign(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def _make_self_test(model: nn.Module) -> dict[str, Any]:
     """A tiny synthetic batch – never a user's row – and what the model answers."""
-    generator = torch.Generator().manual_seed(0)
-    length = min(8, model.config.max_position_embeddings)
-    ids = torch.randint(0, model.config.vocab_size, (2, length), generator=generator)
+    config: Any = model.config
+    length = min(8, config.max_position_embeddings)
+    ids = torch.randint(0, config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, length // 2 :] = 0
-    return {
-        "input_ids": ids.tolist(),
-        "attention_mask": mask.tolist(),
-        "logits": _self_test_logits(model, ids, mask).tolist(),
-    }
+    logits = _self_test_logits(model, ids, mask)
+    if not logits.isfinite().all():
+        raise ArtifactError(f"a saved model must give finite outputs. Got {logits.tolist()}. Look at its training.")
+    return {"input_ids": ids.tolist(), "attention_mask": mask.tolist(), "logits": logits.tolist()}
 
 
 def _self_test_logits(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -227,7 +311,8 @@ def _self_test_logits(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -
 def _self_test(model: nn.Module, test: Mapping[str, Any]) -> None:
     expected = torch.tensor(test["logits"])
     got = _self_test_logits(model, torch.tensor(test["input_ids"]), torch.tensor(test["attention_mask"]))
-    error = float((got - expected).abs().max() / expected.abs().max())
+    same_shape = got.shape == expected.shape
+    error = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-12)) if same_shape else float("inf")
     if not error <= SELF_TEST_TOLERANCE:
         raise ArtifactError(
             f"the loaded model must give the outputs stored with it, to {SELF_TEST_TOLERANCE:g}. They differ by "
@@ -236,7 +321,7 @@ def _self_test(model: nn.Module, test: Mapping[str, Any]) -> None:
 
 
 def _verify_checksums(folder: Path, manifest: Mapping[str, Any]) -> None:
-    for name, expected in manifest["files"].items():
+    for name, expected in {WEIGHTS: None, **manifest["files"]}.items():
         path = folder / name
         if Path(name).name != name or not path.is_file():
             raise ArtifactError(f"the folder must hold {name!r}. It does not. Fetch the folder again.")

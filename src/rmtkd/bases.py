@@ -101,7 +101,6 @@ def select_units(covariance: Float[Tensor, "width width"], reader: Float[Tensor,
     chosen: list[int] = []
     for step in range(keep):
         gain = unseen.square().sum(0) / diagonal.clamp_min(floor)
-        gain[diagonal <= floor] = 0  # dead, or already explained: nothing to gain, whatever the rounding
         gain[chosen] = -1
         unit = int(gain.argmax())
         chosen.append(unit)

@@ -31,8 +31,17 @@ def labels(batch: Batch) -> Tensor | None:
 
 
 def real_positions(batch: Batch) -> Tensor | None:
-    """Boolean mask of the unpadded positions, shape `(rows, length)`, or None where every position is real."""
+    """Boolean mask of the unpadded positions, shape `(rows, length)`, or None where every position is real.
+
+    Raises:
+        DataError: if the mask has another number of dimensions: then it does not say which positions are real.
+    """
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if mask is not None and mask.ndim != 2:
+        raise DataError(
+            f"attention_mask must have shape [rows, length]. Got {list(mask.shape)}. Pass 1 for real positions and 0 "
+            "for padding."
+        )
     return None if mask is None else mask.bool()
 
 
@@ -47,6 +56,11 @@ def rows(batch: Batch) -> int:
     """The number of rows in the batch."""
     first = next(iter(batch.values())) if isinstance(batch, Mapping) else batch[0]
     return len(first)
+
+
+def length(batch: Batch) -> int:
+    """The number of positions of each row, padding included; 1 for a pair."""
+    return next(iter(inputs(batch)[1].values())).shape[1] if isinstance(batch, Mapping) else 1
 
 
 def head(batch: Batch, count: int) -> Batch:

@@ -2,13 +2,18 @@
 
 import json
 import sys
+import tempfile
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
 from rmtkd.errors import RmtkdError
+
+if TYPE_CHECKING:
+    from rmtkd.recipes import Recipe
 
 app = typer.Typer(
     help="Make a trained model several times smaller and faster, dense and as accurate, with the evidence.",
@@ -17,6 +22,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+EXTRAS = frozenset({"transformers", "datasets", "pyarrow", "sklearn"})
+"""Packages that come with the extras."""
 out_console = Console()
 log_console = Console(stderr=True)
 
@@ -26,6 +33,7 @@ Data = Annotated[Path | None, typer.Option("--data", help="Folder of parquet fil
 Seed = Annotated[int, typer.Option(help="Of everything random.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
+Precision = Annotated[str, typer.Option(help="Of training: auto (tries once which is faster), fp32 or bf16.")]
 Target = Annotated[str | None, typer.Option(help="What remains: 25%params, 40%flops, 5M. Tied weights count once.")]
 Tau = Annotated[float, typer.Option(help="Quantile that starts the noise level; larger cuts more.")]
 Rule = Annotated[str, typer.Option(help="Spectral rule.")]
@@ -44,6 +52,7 @@ def train(
         float | None, typer.Option(help="Passes over the training rows; the recipe's by default.")
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate; the recipe's by default.")] = None,
+    precision: Precision = "auto",
     seed: Seed = 0,
     device: Device = "cpu",
 ) -> None:
@@ -52,19 +61,22 @@ def train(
     \b
     rmtkd train sst2 --model PATH_OR_HUB_NAME --data DIR --out teacher
     """
+    from rmtkd.progress import watcher
     from rmtkd.teaching import train_teacher
 
-    record = train_teacher(
-        _recipe(recipe),
-        model=model,
-        data=data,
-        out=out,
-        epochs=epochs,
-        lr=lr,
-        seed=seed,
-        device=device,
-        on_event=_watcher(),
-    )
+    with watcher(log_console) as on_event:
+        record = train_teacher(
+            _recipe(recipe),
+            model=model,
+            data=data,
+            out=out,
+            epochs=epochs,
+            lr=lr,
+            precision=precision,  # type: ignore[arg-type]
+            seed=seed,
+            device=device,
+            on_event=on_event,
+        )
     accuracy = record["accuracy"]
     out_console.print(
         f"{out}: {record['parameters']:,} parameters, accuracy {accuracy['value']:.2%} ± {accuracy['stderr']:.2%} "
@@ -96,24 +108,30 @@ def plan(
     """
     from rmtkd import compression, reporting
     from rmtkd.checkpoint import RunFolder
+    from rmtkd.schedule import Options
 
     task = _recipe(recipe)
+    options = {
+        "target": target or task.options.get("target"),
+        "rule": rule,
+        "tau": tau,
+        "multiple_of": multiple_of,
+        "min_share": min_share,
+        "calibration_share": calibration_share,
+        "seed": seed,
+        "device": device,
+    }
+    Options(**options)  # before anything takes time
+    RunFolder.check_free(out)
     source = task.load(_needed(model))
-    folder = RunFolder.for_plan(out)
     rows = task.rows(data, source.tokenizer, seed)
     made, spectrums = compression.plan(
         source.model.to(device),
         calibration=compression.share_of(rows.train, calibration_share),
         example=task.example(source.model),
-        target=target or task.options.get("target"),
-        rule=rule,
-        tau=tau,
-        multiple_of=multiple_of,
-        min_share=min_share,
-        seed=seed,
-        device=device,
+        **options,
     )
-    folder.save_plan(made, spectrums)
+    RunFolder.for_plan(out).save_plan(made, spectrums)
     if as_json:
         sys.stdout.write(made.to_json() + "\n")
         return
@@ -149,6 +167,7 @@ def compress(
     min_share: MinShare = 0.0,
     calibration_share: Calibration = 0.1,
     control: Annotated[bool, typer.Option("--control", help="Also train the same shape from a random start.")] = False,
+    precision: Precision = "auto",
     seed: Seed = 0,
     device: Device = "cpu",
     as_json: AsJson = False,
@@ -156,13 +175,12 @@ def compress(
     """Narrow a trained model and let it recover by self-distillation.
 
     \b
-    rmtkd compress digits --out runs/digits --control        # trains its own teacher first
-    rmtkd compress sst2 --model teacher --data DIR --target 25%params --epochs 2 --out runs/sst2
+    rmtkd compress sst2 --model teacher --data DIR --out runs/sst2 --epochs 2
+    rmtkd compress digits --out runs/digits   (trains its own teacher first)
     """
-    from dataclasses import replace
-
     from rmtkd import compression, reporting
     from rmtkd.checkpoint import RunFolder
+    from rmtkd.progress import watcher
     from rmtkd.schedule import Options
     from rmtkd.teaching import train_teacher
 
@@ -186,6 +204,7 @@ def compress(
         "multiple_of": multiple_of,
         "min_share": min_share,
         "calibration_share": calibration_share,
+        "precision": precision,
         "seed": seed,
         "device": device,
     }
@@ -193,25 +212,31 @@ def compress(
     Options(**options)  # before anything takes time
     RunFolder.check_free(out)
     if model is None and task.needs_no_checkpoint:
-        teacher_folder = out.with_name(f"{out.name}-teacher")
-        if not teacher_folder.exists():
+        teacher_folder = out.absolute().with_name(f"{out.absolute().name}-teacher")
+        if teacher_folder.exists():
+            log_console.print(f"no --model: using the teacher in {teacher_folder}", highlight=False)
+        else:
             log_console.print(f"no --model: training a teacher into {teacher_folder}", highlight=False)
-            train_teacher(task, out=teacher_folder, seed=seed, device=device, on_event=_watcher())
+            with watcher(log_console) as on_event:
+                train_teacher(task, out=teacher_folder, seed=seed, device=device, on_event=on_event)
         model = str(teacher_folder)
     source = task.load(_needed(model))
     rows = task.rows(data, source.tokenizer, seed)
-    result = compression.compress(
-        source.model,
-        train=rows.train,
-        selection=rows.selection,
-        report=rows.report,
-        example=task.example(source.model),
-        control=control,
-        out=out,
-        extra_files=source.files,
-        on_event=_watcher(),
-        **options,
-    )
+    with tempfile.TemporaryDirectory() as written, watcher(log_console) as on_event:
+        if source.tokenizer is not None:
+            source.tokenizer.save_pretrained(written)
+        result = compression.compress(
+            source.model,
+            train=rows.train,
+            selection=rows.selection,
+            report=rows.report,
+            example=task.example(source.model),
+            control=control,
+            out=out,
+            extra_files=sorted(Path(written).iterdir()),
+            on_event=on_event,
+            **options,
+        )
     if as_json:
         sys.stdout.write(json.dumps(result.record, indent=1) + "\n")
         return
@@ -241,11 +266,11 @@ def evaluate(
     \b
     rmtkd evaluate runs/sst2/model --recipe sst2 --file rows.parquet --json
     """
-    from dataclasses import asdict
-
+    from rmtkd.environment import check_device
     from rmtkd.measurement import accuracy
 
     task = _recipe(recipe)
+    check_device(device)
     source = task.load(model_dir)
     rows = task.rows(data, source.tokenizer, 0).report if file is None else task.file_rows(file, source.tokenizer)
     result = accuracy(source.model.to(device), rows)
@@ -257,7 +282,11 @@ def evaluate(
 
 @app.command("ls")
 def list_recipes() -> None:
-    """The tasks that come with rmtkd."""
+    """The tasks that come with rmtkd.
+
+    \b
+    rmtkd ls
+    """
     from rmtkd import recipes
 
     for name in recipes.names():
@@ -266,7 +295,11 @@ def list_recipes() -> None:
 
 @app.command()
 def env() -> None:
-    """Versions and machine, to paste into a bug report."""
+    """Versions and machine, to paste into a bug report.
+
+    \b
+    rmtkd env
+    """
     from rmtkd.environment import machine, versions
 
     for name, value in {**versions(), **machine()}.items():
@@ -278,12 +311,20 @@ def main() -> None:
     try:
         app()
     except RmtkdError as error:
-        log_console.print(f"[bold red]error:[/] {type(error).__name__}", highlight=False)
-        log_console.print(str(error), markup=False, highlight=False)
-        sys.exit(2)
+        _fail(type(error).__name__, str(error))
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in EXTRAS:
+            raise
+        _fail("missing package", f"{error.name} must be installed for this. Run: pip install 'rmtkd[text,demo]'.")
 
 
-def _recipe(name: str):
+def _fail(kind: str, message: str) -> NoReturn:
+    log_console.print(f"[bold red]error:[/] {kind}", highlight=False)
+    log_console.print(message, markup=False, highlight=False, soft_wrap=True)
+    sys.exit(2)
+
+
+def _recipe(name: str) -> "Recipe":
     from rmtkd import recipes
 
     return recipes.get(name)
@@ -293,9 +334,3 @@ def _needed(model: str | None) -> str:
     if model is None:
         raise typer.BadParameter("this recipe needs a trained model: pass --model PATH_OR_HUB_NAME.")
     return model
-
-
-def _watcher():
-    from rmtkd.progress import watcher
-
-    return watcher(log_console)

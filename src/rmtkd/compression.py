@@ -102,6 +102,7 @@ def compress(
     chosen = Options(**options)
     if out is not None:
         RunFolder.check_free(Path(out))
+    extra_files = artifact.check_extra_files(extra_files)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(chosen.seed)
         run = _Run(model, train, selection, report, calibration, example, chosen, on_event)
@@ -200,6 +201,8 @@ class _Run:
         self.options = options
         self.emit = progress.Emitter([on_event] if on_event else [])
         self.folder: RunFolder | None = None
+        if report is not None:
+            batching.first(report, "report")  # not read before the end, but there
         self.batches_per_epoch = sum(1 for _ in train_rows)
         if self.batches_per_epoch == 0:
             raise DataError("training rows must hold at least one batch. Got none. Pass more rows.")
@@ -214,14 +217,16 @@ class _Run:
         made, spectrums = plan(self.model, calibration=self.calibration, example=self.example, **_fields(options))
         made = given or made
         emit("plan", predicted=made.predicted, widths=made.widths)
+        queue = self.rounds_of(made)
         if out is not None:  # not before all input has proved good: a refused run leaves nothing behind
             self.folder = RunFolder.create(out, options)
             self.folder.save_plan(made, spectrums)
             emit.add(self.folder.append)
-        if options.epochs > 0 and is_bf16_faster(self.model, self.example):
+        if options.precision != "auto":
+            self.precision = options.precision
+        elif options.epochs > 0 and is_bf16_faster(copy.deepcopy(self.model).requires_grad_(True), self.example):
             self.precision = "bf16"
 
-        queue = self.rounds_of(made)
         steps = self.steps_of(len(queue))
         student, rounds = self.model, ()
         history = History(options=options, baseline_accuracy=baseline.value, rounds=(), pending=len(queue))
@@ -376,7 +381,9 @@ def check_teacher(model: nn.Module, selection: Iterable[Batch]) -> Estimate:
 
 
 def share_of(rows: Iterable[Batch], share: float) -> list[Batch]:
-    """An even share of the batches."""
+    """An even share of the batches, of the first pass whatever has been read before."""
+    if hasattr(rows, "set_epoch"):
+        rows.set_epoch(0)  # type: ignore[attr-defined]
     return list(batching.every(rows, max(1, round(1 / share))))
 
 

@@ -1,5 +1,6 @@
 """Training with and without a teacher: the loss, and one phase of optimisation."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from rmtkd.batches import Batch
 from rmtkd.errors import DataError, OptionError
 
 Precision = Literal["fp32", "bf16"]
+PRECISIONS = ("auto", "fp32", "bf16")
+"""What may be asked for; `auto` is whichever is faster."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +46,14 @@ class Recovery:
         for name, low, high in (
             ("alpha", 0, 1),
             ("warmup", 0, 1),
-            ("weight_decay", 0, float("inf")),
         ):
             value = getattr(self, name)
             if not low <= value <= high:
                 raise OptionError(f"{name} must be within [{low}, {high}]. Got {value}.")
+        if not 0 <= self.weight_decay < math.inf:
+            raise OptionError(f"weight_decay must be at least 0. Got {self.weight_decay}.")
         for name in ("temperature", "lr", "clip"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise OptionError(f"{name} must be greater than 0. Got {getattr(self, name)}.")
 
 
@@ -112,6 +116,9 @@ def train(
 
     Returns:
         The loss of every step.
+
+    Raises:
+        DataError: if there are no rows, labels are missing or outside the head's range, or the loss is not finite.
     """
     device = next(student.parameters()).device
     frozen = _embedding_tables(student) if recovery.freeze_embeddings else set()
@@ -122,12 +129,14 @@ def train(
     student.train()
     if teacher is not None:
         teacher.eval()
-    for parameter in student.parameters():
+    flags = [(parameter, parameter.requires_grad) for parameter in student.parameters()]
+    for parameter, _ in flags:
         parameter.requires_grad_(id(parameter) not in frozen)
     try:
         for step, batch in zip(range(steps), _endless(rows, first_epoch), strict=False):
             for group in optimizer.param_groups:
                 group["lr"] = recovery.lr * learning_rate_factor(step, steps, recovery.warmup)
+            labels = batching.labels(batch)
             batch = batching.to(batch, device)
             with autocast:
                 guide = None
@@ -135,6 +144,7 @@ def train(
                     with torch.no_grad():
                         guide = batching.logits(teacher, batch).float()
                 scores = batching.logits(student, batch).float()
+            _check_labels(labels, scores.shape[1])
             loss = distillation_loss(
                 scores,
                 guide,
@@ -142,21 +152,21 @@ def train(
                 alpha=recovery.alpha,
                 temperature=recovery.temperature,
             )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(trained, recovery.clip)
-            optimizer.step()
             losses.append(float(loss.detach()))
-            if not losses[-1] < float("inf"):
+            if not math.isfinite(losses[-1]):
                 raise DataError(
                     f"the loss must stay finite. It became {losses[-1]} at step {step + 1}. "
                     "Lower the learning rate, or look for bad rows."
                 )
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(trained, recovery.clip)
+            optimizer.step()
             if on_step:
                 on_step(step + 1, losses[-1])
     finally:
-        for parameter in student.parameters():
-            parameter.requires_grad_(True)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
         student.eval()
     return losses
 
@@ -167,6 +177,15 @@ def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
     if step < rising:
         return (step + 1) / rising
     return 1 - 0.9 * (step - rising) / max(1, steps - 1 - rising)
+
+
+def _check_labels(labels: Tensor | None, classes: int) -> None:
+    """Raise `DataError` for labels that the head does not have: on a GPU the loss itself would end the process."""
+    if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise DataError(
+            f"training labels must be within 0..{classes - 1}, the range of the model's head. Got "
+            f"{int(labels.min())}..{int(labels.max())}. Map the labels, or use a model with that many classes."
+        )
 
 
 def _endless(rows: Iterable[Batch], epoch: int) -> Iterator[Batch]:

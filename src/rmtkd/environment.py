@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from rmtkd.errors import OptionError, check_choice
+
 PACKAGES = ("rmtkd", "torch", "numpy", "scipy", "safetensors", "transformers", "datasets", "tokenizers")
 
 
@@ -33,6 +35,25 @@ def machine() -> dict[str, str]:
     if torch.cuda.is_available():
         facts["accelerator"] = torch.cuda.get_device_name()
     return facts
+
+
+def check_device(name: str) -> str:
+    """Return the name of a device if this machine has it.
+
+    Raises:
+        OptionError: if there is no such device.
+    """
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        raise OptionError(f"device must be cpu, cuda or cuda:NUMBER. Got {name!r}.") from None
+    check_choice("device", device.type, ("cpu", "cuda"))
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise OptionError(
+            f"device must be there. Got {name!r}, and torch sees {torch.cuda.device_count()} CUDA devices. Use cpu, or "
+            "install torch with CUDA."
+        )
+    return name
 
 
 def _processor() -> str:

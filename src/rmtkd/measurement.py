@@ -4,7 +4,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -66,7 +66,7 @@ def count_parameters(module: nn.Module) -> int:
 
 
 @contextmanager
-def evaluation(*models: nn.Module):
+def evaluation(*models: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; each module gets its own training flag back."""
     flags = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
@@ -85,6 +85,7 @@ def count_flops(model: nn.Module, batch: Batch) -> int:
     The counter knows no formula for the fused attention kernel of the CPU and counts it as zero, so attention is
     computed by its plain matrix products here.
     """
+    batch = batching.to(batch, next(model.parameters()).device)
     counter = FlopCounterMode(display=False)
     with evaluation(model), sdpa_kernel(SDPBackend.MATH), counter:
         batching.logits(model, batch)
@@ -104,7 +105,7 @@ def time_forward(models: Sequence[nn.Module], batch: Batch, *, repeats: int = 20
 
     Args:
         models: models on one device.
-        batch: the batch to run, already on that device.
+        batch: the batch to run.
         repeats: timed passes of each model.
         warm_up: untimed passes of each model before.
 
@@ -112,23 +113,22 @@ def time_forward(models: Sequence[nn.Module], batch: Batch, *, repeats: int = 20
         One `Latency` per model, in order.
     """
     device = next(models[0].parameters()).device
+    batch = batching.to(batch, device)
     times: list[list[float]] = [[] for _ in models]
     with evaluation(*models):
         for i in range(warm_up + repeats):
             for model, record in zip(models, times, strict=True):
                 start = time.perf_counter()
                 batching.logits(model, batch)
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
+                _wait(device)
                 if i >= warm_up:
                     record.append((time.perf_counter() - start) * 1e3)
-    mask = batching.real_positions(batch)
     return [
         Latency(
             median=statistics.median(record),
             iqr=float(torch.tensor(record).quantile(0.75) - torch.tensor(record).quantile(0.25)),
             batch=batching.rows(batch),
-            length=1 if mask is None else mask.shape[1],
+            length=batching.length(batch),
             threads=torch.get_num_threads(),
             repeats=repeats,
             device=str(device),
@@ -191,19 +191,28 @@ def chance_level(labels: Int[Tensor, " rows"]) -> float:
 
 
 def is_bf16_faster(model: nn.Module, batch: Batch, *, repeats: int = 3) -> bool:
-    """Whether a training step (forward and backward) of this model on this batch is faster under bf16 autocast here."""
-    device = next(model.parameters()).device.type
+    """Whether a training step (forward and backward) of this model on this batch is faster under bf16 autocast here.
+
+    The model's gradients are gone afterwards.
+    """
+    device = next(model.parameters()).device
+    batch = batching.to(batch, device)
     seconds = {}
     for enabled in (False, True):
         times = []
         for _ in range(repeats):
             start = time.perf_counter()
-            with torch.autocast(device, torch.bfloat16, enabled=enabled):
+            with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
                 loss = batching.logits(model, batch).float().logsumexp(-1).sum()
             loss.backward()
-            if device == "cuda":
-                torch.cuda.synchronize()
+            _wait(device)
             times.append(time.perf_counter() - start)
             model.zero_grad(set_to_none=True)
         seconds[enabled] = min(times)
     return seconds[True] < seconds[False]
+
+
+def _wait(device: torch.device) -> None:
+    """Return once the device has done what it was given: accelerators work on while Python goes on."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -1,7 +1,8 @@
 """Events of a run, and the two ways to watch them: bars on a terminal, plain lines in a pipe."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -108,11 +109,24 @@ class Bars:
             self.task = self.progress.add_task(name, total=event["steps"], loss=event["loss"])
         self.progress.update(self.task, completed=event["step"], loss=event["loss"])
         if event["step"] == event["steps"]:
+            self.close()
+
+    def close(self) -> None:
+        """Take the bar away, also in the middle of a phase, and give the terminal its cursor back."""
+        if self.task is not None:
             self.progress.remove_task(self.task)
             self.progress.stop()
             self.task = None
 
 
-def watcher(console: Console) -> Listener:
+@contextmanager
+def watcher(console: Console) -> Iterator[Listener]:
     """Bars where the console is a terminal, plain lines elsewhere."""
-    return Bars(console) if console.is_terminal else PlainLines(console)
+    if not console.is_terminal:
+        yield PlainLines(console)
+        return
+    bars = Bars(console)
+    try:
+        yield bars
+    finally:
+        bars.close()

@@ -62,7 +62,7 @@ def summary_rows(record: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """Lines of the result: name, before, after, ratio."""
     before, after = record["baseline"], record["compressed"]
 
-    def ratio(a: float, b: float) -> str:
+    def ratio(a: int, b: int) -> str:
         return f"{b / a:.1%}"
 
     def accuracy(cost: Mapping[str, Any], key: str) -> str:

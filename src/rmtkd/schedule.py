@@ -1,10 +1,12 @@
 """What a run is asked to do, what it did, and when it stops: options, records, and rules that read only records."""
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from rmtkd.distillation import Recovery
+from rmtkd.distillation import PRECISIONS, Recovery
+from rmtkd.environment import check_device
 from rmtkd.errors import OptionError, check_choice
 from rmtkd.planning import Target
 from rmtkd.spectra import RULES
@@ -30,6 +32,8 @@ class Options:
         min_share: no width below this share of its full size (the method's ρ_min).
         calibration_share: share of the training batches whose activations are seen.
         recovery: the training after each cut.
+        precision: of training; `auto` tries once whether bf16 is faster on this machine. Name one of `fp32` and `bf16`
+            for a run that is the same to the bit again.
         seed: of everything random.
         device: where the models run.
     """
@@ -46,6 +50,7 @@ class Options:
     min_share: float = 0.0
     calibration_share: float = 0.1
     recovery: Recovery = field(default_factory=Recovery)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     seed: int = 0
     device: str = "cpu"
 
@@ -53,19 +58,22 @@ class Options:
         check_choice("rule", self.rule, RULES)
         check_choice("granularity", self.granularity, ("site", "layer", "round"))
         check_choice("teacher", self.teacher, ("previous", "original"))
+        check_choice("precision", self.precision, PRECISIONS)
         if self.target is not None:
             Target.parse(self.target)
         for name, ok, must in (
             ("tau", 0 < self.tau < 1, "within (0, 1)"),
-            ("epochs", self.epochs >= 0, "at least 0"),
+            ("epochs", 0 <= self.epochs < math.inf, "at least 0"),
             ("tolerance", self.tolerance is None or 0 <= self.tolerance <= 1, "within [0, 1]"),
             ("max_rounds", self.max_rounds is None or self.max_rounds >= 1, "at least 1"),
             ("multiple_of", self.multiple_of >= 1, "at least 1"),
             ("min_share", 0 <= self.min_share <= 1, "within [0, 1]"),
             ("calibration_share", 0 < self.calibration_share <= 1, "within (0, 1]"),
+            ("seed", self.seed >= 0, "at least 0"),
         ):
             if not ok:
                 raise OptionError(f"{name} must be {must}. Got {getattr(self, name)}.")
+        check_device(self.device)
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain JSON values."""

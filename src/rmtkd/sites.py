@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+import torch
 from torch import nn
 
 from rmtkd.errors import UnsupportedModelError
@@ -108,7 +109,8 @@ def find_family(model: nn.Module) -> EncoderFamily:
             _check_config(model, class_name)
             return family
     raise UnsupportedModelError(
-        f"the model must be one of: {supported}. Got {class_name}, whose widths rmtkd does not know. Nothing was changed."
+        f"the model must be one of: {supported}. Got {class_name}, whose widths rmtkd does not know. Nothing was "
+        "changed."
     )
 
 
@@ -119,12 +121,13 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
         model: a supported model, also one that was compressed before.
 
     Raises:
-        UnsupportedModelError: naming the class, the head or the part that is not understood.
+        UnsupportedModelError: naming the class, the head, the part or the precision that is not understood.
     """
     family = find_family(model)
     sites = [_embedding_site(model, family.word_embeddings)]
     for i in range(len(_expect(model, family.layers, nn.ModuleList))):
         sites += _layer_sites(model, family, i)
+    _check_precision(model)
     _check_untied(model, sites)
     return tuple(sites)
 
@@ -161,6 +164,16 @@ def _check_config(model: nn.Module, class_name: str) -> None:
             f"the encoder must be bidirectional without cross-attention. This {class_name} is a decoder. Nothing was "
             "changed."
         )
+
+
+def _check_precision(model: nn.Module) -> None:
+    """Half precision drowns the small eigenvalues, the check of a cut and the small steps of recovery in rounding."""
+    for name, parameter in model.named_parameters():
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise UnsupportedModelError(
+                f"parameters must be float32 or float64. {name} is {parameter.dtype}. Call `model.float()` first: "
+                "recovery uses bfloat16 by itself where that is faster. Nothing was changed."
+            )
 
 
 def _check_untied(model: nn.Module, sites: Iterable[Site]) -> None:

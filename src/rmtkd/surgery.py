@@ -4,14 +4,17 @@ A cut touches only what its sites name. The caller's model is never modified.
 """
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from rmtkd import batches as batching
-from rmtkd.activations import in_groups
+from rmtkd.activations import attach, in_groups
 from rmtkd.bases import Basis
 from rmtkd.batches import Batch
 from rmtkd.errors import PlanError, SurgeryError
@@ -33,7 +36,8 @@ def narrow(model: nn.Module, sites: Sequence[Site], bases: Mapping[str, Sequence
         bases: for each site's name one basis per stream.
 
     Returns:
-        A new dense model without hooks, sharing no storage with `model`, in the same dtype and on the same device.
+        A new dense model, sharing no storage with `model`, in the same dtype and on the same device. Nothing is hooked
+        onto it.
 
     Raises:
         PlanError: if sites that share a width are given different widths.
@@ -54,10 +58,10 @@ def skeleton(model: nn.Module, sites: Sequence[Site], widths: Mapping[str, int])
     Args:
         model: the model, left as it was.
         sites: the sites that may be narrowed.
-        widths: for each site's name the width that is kept; full where a site is missing.
+        widths: for each site's name the width that is kept; full, and then left alone, where a site is missing.
     """
     # deepcopy takes what the memo holds in place of a copy: no parameter is ever duplicated.
-    meta = {id(parameter): nn.Parameter(parameter.detach().to("meta")) for parameter in model.parameters()}
+    meta = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in model.parameters()}
     student = copy.deepcopy(model, meta)
     for site in sites:
         width = widths.get(site.name, site.width)
@@ -76,7 +80,7 @@ def skeleton(model: nn.Module, sites: Sequence[Site], widths: Mapping[str, int])
 
 def fill_with_zeros(model: nn.Module, device: torch.device | str) -> None:
     """Give the parameters of a skeleton values, in place, so that it runs."""
-    for name, parameter in list(model.named_parameters()):
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         path, _, leaf = name.rpartition(".")
         zeros = torch.zeros(parameter.shape, dtype=parameter.dtype, device=device)
         setattr(model.get_submodule(path), leaf, nn.Parameter(zeros))
@@ -118,20 +122,24 @@ def check_cut(
         The largest difference of the outputs, relative to the largest output.
 
     Raises:
-        SurgeryError: if it exceeds what rounding of the folded weights explains.
+        SurgeryError: if it exceeds what rounding of the folded weights explains, or if the cut model does not run.
     """
     dtype = next(student.parameters()).dtype
     reference, student = (copy.deepcopy(m).double().cpu() for m in (reference, student))
     expected = projected_logits(reference, sites, bases, batch)
-    with evaluation(student):
-        got = batching.logits(student, batching.to(batch, "cpu"))
-    error = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+    try:
+        with evaluation(student):
+            got = batching.logits(student, batching.to(batch, "cpu"))
+        error = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+        found = f"It differs by {error:.1e}"
+    except RuntimeError as failure:  # shapes that do not fit
+        error, found = math.nan, f"It fails with {failure}"
     allowed = max(1e-9, ROUNDINGS * torch.finfo(dtype).eps)
     if not error <= allowed:
         raise SurgeryError(
-            f"a cut model must compute what its projected full-width reference computes, to {allowed:.1e}. It differs "
-            f"by {error:.1e} after cutting {', '.join(site.name for site in sites)}. This is a fault of rmtkd or an "
-            "unusual forward of the model: exclude these sites and report it."
+            f"a cut model must compute what its projected full-width reference computes, to {allowed:.1e}. {found} "
+            f"after cutting {', '.join(site.name for site in sites)}. This is a fault of rmtkd or an unusual forward "
+            "of the model: keep these sites whole in the plan, and report it."
         )
     return error
 
@@ -140,12 +148,11 @@ def projected_logits(
     model: nn.Module, sites: Iterable[Site], bases: Mapping[str, Sequence[Basis]], batch: Batch
 ) -> Tensor:
     """Outputs of the full-width model with the streams of these sites projected by hooks."""
-    handles = []
+    handles: list[RemovableHandle] = []
     try:
         for site in sites:
             # In a product it is enough to project one of the two streams.
-            stream, basis = site.streams[0], bases[site.name][0]
-            handles.append(_project(model, site, stream, basis))
+            handles.append(attach(model, site.streams[0], partial(_project, bases[site.name][0])))
         with evaluation(model):
             return batching.logits(model, batching.to(batch, next(model.parameters()).device))
     finally:
@@ -153,18 +160,10 @@ def projected_logits(
             handle.remove()
 
 
-def _project(model: nn.Module, site: Site, stream: Stream, basis: Basis):
-    module = model.get_submodule(stream.module)
-
-    def project(activations: Tensor) -> Tensor:
-        projector = basis.projector.to(activations)
-        mean = basis.mean.to(activations)
-        grouped = in_groups(activations, site.groups) - mean
-        return (torch.einsum("...gw,gvw->...gv", grouped, projector) + mean).flatten(-2)
-
-    if stream.side == "input":
-        return module.register_forward_pre_hook(lambda _, args: (project(args[0]), *args[1:]))
-    return module.register_forward_hook(lambda _, __, output: project(output))
+def _project(basis: Basis, activations: Tensor) -> Tensor:
+    projector, mean = basis.projector.to(activations), basis.mean.to(activations)
+    centred = in_groups(activations, len(mean)) - mean
+    return (torch.einsum("...gw,gvw->...gv", centred, projector) + mean).flatten(-2)
 
 
 def _check_shared(sites: Sequence[Site], bases: Mapping[str, Sequence[Basis]]) -> None:
@@ -174,8 +173,8 @@ def _check_shared(sites: Sequence[Site], bases: Mapping[str, Sequence[Basis]]) -
             kept = basis.reduce.shape[1]
             if widths.setdefault(site.shares, kept) != kept:
                 raise PlanError(
-                    f"sites that share the width {site.shares} must keep the same. Got {widths[site.shares]} and {kept}."
-                    " Give them one width; nothing was changed."
+                    f"sites that share the width {site.shares} must keep the same. Got {widths[site.shares]} and "
+                    f"{kept}. Give them one width; nothing was changed."
                 )
 
 

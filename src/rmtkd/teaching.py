@@ -1,20 +1,21 @@
 """Training a teacher by a recipe."""
 
-import json
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from rmtkd import batches as batching
-from rmtkd.checkpoint import write_atomically
-from rmtkd.distillation import train
-from rmtkd.environment import versions
-from rmtkd.errors import RunError
+from rmtkd.checkpoint import RunFolder, new_folder, write_json
+from rmtkd.distillation import PRECISIONS, train
+from rmtkd.environment import check_device, versions
+from rmtkd.errors import OptionError, RunError, check_choice
 from rmtkd.measurement import accuracy, count_parameters, is_bf16_faster
 from rmtkd.progress import Emitter, Listener
+from rmtkd.recipes.checkpoints import save_classifier
 from rmtkd.recipes.recipe import Recipe
 
 
@@ -30,11 +31,13 @@ class WeightAverage:
         """Take in the current parameters. The first updates weigh more, so that the start is forgotten."""
         self.count += 1
         weight = 1 - min(self.decay, (1 + self.count) / (10 + self.count))
-        torch._foreach_lerp_(self.average, self.current, weight)
+        for average, current in zip(self.average, self.current, strict=True):
+            average.lerp_(current, weight)
 
     def apply(self) -> None:
         """Give the model its averaged parameters."""
-        torch._foreach_copy_(self.current, self.average)
+        for average, current in zip(self.average, self.current, strict=True):
+            current.copy_(average)
 
 
 def train_teacher(
@@ -45,6 +48,7 @@ def train_teacher(
     data: Path | None = None,
     epochs: float | None = None,
     lr: float | None = None,
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
     seed: int = 0,
     device: str = "cpu",
     on_event: Listener | None = None,
@@ -58,6 +62,7 @@ def train_teacher(
         data: folder of parquet files.
         epochs: passes over the training rows.
         lr: peak learning rate.
+        precision: of training; `auto` tries once whether bf16 is faster on this machine.
         seed: of the head's start, the order of rows and dropout.
         device: where to train.
         on_event: called with every event.
@@ -66,17 +71,24 @@ def train_teacher(
         What `training.json` holds.
 
     Raises:
-        RunError: if `out` exists.
+        RunError: if `out` exists or cannot be written.
+        OptionError: if an option has a value that it cannot have.
+        DataError: if rows or checkpoint cannot be used.
     """
-    if out.exists():
-        raise RunError(f"--out must be new. {out} exists. Choose another name or remove it.")
+    check_new(out)
+    check_device(device)
+    epochs = recipe.epochs if epochs is None else epochs
+    if not (0 <= epochs < math.inf and seed >= 0):
+        raise OptionError(f"epochs and seed must be at least 0. Got {epochs:g} and {seed}.")
+    check_choice("precision", precision, PRECISIONS)
+    recovery = recipe.training if lr is None else replace(recipe.training, lr=lr)
     source = recipe.start(model, seed)
     student = source.model.to(device)
     rows = recipe.rows(data, source.tokenizer, seed)
     emit = Emitter([on_event] if on_event else [])
-    recovery = recipe.training if lr is None else replace(recipe.training, lr=lr)
-    steps = round((recipe.epochs if epochs is None else epochs) * len(rows.train))
-    bf16 = is_bf16_faster(student, batching.to(batching.first(rows.train, "train"), device))
+    steps = round(epochs * len(rows.train))
+    if precision == "auto":
+        precision = "bf16" if is_bf16_faster(student, batching.first(rows.train, "train")) else "fp32"
     average = WeightAverage(student) if recipe.average else None
 
     def on_step(step: int, loss: float) -> None:
@@ -91,25 +103,31 @@ def train_teacher(
             rows.train,
             steps=steps,
             recovery=recovery,
-            precision="bf16" if bf16 else "fp32",
+            precision=precision,
             on_step=on_step,
         )
     if average and steps:
         average.apply()
     record = {
         "recipe": recipe.name,
-        "start": model,
+        "start": Path(model).name if model and Path(model).exists() else model,
         "parameters": count_parameters(student),
         "accuracy": asdict(accuracy(student, rows.report)),
         "accuracy_selection": asdict(accuracy(student, rows.selection)),
         "steps": steps,
         "seed": seed,
         "training": asdict(recovery),
-        "precision": "bf16" if bf16 else "fp32",
+        "precision": precision,
         "versions": versions(),
     }
-    student.save_pretrained(out)
-    if source.tokenizer is not None:
-        source.tokenizer.save_pretrained(out)
-    write_atomically(out / "training.json", (json.dumps(record, indent=1) + "\n").encode())
+    with new_folder(out) as partial:
+        save_classifier(source, partial)
+        write_json(partial / "training.json", record)
     return record
+
+
+def check_new(out: Path) -> None:
+    """Raise `RunError` if the folder exists or cannot be made."""
+    if out.exists() or out.is_symlink():
+        raise RunError(f"--out must be new. {out} exists. Choose another name or remove it.")
+    RunFolder.check_free(out)

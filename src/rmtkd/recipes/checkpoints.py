@@ -1,5 +1,6 @@
-"""Reading and writing checkpoints of text classifiers: transformers' folders, hub names, and our own folders."""
+"""Reading and writing checkpoints of classifiers: transformers' folders, hub names, and our own folders."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,57 +8,123 @@ import torch
 from torch import nn
 
 from rmtkd import artifact
-from rmtkd.errors import DataError, RmtkdError
+from rmtkd.errors import DataError
 from rmtkd.recipes.recipe import Source
+from rmtkd.sites import find_sites
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 
 
-def load_classifier(path: str) -> Source:
-    """A trained classifier with its tokenizer, if it has one: our folder, transformers' folder, or a hub name."""
+def load_classifier(path: str, labels: Sequence[str]) -> Source:
+    """A trained classifier with its tokenizer, if it has one: our folder, transformers' folder, or a hub name.
+
+    Raises:
+        DataError: if there is none, its head is not trained, or it has another number of classes.
+        ArtifactError: if our folder was altered.
+    """
     if artifact.is_artifact(Path(path)):
         model = artifact.load(path)
     else:
-        model = _from_pretrained(path)
-    files = tuple(Path(path) / name for name in TOKENIZER_FILES if (Path(path) / name).is_file())
-    return Source(model=model, tokenizer=load_tokenizer(path), files=files)
+        model, missing = _from_pretrained(path)
+        if missing:
+            raise DataError(
+                f"--model must be a trained classifier. {path!r} lacks {len(missing)} of its weights, such as "
+                f"{missing[0]}. Train it first: rmtkd train."
+            )
+    config: Any = model.config
+    if config.num_labels != len(labels):
+        raise DataError(
+            f"--model must have a head of the {len(labels)} classes {', '.join(labels)}. {path!r} has "
+            f"{config.num_labels}. Choose another model or recipe."
+        )
+    return Source(model=model, tokenizer=load_tokenizer(path, model))
 
 
-def start_classifier(path: str, labels: tuple[str, ...], seed: int) -> Source:
-    """A checkpoint with a fresh classification head, to be fine-tuned."""
+def start_classifier(path: str, labels: Sequence[str], seed: int) -> Source:
+    """A checkpoint of a family that can be narrowed, with a fresh classification head, to be fine-tuned.
+
+    Raises:
+        DataError: if there is no checkpoint.
+        UnsupportedModelError: if the trained model could not be narrowed.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _from_pretrained(
+        model, _ = _from_pretrained(
             path,
             num_labels=len(labels),
             id2label=dict(enumerate(labels)),
             label2id={n: i for i, n in enumerate(labels)},
         )
-    return Source(model=model, tokenizer=load_tokenizer(path))
+    find_sites(model)
+    return Source(model=model, tokenizer=load_tokenizer(path, model))
 
 
-def load_tokenizer(path: str) -> Any:
-    """The tokenizer stored with a model, or None where there is none."""
+def load_tokenizer(path: str, model: nn.Module) -> Any:
+    """The tokenizer stored with a model, or None where there is none.
+
+    Raises:
+        DataError: if it cannot be read or is not the model's.
+    """
     import transformers
 
     if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
         return None
-    if artifact.is_artifact(Path(path)):  # its config.json names no stock model, by design
-        return transformers.PreTrainedTokenizerFast.from_pretrained(path)
-    return transformers.AutoTokenizer.from_pretrained(path)
+    # The config.json of our folder names no stock model, by design.
+    reader = transformers.PreTrainedTokenizerFast if artifact.is_artifact(Path(path)) else transformers.AutoTokenizer
+    try:
+        tokenizer = reader.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # whatever transformers makes of altered files
+        raise DataError(
+            f"{path!r} must hold a tokenizer. Reading it gave: {_first_line(error)}. Save it anew."
+        ) from error
+    config: Any = model.config
+    if len(tokenizer) > config.vocab_size:
+        raise DataError(
+            f"the tokenizer in {path!r} must be the model's, of at most {config.vocab_size} tokens. It has "
+            f"{len(tokenizer)}. Save the right one beside the model."
+        )
+    longest = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
+    return tokenizer
 
 
-def _from_pretrained(path: str, **config: Any) -> nn.Module:
+def save_classifier(source: Source, folder: Path) -> None:
+    """Write a model as a transformers folder, with its tokenizer."""
+    _be_quiet()
+    model: Any = source.model
+    model.save_pretrained(folder)
+    if source.tokenizer is not None:
+        source.tokenizer.save_pretrained(folder)
+
+
+def _from_pretrained(path: str, **config: Any) -> tuple[nn.Module, list[str]]:
+    """A model and the names of its weights that the checkpoint does not hold."""
+    import transformers
+
+    _be_quiet()
+    if artifact.is_artifact(Path(path) / "model"):
+        raise DataError(f"--model must be a model folder. {path!r} is a run. Did you mean '{Path(path) / 'model'}'?")
+    if path.startswith((".", "/", "~")) and not Path(path).is_dir():  # no name of the hub: do not ask there
+        raise DataError(f"--model must be a model folder or a hub name. There is no folder {path!r}. Check the path.")
+    try:
+        model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+            path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **config
+        )
+    except Exception as error:  # whatever transformers, torch or safetensors make of what is there
+        raise DataError(
+            f"--model must be a model folder or a hub name. Reading {path!r} gave: {_first_line(error)}. "
+            "Check the path; a network is needed for a hub name."
+        ) from error
+    return model.eval(), sorted(report["missing_keys"])
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")
+
+
+def _be_quiet() -> None:
+    """Our own progress and errors are told by us."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    try:
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32, **config)
-    except RmtkdError:
-        raise
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"--model must be a model folder or a hub name. Reading {path!r} gave: {str(error).splitlines()[0]}"
-        ) from None
-    return model.eval()

@@ -3,6 +3,7 @@
 Small enough for a demonstration and for tests, real enough to lose accuracy when something is cut wrongly.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rmtkd.errors import DataError
 from rmtkd.recipes.checkpoints import load_classifier
 from rmtkd.recipes.recipe import Recipe, Rows, Source
 from rmtkd.recipes.rows import TokenRows, synthetic_batch
+from rmtkd.recipes.tables import read_table
 
 LEVELS = 4
 """Grey levels of a pixel, from the scans' 17."""
@@ -24,6 +26,7 @@ LENGTH = 17
 """A start token and 16 patches of 2 × 2 pixels."""
 REPORT, SELECTION = 450, 150
 """Rows held out for the report and for selection; the other 1,197 are trained on."""
+LABELS = tuple(str(digit) for digit in range(10))
 SHIFTS = ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0))
 """Training scans are also seen moved by one pixel."""
 
@@ -48,7 +51,7 @@ def load_rows(data: Path | None, tokenizer: Any, seed: int) -> Rows:
     """All rows by role. They ship with scikit-learn: `data` and `tokenizer` have nothing to say."""
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
+    digits: Any = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.images))  # the original order is by writer
     scans, labels = digits.images[order], digits.target[order]
     held = REPORT + SELECTION
@@ -61,18 +64,24 @@ def load_rows(data: Path | None, tokenizer: Any, seed: int) -> Rows:
 
 
 def file_rows(path: Path, tokenizer: Any) -> TokenRows:
-    """Rows of a parquet file with columns `pixels` (64 grey levels) and `label`."""
-    import pyarrow.parquet as pq
+    """Rows of a parquet file with columns `pixels` (64 grey levels, 0..16) and `label`.
 
-    if not path.is_file():
-        raise DataError(f"the rows must be in {path}. There is no such file. Check --file.")
-    table = pq.read_table(path)
-    scans = np.array(table["pixels"].to_pylist()).reshape(-1, 8, 8)
-    return TokenRows(tokens(scans), table["label"].to_pylist(), pad_id=PAD, batch_size=150)
+    Raises:
+        DataError: if the file cannot be read or does not hold scans and class indices.
+    """
+    pixels, labels = read_table(path, "pixels", "label", len(LABELS))
+    for scan in pixels:
+        if not isinstance(scan, list) or len(scan) != 64 or not all(p is not None and 0 <= p <= 16 for p in scan):
+            raise DataError(f"column 'pixels' of {path} must hold lists of 64 grey levels within 0..16. Got {scan!r}.")
+    return TokenRows(tokens(np.array(pixels).reshape(-1, 8, 8)), labels, pad_id=PAD, batch_size=150)
 
 
 def start(path: str | None, seed: int) -> Source:
-    """A small BERT from a random start."""
+    """A small BERT from a random start.
+
+    Raises:
+        DataError: if a checkpoint is given.
+    """
     from transformers import BertConfig, BertForSequenceClassification
 
     if path is not None:
@@ -85,7 +94,8 @@ def start(path: str | None, seed: int) -> Source:
         intermediate_size=512,
         max_position_embeddings=LENGTH,
         type_vocab_size=1,
-        num_labels=10,
+        id2label=dict(enumerate(LABELS)),
+        label2id={name: i for i, name in enumerate(LABELS)},
         pad_token_id=PAD,
     )
     with torch.random.fork_rng(devices=[]):
@@ -101,14 +111,14 @@ def example(model: nn.Module) -> dict[str, Any]:
 DIGITS = Recipe(
     name="digits",
     describe="scikit-learn's 8 × 8 handwritten digits as 17 tokens: 1,797 scans, no download; reported on 450 of them",
-    labels=tuple(str(digit) for digit in range(10)),
+    labels=LABELS,
     start=start,
-    load=load_classifier,
+    load=partial(load_classifier, labels=LABELS),
     rows=load_rows,
     file_rows=file_rows,
     example=example,
     training=Recovery(lr=1e-3, weight_decay=0.01),
-    epochs=20,
+    epochs=20.0,
     needs_no_checkpoint=True,
-    options={"target": "25%params", "epochs": 5, "recovery": Recovery(lr=1e-3)},
+    options={"target": "25%params", "epochs": 5.0, "recovery": Recovery(lr=1e-3)},
 )

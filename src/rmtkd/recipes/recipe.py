@@ -22,11 +22,10 @@ class Rows:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A model and the files that must travel with it."""
+    """A model and the tokenizer that must travel with it."""
 
     model: nn.Module
     tokenizer: Any = None
-    files: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,11 @@ from rmtkd.errors import DataError
 from rmtkd.recipes.checkpoints import load_classifier, start_classifier
 from rmtkd.recipes.recipe import Recipe, Rows, Source
 from rmtkd.recipes.rows import TokenRows, synthetic_batch
+from rmtkd.recipes.tables import read_table
 
 SELECTION_PARTS = 20
-"""One row in twenty is a selection row, by a hash of its text: the same rows in every command and whatever the seed, and
-repeated texts fall on one side."""
+"""One row in twenty is a selection row, by a hash of its text: the same rows in every command and whatever the seed,
+and repeated texts fall on one side."""
 EXAMPLE = (32, 32)
 """Batch and length in tokens whose cost is measured."""
 
@@ -42,56 +43,73 @@ def is_selection(text: str) -> bool:
     return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) % SELECTION_PARTS == 0
 
 
-def read_parquet(path: Path, text: str, label: str) -> tuple[list[str], list[int]]:
+def read_texts(task: TextTask, path: Path) -> tuple[list[str], list[int]]:
     """Texts and labels of a parquet file.
 
     Raises:
-        DataError: if the file or a column is missing, or a value is empty.
+        DataError: if the file cannot be read or does not hold texts and class indices.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    texts, labels = read_table(path, task.column, task.label, len(task.labels))
+    for text in texts:
+        if not isinstance(text, str):
+            raise DataError(f"column {task.column!r} of {path} must hold texts. Got {text!r}. Check the column.")
+    return texts, labels
 
-    if not path.is_file():
-        raise DataError(f"the rows must be in {path}. There is no such file. Check --data or --file.")
+
+def fetch_texts(task: TextTask) -> list[tuple[list[str], list[int]]]:
+    """Texts and labels of the training and report rows, from the hub.
+
+    Raises:
+        DataError: if the hub cannot be reached.
+    """
+    from datasets import load_dataset
+
     try:
-        table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} must be a parquet file. Reading it gave: {error}.") from None
-    for column in (text, label):
-        if column not in table.column_names:
-            raise DataError(
-                f"{path} must have a column {column!r}. It has {', '.join(table.column_names)}. Rename one."
-            )
-        if table[column].null_count:
-            raise DataError(f"column {column!r} of {path} must be filled. {table[column].null_count} rows are empty.")
-    return table[text].to_pylist(), table[label].to_pylist()
+        hub = load_dataset(task.hub_name)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"without --data the rows come from the hub, {task.hub_name}. Fetching them gave: {error}. Pass --data, a "
+            f"folder with {task.train_file} and {task.report_file}."
+        ) from None
+    splits = [hub[name] for name in ("train", task.hub_report_split)]
+    return [(list(split[task.hub_column]), list(split["label"])) for split in splits]
 
 
 def encode(task: TextTask, tokenizer: Any, texts: Sequence[str], labels: Sequence[int], **rows: Any) -> TokenRows:
-    """Texts as rows of token ids."""
+    """Texts as rows of token ids, cut to what the task and the model allow.
+
+    Raises:
+        DataError: if there is no tokenizer.
+    """
     if tokenizer is None:
         raise DataError("a text model must come with its tokenizer. Its folder holds none. Save one beside it.")
-    ids = tokenizer(list(texts), truncation=True, max_length=task.max_length)["input_ids"] if texts else []
+    longest = min(task.max_length, tokenizer.model_max_length)
+    ids = tokenizer(list(texts), truncation=True, max_length=longest)["input_ids"] if texts else []
     return TokenRows(ids, labels, pad_id=tokenizer.pad_token_id or 0, **rows)
 
 
 def load_rows(task: TextTask, data: Path | None, tokenizer: Any, seed: int) -> Rows:
-    """All rows of the task by role."""
-    if data is not None:
-        texts, labels = read_parquet(data / task.train_file, task.column, task.label)
-        report = read_parquet(data / task.report_file, task.column, task.label)
-    else:
-        from datasets import load_dataset
+    """All rows of the task by role. A text has one role: what is reported on is neither trained on nor selected by.
 
-        hub = load_dataset(task.hub_name)
-        texts, labels = list(hub["train"][task.hub_column]), list(hub["train"]["label"])
-        split = hub[task.hub_report_split]
-        report = list(split[task.hub_column]), list(split["label"])
-    held = [is_selection(text) for text in texts]
+    Raises:
+        DataError: if the rows cannot be read, or there are too few.
+    """
+    if data is not None:
+        train, report = (read_texts(task, data / name) for name in (task.train_file, task.report_file))
+    else:
+        train, report = fetch_texts(task)
+    reported = set(report[0])
 
     def part(selected: bool) -> tuple[list[str], list[int]]:
-        keep = [i for i, h in enumerate(held) if h == selected]
-        return [texts[i] for i in keep], [labels[i] for i in keep]
+        rows = [row for row in zip(*train, strict=True) if row[0] not in reported and is_selection(row[0]) == selected]
+        if not rows:
+            role = "selection" if selected else "training"
+            raise DataError(
+                f"one training row in {SELECTION_PARTS} is held out for selection. Of {len(train[0])} rows none is "
+                f"left as a {role} row. Pass more rows."
+            )
+        texts, labels = zip(*rows, strict=True)
+        return list(texts), list(labels)
 
     return Rows(
         train=encode(task, tokenizer, *part(False), seed=seed),
@@ -102,7 +120,7 @@ def load_rows(task: TextTask, data: Path | None, tokenizer: Any, seed: int) -> R
 
 def file_rows(task: TextTask, path: Path, tokenizer: Any) -> TokenRows:
     """The labelled rows of one parquet file."""
-    return encode(task, tokenizer, *read_parquet(path, task.column, task.label), batch_size=64)
+    return encode(task, tokenizer, *read_texts(task, path), batch_size=64)
 
 
 def start(task: TextTask, path: str | None, seed: int) -> Source:
@@ -114,7 +132,8 @@ def start(task: TextTask, path: str | None, seed: int) -> Source:
 
 def example(model: nn.Module) -> dict[str, Any]:
     """The batch whose cost is measured."""
-    return synthetic_batch(model.config.vocab_size, *EXAMPLE)
+    config: Any = model.config
+    return synthetic_batch(config.vocab_size, *EXAMPLE)
 
 
 SST2_TASK = TextTask(
@@ -133,12 +152,12 @@ SST2 = Recipe(
     describe="SST-2, sentiment of film reviews: 67,349 phrases; reported on the 872 dev sentences",
     labels=SST2_TASK.labels,
     start=partial(start, SST2_TASK),
-    load=load_classifier,
+    load=partial(load_classifier, labels=SST2_TASK.labels),
     rows=partial(load_rows, SST2_TASK),
     file_rows=partial(file_rows, SST2_TASK),
     example=example,
     training=Recovery(lr=4e-5, weight_decay=0.01),
-    epochs=3,
+    epochs=3.0,
     average=True,
     options={},
 )

@@ -1,0 +1,110 @@
+"""The claims of `rmtkd.batches`: what the model is called with, and which positions are real."""
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import BatchEncoding
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from rmtkd import batches as batching
+from rmtkd.errors import DataError
+
+IDS = torch.tensor([[5, 6, 0], [7, 0, 0]])
+MASK = torch.tensor([[1, 1, 0], [1, 0, 0]])
+MAPPING = {"input_ids": IDS, "attention_mask": MASK, "labels": torch.tensor([1, 0])}
+PAIR = (torch.arange(12.0).reshape(2, 6), torch.tensor([0, 2]))
+
+
+class Recorder(nn.Module):
+    """Remembers what it was called with."""
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> SequenceClassifierOutput:
+        self.seen = args, kwargs
+        return SequenceClassifierOutput(logits=torch.eye(2))
+
+
+def test_a_mapping_is_passed_by_name_and_without_its_labels() -> None:
+    model = Recorder()
+    assert torch.equal(batching.logits(model, MAPPING), torch.eye(2))
+    args, kwargs = model.seen
+    assert args == ()
+    assert set(kwargs) == {"input_ids", "attention_mask"}
+    assert kwargs["input_ids"] is IDS
+
+
+@pytest.mark.parametrize("pair", [PAIR, list(PAIR)])
+def test_of_a_pair_the_first_is_passed(pair: batching.Batch) -> None:
+    model = Recorder()
+    batching.logits(model, pair)
+    args, kwargs = model.seen
+    assert args[0] is PAIR[0]
+    assert len(args) == 1
+    assert kwargs == {}
+    assert torch.equal(batching.logits(nn.Identity(), pair), PAIR[0])
+
+
+def test_labels_are_found_where_there_are_any() -> None:
+    assert batching.labels(MAPPING) is MAPPING["labels"]
+    assert batching.labels(PAIR) is PAIR[1]
+    assert batching.labels({"input_ids": IDS}) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.bool, torch.float32])
+def test_real_positions_are_those_of_the_mask(dtype: torch.dtype) -> None:
+    real = batching.real_positions({**MAPPING, "attention_mask": MASK.to(dtype)})
+    assert real is not None
+    assert real.dtype == torch.bool
+    assert real.tolist() == [[True, True, False], [True, False, False]]
+
+
+def test_without_a_mask_there_is_no_padding() -> None:
+    assert batching.real_positions({"input_ids": IDS}) is None
+    assert batching.real_positions(PAIR) is None
+
+
+@pytest.mark.parametrize("mask", [torch.ones(2), torch.ones(2, 1, 3, 3)])
+def test_a_mask_of_another_shape_is_refused(mask: Tensor) -> None:
+    with pytest.raises(DataError, match=r"attention_mask must have shape \[rows, length\]"):
+        batching.real_positions({"input_ids": IDS, "attention_mask": mask})
+
+
+def test_rows_and_lengths_are_counted() -> None:
+    assert [batching.rows(batch) for batch in (MAPPING, PAIR)] == [2, 2]
+    assert [batching.length(batch) for batch in (MAPPING, {"labels": torch.zeros(2), "input_ids": IDS}, PAIR)] == [
+        3,
+        3,
+        1,
+    ]
+
+
+def test_the_head_of_a_batch_is_its_first_rows() -> None:
+    short = batching.head(MAPPING, 1)
+    assert isinstance(short, dict)
+    assert {name: value.tolist() for name, value in short.items()} == {
+        "input_ids": [[5, 6, 0]],
+        "attention_mask": [[1, 1, 0]],
+        "labels": [1],
+    }
+    assert [len(part) for part in batching.head(PAIR, 1)] == [1, 1]
+    assert batching.rows(batching.head(PAIR, 99)) == 2
+
+
+def test_moving_a_batch_moves_every_tensor_of_it() -> None:
+    for batch in (MAPPING, PAIR, BatchEncoding(MAPPING)):
+        moved = batching.to(batch, "meta")
+        values = list(moved.values()) if isinstance(moved, Mapping) else moved
+        assert [value.device.type for value in values] == ["meta"] * len(batch)
+    assert IDS.device.type == "cpu"
+
+
+def test_the_first_batch_is_found_or_its_absence_named() -> None:
+    assert batching.first([PAIR, MAPPING], "selection") is PAIR
+    with pytest.raises(DataError, match="selection must hold at least one batch"):
+        batching.first([], "selection")
+
+
+def test_every_third_batch_is_taken_from_the_first_on() -> None:
+    rows = [(torch.tensor(i), torch.tensor(i)) for i in range(8)]
+    assert [int(batching.inputs(batch)[0][0]) for batch in batching.every(rows, 3)] == [0, 3, 6]

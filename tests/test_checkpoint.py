@@ -1,0 +1,144 @@
+"""Files are written whole or not at all; a folder that holds anything else is never touched."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from conftest import random_rows, tiny_bert
+from rmtkd import compression
+from rmtkd.checkpoint import RunFolder, new_folder, write_atomically, write_json
+from rmtkd.errors import RunError
+from rmtkd.planning import Plan
+from rmtkd.schedule import Options
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_writing_replaces_the_whole_content(tmp_path: Path):
+    path = tmp_path / "a.json"
+    path.write_bytes(b"a much longer old content")
+    write_atomically(path, b"new")
+    assert contents(tmp_path) == {"a.json": b"new"}
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+):
+    path = tmp_path / "a.json"
+    path.write_bytes(b"old")
+
+    def fail(*_: object):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(*((os, "fsync") if step == "fsync" else (Path, "replace")), fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, b"new")
+    assert contents(tmp_path) == {"a.json": b"old"}
+
+
+def test_json_that_cannot_be_written_leaves_the_old_content(tmp_path: Path):
+    write_json(tmp_path / "a.json", {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"a": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
+
+
+def test_a_new_folder_appears_whole_and_readable_by_the_same_people(tmp_path: Path):
+    with new_folder(tmp_path / "in" / "new") as partial:
+        (partial / "private").write_bytes(b"1")
+        (partial / "private").chmod(0o600)
+        (partial / "plain").write_bytes(b"2")
+        assert not (tmp_path / "in" / "new").exists()
+        plain = (partial / "plain").stat().st_mode
+    assert [path.name for path in (tmp_path / "in").iterdir()] == ["new"]
+    assert (tmp_path / "in" / "new" / "private").stat().st_mode == plain
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_interrupted_new_folder_leaves_nothing(tmp_path: Path, error: type[BaseException]):
+    with pytest.raises(error), new_folder(tmp_path / "new") as partial:
+        (partial / "file").write_bytes(b"1")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_may_start_in_a_new_an_empty_or_a_planned_folder(tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "planned").mkdir()
+    (tmp_path / "planned" / "plan.json").write_text("{}")
+    (tmp_path / "planned" / "spectra.npz").write_bytes(b"")
+    for name in ("new/and/deep", "empty", "planned"):
+        RunFolder.create(tmp_path / name, Options())
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert config["options"] == Options().to_dict()
+        assert config["versions"]["torch"]
+
+
+@pytest.mark.parametrize("held", ["config.json", "thesis.tex", "plan.json.bak"])
+def test_a_folder_with_anything_else_is_refused_and_untouched(tmp_path: Path, held: str):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "plan.json").write_text("{}")
+    (out / held).write_text("mine")
+    before = contents(out)
+    for start in (RunFolder.check_free, RunFolder.for_plan, lambda path: RunFolder.create(path, Options())):
+        with pytest.raises(RunError, match=r"--out must be a new folder.*nothing in it was changed"):
+            start(out)
+    assert contents(out) == before
+
+
+def test_a_path_that_cannot_be_a_folder_is_refused(tmp_path: Path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    for path in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / "nowhere"):
+        with pytest.raises(RunError, match="--out must be a folder"):
+            RunFolder.check_free(path)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # as root every folder can be written
+    with pytest.raises(RunError, match="can be written"):
+        RunFolder.check_free(tmp_path / "new")
+
+
+def test_the_record_is_valid_json_lines_without_steps(tmp_path: Path):
+    folder = RunFolder.create(tmp_path / "run", Options())
+    events = [{"event": "start", "note": "a\nb – ü"}, {"event": "step", "step": 1}, {"event": "done", "seconds": 0.5}]
+    for event in events:
+        folder.append(event)
+    lines = (tmp_path / "run" / "record.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [events[0], events[2]]
+
+
+def test_a_saved_plan_reads_back_equal_with_its_spectra(tmp_path: Path):
+    import numpy as np
+
+    made, spectrums = compression.plan(tiny_bert(), calibration=list(random_rows(200)), multiple_of=2)
+    folder = RunFolder.for_plan(tmp_path / "run")
+    folder.save_plan(made, spectrums)
+    folder.save_plan(made, spectrums)
+    assert set(contents(tmp_path / "run")) == {"plan.json", "spectra.npz"}
+    assert Plan.from_json((tmp_path / "run" / "plan.json").read_text()) == made
+    arrays = np.load(tmp_path / "run" / "spectra.npz", allow_pickle=False)
+    assert np.array_equal(arrays["layer.0.ffn/0/eigenvalues"], spectrums["layer.0.ffn"][0].eigenvalues)
+    assert arrays["layer.0.ffn/0/samples"] == spectrums["layer.0.ffn"][0].samples
+
+
+def test_planning_again_keeps_the_earlier_plan_under_a_number(tmp_path: Path):
+    first, spectrums = compression.plan(tiny_bert(), calibration=list(random_rows(200)), multiple_of=2)
+    second, _ = compression.plan(tiny_bert(), calibration=list(random_rows(200)), multiple_of=4)
+    folder = RunFolder.for_plan(tmp_path / "run")
+    for made in (first, second, first):
+        RunFolder.for_plan(tmp_path / "run")  # numbered plans do not make it a run
+        folder.save_plan(made, spectrums)
+    kept = [
+        Plan.from_json((tmp_path / "run" / name).read_text()) for name in ("plan.1.json", "plan.2.json", "plan.json")
+    ]
+    assert kept == [first, second, first]
+    assert (tmp_path / "run" / "spectra.1.npz").is_file()

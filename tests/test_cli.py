@@ -1,0 +1,262 @@
+"""The command line does what it promises, and says what is wrong in one message without a trace behind."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import rmtkd
+from conftest import Sentiment, make_tokenizer, tiny_bert, write_sentiment_rows
+from rmtkd import artifact, cli, recipes
+
+Result = tuple[int, str, str]
+Command = Callable[..., Result]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run `rmtkd` with these words; gives exit code, standard output and standard error."""
+
+    def run(*words: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["rmtkd", *map(str, words)])
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setenv("TERM", "dumb")
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(left.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+QUICK = ("--target", "70%params", "--multiple-of", 4, "--calibration-share", 0.3)
+"""Options with which the little task is planned."""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_from_training_to_evaluation(sentiment: Sentiment, command: Command, tmp_path: Path):
+    """The promised commands, one after the other."""
+    data, teacher, out = sentiment.data, tmp_path / "teacher", tmp_path / "run"
+    train = ("train", "sst2", "--model", sentiment.start, "--data", data, "--out", teacher)
+    code, told, log = command(*train, "--epochs", 6, "--lr", 3e-3, "--precision", "fp32", "--seed", 0)
+    assert code == 0 and "on 90 report rows" in told and "step 144/144" in log
+
+    common = ("sst2", "--model", teacher, "--data", data, "--out", out, *QUICK)
+    code, told, _ = command("plan", *common, "--json")
+    assert code == 0
+    assert {path.name for path in out.iterdir()} == {"plan.json", "spectra.npz"}
+    assert told == (out / "plan.json").read_text()
+    planned = json.loads(told)
+    code, told, _ = command("plan", *common)
+    assert code == 0 and "layer.0.ffn" in told
+
+    compress = ("compress", *common, "--epochs", 0.5, "--lr", 1e-3, "--precision", "fp32", "--device", "cpu")
+    code, told, log = command(*compress, "--json")
+    assert code == 0
+    record = json.loads(told)
+    assert record == json.loads((out / "summary.json").read_text())
+    assert record["compressed"]["parameters"] == planned["predicted"]["params"]
+    assert "stopped: target" in log
+
+    rows = write_sentiment_rows(tmp_path / "rows.parquet", 40, seed=5)
+    code, told, _ = command("evaluate", out / "model", "--recipe", "sst2", "--file", rows, "--json")
+    assert code == 0
+    accuracy = json.loads(told)
+    assert set(accuracy) == {"accuracy"} and set(accuracy["accuracy"]) == {"value", "n", "stderr"}
+    assert accuracy["accuracy"]["n"] == 40
+    assert accuracy["accuracy"]["value"] == pytest.approx(expected_accuracy(out / "model", rows))
+
+    code, told, _ = command("evaluate", out / "model", "--recipe", "sst2", "--data", data, "--json")
+    assert json.loads(told)["accuracy"] == record["compressed"]["accuracy"]
+    code, told, _ = command("evaluate", out / "model", "--recipe", "sst2", "--data", data)
+    assert code == 0 and "(n = 90)" in told
+
+    code, _, _ = command(*(out.with_name("again") if word == out else word for word in compress))
+    assert code == 0
+    first, again = contents(out / "model"), contents(tmp_path / "again" / "model")
+    assert first["model.safetensors"] == again["model.safetensors"]
+
+
+def expected_accuracy(model: Path, rows: Path) -> float:
+    """The share of rows that the model has right, asked one by one."""
+    loaded, tokenizer, table = rmtkd.load(model), make_tokenizer(), pq.read_table(rows).to_pylist()
+    hits = 0
+    for row in table:
+        with torch.no_grad():
+            hits += int(loaded(**tokenizer(row["text"], return_tensors="pt")).logits.argmax()) == row["label"]
+    return hits / len(table)
+
+
+def test_digits_train_their_own_teacher_once(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from rmtkd import teaching
+
+    calls = []
+
+    def train_teacher(*_: object, out: Path, **__: object) -> dict[str, Any]:
+        calls.append(out)
+        tiny_bert(labels=10, vocab_size=258, max_position_embeddings=17).save_pretrained(out)
+        return {}
+
+    monkeypatch.setattr(teaching, "train_teacher", train_teacher)
+    for told in ("training a teacher into", "using the teacher in"):
+        code, _, log = command("compress", "digits", "--out", tmp_path / "run", "--epochs", 0)
+        assert code == 2 and "better than chance" in log  # this teacher has learned nothing
+        assert told in log
+    assert calls == [tmp_path / "run-teacher"]
+    assert [path.name for path in tmp_path.iterdir()] == ["run-teacher"]
+
+
+@pytest.mark.parametrize("name", ["train", "plan", "compress", "evaluate", "ls", "env"])
+def test_help_shows_an_example_and_every_option_is_explained(command: Command, name: str):
+    code, told, _ = command(name, "--help")
+    assert code == 0
+    assert re.search(rf"^\s*rmtkd {name}\b(?! \[OPTIONS\])", told, re.MULTILINE)
+    for option in re.findall(r"(--[a-z-]+)\s+<", told):
+        (line,) = (line for line in told.splitlines() if re.search(rf"{option}\s+<", line))
+        assert len(line.partition(option)[2].split()) > 3, line
+
+
+def test_the_examples_of_the_help_are_commands_that_parse(command: Command):
+    for name in ("train", "plan", "compress", "evaluate"):
+        _, told, _ = command(name, "--help")
+        for line in re.findall(rf"^\s*rmtkd ({name} (?!\[).*)$", told, re.MULTILINE):
+            words = line.partition("(")[0].split()
+            code, _, log = command(*words, "--device", "nowhere")
+            assert code == 2 and "No such option" not in log and "Missing" not in log, line
+
+
+def test_ls_tells_every_recipe(command: Command):
+    code, told, _ = command("ls")
+    assert code == 0 and [line.split()[0] for line in told.splitlines()] == ["digits", "sst2"]
+
+
+def test_env_tells_versions_and_machine(command: Command):
+    code, told, _ = command("env")
+    assert code == 0 and f"- torch: {torch.__version__}" in told and "- processor: " in told
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["compres", "sst2"], "Did you mean 'compress'"),
+        (["compress", "sst2", "--taget", "5M"], "--target"),
+        (["evaluate", "m", "--recipes", "sst2"], "--recipe"),
+        (["compress", "digitz", "--out", "OUT"], "Did you mean 'digits'"),
+        (["plan", "sst2", "--out", "OUT", "--rule", "mpp"], "Did you mean 'mp'"),
+        (["plan", "sst2", "--out", "OUT", "--target", "25%parms"], "Did you mean 'params'"),
+        (["plan", "sst2", "--out", "OUT", "--tau", "2"], "tau must be within (0, 1). Got 2.0"),
+        (["compress", "sst2", "--out", "OUT", "--epochs", "-1"], "epochs must be at least 0. Got -1.0"),
+        (["compress", "sst2", "--out", "OUT", "--lr", "0"], "lr must be greater than 0"),
+        (["compress", "sst2", "--out", "OUT", "--alpha", "2"], "alpha must be within [0, 1]. Got 2.0"),
+        (["compress", "sst2", "--out", "OUT", "--seed", "-1"], "seed must be at least 0"),
+        (["compress", "sst2", "--out", "OUT", "--device", "cuda:99"], "device must be there"),
+        (["compress", "sst2", "--out", "OUT", "--epochs", "many"], "Invalid value for '--epochs'"),
+        (["compress", "sst2", "--out", "OUT"], "--model"),
+        (["compress", "sst2", "--out", "OUT", "--model", "./nowhere"], "There is no folder './nowhere'"),
+        (["compress", "sst2", "--out", "OUT", "--model", "TEACHER", "--data", "/nowhere"], "There is no such file"),
+        (["plan", "sst2", "--out", "OUT", "--model", "TEACHER", "--data", "/nowhere"], "There is no such file"),
+        (["plan", "sst2", "--out", "OUT", "--model", "TEACHER", "--data", "DATA", "--target", "1%params"], "at least"),
+        (["compress", "sst2", "--out", "OUT", "--model", "START", "--data", "DATA"], "better than chance"),
+        (["train", "sst2", "--out", "OUT"], "Pass --model"),
+        (["train", "sst2", "--out", "OUT", "--model", "START", "--data", "/nowhere"], "There is no such file"),
+        (["evaluate", "./nowhere", "--recipe", "sst2"], "There is no folder"),
+        (["evaluate", "TEACHER", "--recipe", "digits"], "head of the 10 classes"),
+        (["evaluate", "TEACHER", "--recipe", "sst2", "--file", "/nowhere.parquet"], "There is no such file"),
+    ],
+)
+def test_bad_input_is_one_message_and_leaves_nothing_behind(
+    sentiment: Sentiment, command: Command, tmp_path: Path, words: list[str], message: str
+):
+    places = {
+        "OUT": tmp_path / "out",
+        "TEACHER": sentiment.teacher,
+        "START": sentiment.start,
+        "DATA": sentiment.data,
+    }
+    code, told, log = command(*(places.get(word, word) for word in words))
+    assert code == 2
+    assert told == ""
+    assert message in log
+    assert "Traceback" not in log
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["train", "plan", "compress"])
+def test_an_out_that_holds_something_is_refused_before_anything_is_read(command: Command, tmp_path: Path, name: str):
+    out = tmp_path / "out"
+    (out / "model").mkdir(parents=True)
+    (out / "config.json").write_text("{}")
+    (out / "model" / "weights").write_text("mine")
+    before = contents(out)
+    code, _, log = command(name, "sst2", "--model", "./nowhere", "--data", "/nowhere", "--out", out)
+    assert code == 2 and "--out must be" in log and "nowhere" not in log
+    assert contents(out) == before
+
+
+def test_an_altered_model_folder_is_one_message(command: Command, tmp_path: Path, sentiment: Sentiment):
+    artifact.save(tiny_bert(labels=2), tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text("another")
+    code, _, log = command("evaluate", tmp_path / "model", "--recipe", "sst2", "--data", sentiment.data)
+    assert code == 2 and "ArtifactError" in log and "checksum differs" in log
+
+
+def test_a_missing_package_is_one_message(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    code, _, log = command("train", "digits", "--out", tmp_path / "out")
+    assert code == 2 and "pip install 'rmtkd[text,demo]'" in log
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fault_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch):
+    def fail() -> None:
+        raise ModuleNotFoundError("No module named 'rmtkd.gone'", name="rmtkd.gone")
+
+    monkeypatch.setattr(sys, "argv", ["rmtkd", "ls"])
+    monkeypatch.setattr(recipes, "names", fail)
+    with pytest.raises(ModuleNotFoundError):
+        cli.main()
+
+
+CHOICES = {
+    "--granularity layers": "Did you mean 'layer'",
+    "--teacher orginal": "Did you mean 'original'",
+    "--precision fp16": "precision must be one of auto, fp32, bf16",
+}
+SCRIPT = """
+import sys
+from rmtkd.cli import main
+out, *choices = sys.argv[1:]
+for choice in choices:
+    sys.argv = ["rmtkd", "compress", "sst2", "--out", out, *choice.split()]
+    try:
+        main()
+    except SystemExit as left:
+        print(left.code, file=sys.stderr)
+"""
+
+
+def test_choices_are_refused_with_the_nearest(tmp_path: Path):
+    """In a process of its own: in this one beartype speaks before us."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, tmp_path / "out", *CHOICES], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == ""
+    answers = done.stderr.split("error:")[1:]
+    assert len(answers) == len(CHOICES)
+    for answer, message in zip(answers, CHOICES.values(), strict=True):
+        assert message in answer and answer.endswith("\n2\n")
+    assert list(tmp_path.iterdir()) == []

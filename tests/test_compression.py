@@ -1,0 +1,342 @@
+"""A whole run on a small task: what it promises to write, to leave alone and to refuse."""
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import rmtkd
+from conftest import Sentiment, assert_untouched, random_rows, snapshot, tiny_bert
+from rmtkd import compression, recipes
+from rmtkd.compression import Compressed, check_teacher, compress, plan
+from rmtkd.distillation import Recovery
+from rmtkd.errors import ArtifactError, DataError, PlanError, RunError, UnsupportedModelError
+from rmtkd.recipes import TokenRows
+from rmtkd.recipes.checkpoints import load_classifier
+from rmtkd.recipes.recipe import Rows
+from rmtkd.sites import by_width, find_sites
+
+QUICK: dict[str, Any] = {
+    "target": "70%params",
+    "multiple_of": 4,
+    "epochs": 0.5,
+    "precision": "fp32",
+    "calibration_share": 0.3,
+    "recovery": Recovery(lr=1e-3),
+}
+
+
+@pytest.fixture(scope="module")
+def teacher(sentiment: Sentiment) -> torch.nn.Module:
+    return load_classifier(str(sentiment.teacher), recipes.get("sst2").labels).model
+
+
+@pytest.fixture
+def task(sentiment: Sentiment) -> Rows:
+    """Fresh rows: a run leaves the number of its last pass in them."""
+    recipe = recipes.get("sst2")
+    return recipe.rows(sentiment.data, load_classifier(str(sentiment.teacher), recipe.labels).tokenizer, 0)
+
+
+def run(model: torch.nn.Module, rows: Rows, **options: Any) -> Compressed:
+    given = {"train": rows.train, "selection": rows.selection, "report": rows.report, **QUICK, **options}
+    return compress(model, **given)
+
+
+@pytest.fixture(scope="module")
+def finished(
+    sentiment: Sentiment, teacher: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Compressed, list[dict[str, Any]], bool]:
+    """A run folder, its result, its events, and whether the random numbers were left alone."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    recipe = recipes.get("sst2")
+    rows = recipe.rows(sentiment.data, load_classifier(str(sentiment.teacher), recipe.labels).tokenizer, 0)
+    events: list[Any] = []
+    before, state = snapshot(teacher), torch.get_rng_state()
+    result = run(teacher, rows, out=out, on_event=events.append, granularity="layer", control=True)
+    untouched = torch.equal(torch.get_rng_state(), state)
+    assert_untouched(teacher, before)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    return out, result, events, untouched
+
+
+def test_the_random_numbers_are_left_alone(finished):
+    assert finished[3]
+
+
+def test_the_run_folder_holds_the_promised_files(finished):
+    names = {path.name for path in finished[0].iterdir()}
+    assert names == {"config.json", "record.jsonl", "plan.json", "spectra.npz", "summary.json", "model"}
+
+
+def test_the_summary_has_every_promised_key(finished):
+    out, result, _, _ = finished
+    record = json.loads((out / "summary.json").read_text())
+    assert record == json.loads(json.dumps(result.record))
+    for name in ("baseline", "compressed"):
+        cost = record[name]
+        assert {"parameters", "parameters_encoder", "flops", "latency_ms", "disk_bytes", "accuracy"} <= set(cost)
+        assert {"median", "iqr", "batch", "length", "threads"} <= set(cost["latency_ms"])
+        assert set(cost["accuracy"]) == {"value", "n", "stderr"}
+        value, n = cost["accuracy"]["value"], cost["accuracy"]["n"]
+        assert n == 90
+        assert cost["accuracy"]["stderr"] == pytest.approx(math.sqrt(value * (1 - value) / n))
+    assert {"rounds", "stop_reason", "config", "seed", "versions", "precision"} <= set(record)
+    assert record["seed"] == 0 and record["config"]["epochs"] == 0.5 and record["versions"]["torch"]
+
+
+def test_the_summary_tells_the_costs_of_the_models(finished, teacher: torch.nn.Module):
+    _, result, _, _ = finished
+    for name, model in (("baseline", teacher), ("compressed", result.model)):
+        cost = result.record[name]
+        assert cost["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+        encoder = model.get_submodule("bert.encoder")
+        assert cost["parameters_encoder"] == sum(parameter.numel() for parameter in encoder.parameters())
+    assert result.record["compressed"]["parameters"] <= 0.7 * result.record["baseline"]["parameters"]
+    assert result.record["compressed"]["flops"] == result.plan.predicted["flops"]
+    assert result.record["compressed"]["parameters"] == result.plan.predicted["params"]
+
+
+def test_the_widths_are_those_of_the_plan(finished):
+    _, result, _, _ = finished
+    assert {site.name: site.width for site in find_sites(result.model)} == result.plan.widths
+
+
+def test_the_run_learned_what_it_had_lost_and_beats_a_random_start(finished):
+    _, result, _, _ = finished
+    assert result.record["baseline"]["accuracy"]["value"] > 0.9
+    assert result.record["compressed"]["accuracy"]["value"] > 0.8
+    control = result.record["control"]
+    assert control["steps"] == sum(done.steps for done in result.rounds)
+    assert control["accuracy"]["value"] < result.record["compressed"]["accuracy"]["value"]
+
+
+def test_the_saved_model_is_the_result(finished, task: Rows):
+    out, result, _, _ = finished
+    assert_untouched(rmtkd.load(out / "model"), snapshot(result.model))
+    card = (out / "model" / "README.md").read_text(encoding="utf-8")
+    assert f"{result.record['compressed']['parameters']:,}" in card
+
+
+def test_nothing_of_the_rows_or_the_machine_is_in_the_model_folder(finished, sentiment: Sentiment):
+    for file in (finished[0] / "model").iterdir():
+        content = file.read_bytes()
+        assert str(sentiment.teacher.parent).encode() not in content, file
+        assert str(Path.home()).encode() not in content, file
+        assert b"is film" not in content, file
+
+
+def test_the_record_tells_the_events_in_order_without_steps(finished):
+    out, _, events, _ = finished
+    kinds = [event["event"] for event in events if event["event"] != "step"]
+    rounds = ["cut", "check", "round"]
+    assert kinds == ["start", "plan", *rounds * kinds.count("round"), "measure", "done"]
+    lines = [json.loads(line) for line in (out / "record.jsonl").read_text().splitlines()]
+    assert lines == [json.loads(json.dumps(event)) for event in events if event["event"] != "step"]
+    assert [event["seconds"] for event in events] == sorted(event["seconds"] for event in events)
+
+
+def test_the_steps_of_the_rounds_are_those_asked_for(finished, task: Rows):
+    _, result, events, _ = finished
+    assert sum(done.steps for done in result.rounds) == round(0.5 * len(task.train))
+    told = [event for event in events if event["event"] == "step" and event["number"]]
+    assert len(told) == sum(done.steps for done in result.rounds)
+
+
+def test_the_summary_prints_as_a_table(finished):
+    text = finished[1].summary()
+    assert "parameters" in text and "accuracy, report rows (n = 90)" in text and "\x1b" not in text
+
+
+def test_the_same_command_twice_gives_the_same_weights(teacher: torch.nn.Module, task: Rows):
+    """Also with the same rows, which have been gone through in between."""
+    first = run(teacher, task, epochs=1.5)
+    torch.manual_seed(123)
+    again = run(teacher, task, epochs=1.5)
+    assert first.plan == again.plan
+    assert_untouched(again.model, snapshot(first.model))
+    other = run(teacher, task, epochs=1.5, seed=1)
+    assert not torch.equal(other.model.get_parameter("classifier.bias"), first.model.get_parameter("classifier.bias"))
+
+
+def test_no_epochs_cut_only(teacher: torch.nn.Module, task: Rows):
+    result = run(teacher, task, epochs=0.0)
+    (done,) = result.rounds
+    assert done.steps == 0 and done.loss_first is None and done.accuracy == done.accuracy_cut
+    widths = result.plan.widths
+    expected, _ = compression.cut_in_order(teacher, find_sites(teacher), widths, compression.share_of(task.train, 0.3))
+    assert_untouched(result.model, snapshot(expected))
+
+
+@pytest.mark.parametrize("granularity", ["site", "layer", "round"])
+def test_the_granularity_gives_that_many_rounds(teacher: torch.nn.Module, task: Rows, granularity: Any):
+    result = run(teacher, task, epochs=0.0, granularity=granularity)
+    narrowed = [site for site in find_sites(teacher) if result.plan.widths[site.name] < site.width]
+    portions = {"site": by_width(narrowed), "layer": {site.block for site in narrowed}, "round": {""}}[granularity]
+    assert len(result.rounds) == len(portions) > 0
+    assert sorted(name for done in result.rounds for name in done.sites) == sorted(site.name for site in narrowed)
+    assert result.record["stop_reason"] == "target: 70%params reached"
+
+
+@pytest.mark.parametrize("spoiled", [1, 3])
+def test_a_round_that_breaks_the_tolerance_is_taken_back_and_ends_the_run(
+    teacher: torch.nn.Module, task: Rows, monkeypatch: pytest.MonkeyPatch, spoiled: int
+):
+    calls = []
+
+    def spoil(student: torch.nn.Module, *_: object, **__: object) -> list[float]:
+        calls.append(student)
+        if len(calls) == spoiled:
+            student.get_parameter("classifier.weight").data.mul_(-1)
+        return [1.0]
+
+    monkeypatch.setattr(compression, "train", spoil)
+    result = run(teacher, task, granularity="site", tolerance=0.1)
+    assert [done.rolled_back for done in result.rounds] == [False] * (spoiled - 1) + [True]
+    assert result.record["stop_reason"].startswith(f"tolerance: round {spoiled} lost")
+    expected = teacher if spoiled == 1 else calls[spoiled - 2]
+    assert_untouched(result.model, snapshot(expected))
+    last = result.rounds[-1]
+    kept = {name: width for done in result.rounds[:-1] for name, (_, width) in done.widths.items()}
+    widths = {site.name: site.width for site in find_sites(result.model)}
+    assert widths == {site.name: kept.get(site.name, site.width) for site in find_sites(teacher)}
+    assert all(widths[name] == before for name, (before, _) in last.widths.items())
+
+
+def test_a_bound_on_rounds_ends_the_run(teacher: torch.nn.Module, task: Rows):
+    result = run(teacher, task, epochs=0.0, granularity="site", max_rounds=2)
+    assert len(result.rounds) == 2
+    assert result.record["stop_reason"].startswith("max_rounds: 2 rounds done")
+
+
+def test_what_steers_is_never_what_is_reported(teacher: torch.nn.Module, task: Rows):
+    """With other report rows only the reported accuracy changes."""
+    first = run(teacher, task)
+    other = TokenRows(task.report.ids, 1 - task.report.labels, batch_size=64)
+    second = run(teacher, task, report=other)
+    assert_untouched(second.model, snapshot(first.model))
+    assert second.plan == first.plan
+    for name in ("baseline", "compressed"):
+        assert second.record[name]["accuracy"]["value"] == pytest.approx(1 - first.record[name]["accuracy"]["value"])
+        assert second.record[name]["accuracy_selection"] == first.record[name]["accuracy_selection"]
+    without = run(teacher, task, report=None)
+    assert without.record["compressed"]["accuracy"] is None
+    assert_untouched(without.model, snapshot(first.model))
+
+
+def test_a_compressed_model_can_be_compressed_again(finished, task: Rows, tmp_path: Path):
+    loaded = rmtkd.load(finished[0] / "model")
+    result = run(loaded, task, target="80%params", out=tmp_path / "again")
+    assert result.record["compressed"]["parameters"] <= 0.8 * result.record["baseline"]["parameters"]
+    assert_untouched(rmtkd.load(tmp_path / "again" / "model"), snapshot(result.model))
+
+
+def test_a_plan_changes_nothing_and_is_what_a_run_does(teacher: torch.nn.Module, task: Rows):
+    before, state = snapshot(teacher), torch.get_rng_state()
+    options = {name: QUICK[name] for name in ("target", "multiple_of", "calibration_share")}
+    made, _ = plan(
+        teacher,
+        calibration=compression.share_of(task.train, 0.3),
+        example=next(iter(task.selection)),
+        **options,
+    )
+    assert_untouched(teacher, before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert run(teacher, task, epochs=0.0).plan == made
+    assert run(teacher, task, epochs=0.0, plan=made, target=None).plan == made
+
+
+def test_a_frozen_model_is_compressed_all_the_same(teacher: torch.nn.Module, task: Rows):
+    frozen = copy.deepcopy(teacher).requires_grad_(False)
+    (done,) = run(frozen, task, precision="auto").rounds
+    assert done.steps > 0
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+
+
+# What is refused
+
+BAD_MODELS = {
+    "regression": (lambda: tiny_bert(labels=1), "single-label classification"),
+    "several labels": (lambda: tiny_bert(problem_type="multi_label_classification"), "single-label classification"),
+    "another class": (lambda: torch.nn.Linear(2, 2), "must be one of"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_MODELS)
+def test_a_model_that_is_not_understood_is_refused(task: Rows, tmp_path: Path, kind: str):
+    make, message = BAD_MODELS[kind]
+    with pytest.raises(UnsupportedModelError, match=message):
+        run(make(), task, out=tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def relabelled(rows: TokenRows, label: int) -> TokenRows:
+    return TokenRows(rows.ids, [label] * len(rows.ids))
+
+
+def test_labels_outside_the_head_are_refused(teacher: torch.nn.Module, task: Rows, tmp_path: Path):
+    with pytest.raises(DataError, match=r"labels must be within 0\.\.1.*Got 5\.\.5"):
+        run(teacher, task, selection=relabelled(task.selection, 5), out=tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_teacher_at_chance_is_refused(task: Rows, tmp_path: Path):
+    stranger = tiny_bert(labels=2, max_position_embeddings=40)
+    with pytest.raises(DataError, match="the teacher must do better than chance"):
+        run(stranger, task, out=tmp_path / "run")
+    with pytest.raises(DataError, match="better than chance"):
+        check_teacher(stranger, relabelled(task.selection, 1))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_target_below_what_the_sites_can_give_is_refused_with_the_minimum(
+    teacher: torch.nn.Module, task: Rows, tmp_path: Path
+):
+    with pytest.raises(PlanError, match=r"the target must be at least [\d,]+ params \(\d+\.\d%.*Raise the target"):
+        run(teacher, task, target="1%params", out=tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"calibration": list(random_rows(1, labels=2))}, "at least as many activation vectors. Got"),
+        ({"calibration": [], "train": random_rows(0)}, "at least one batch"),
+        ({"train": random_rows(0)}, "at least one batch"),
+        ({"selection": random_rows(0)}, "at least one"),
+        ({"report": random_rows(0)}, "at least one"),
+    ],
+)
+def test_too_few_rows_are_refused(
+    teacher: torch.nn.Module, task: Rows, tmp_path: Path, options: dict[str, Any], message: str
+):
+    with pytest.raises(DataError, match=message):
+        run(teacher, task, out=tmp_path / "run", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_of_another_model_is_refused(teacher: torch.nn.Module, task: Rows, tmp_path: Path):
+    made, _ = plan(tiny_bert(layers=1), calibration=list(random_rows(100)), multiple_of=2)
+    with pytest.raises(PlanError, match="exactly the sites of the model"):
+        run(teacher, task, plan=made, out=tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_extra_file_that_is_not_there_is_refused_before_the_run(
+    teacher: torch.nn.Module, task: Rows, tmp_path: Path
+):
+    with pytest.raises(ArtifactError, match="gone is none"):
+        run(teacher, task, out=tmp_path / "run", extra_files=[tmp_path / "gone"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_another_run_is_refused_and_byte_identical(finished, teacher: torch.nn.Module, task: Rows):
+    out = finished[0]
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(RunError, match="holds another run"):
+        run(teacher, task, out=out)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before

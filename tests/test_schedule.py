@@ -1,0 +1,116 @@
+"""Options are checked when made; the stop rules are a table from histories to reasons."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from rmtkd.distillation import Recovery
+from rmtkd.errors import OptionError
+from rmtkd.schedule import History, Options, Round, stop_reason, too_much_lost
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rule": "mpp"}, r"rule must be one of .* Got 'mpp'\. Did you mean 'mp'"),
+        ({"target": "25%parms"}, "Did you mean 'params'"),
+        ({"target": "0%params"}, "more than 0 %"),
+        ({"target": "101%flops"}, "at most 100 %"),
+        ({"target": "small"}, "25%params, 40%flops or 5M"),
+        ({"tau": 0.0}, r"tau must be within \(0, 1\)\. Got 0\.0"),
+        ({"tau": 1.0}, "tau must be within"),
+        ({"tau": float("nan")}, "tau must be within"),
+        ({"epochs": -1.0}, "epochs must be at least 0"),
+        ({"epochs": float("inf")}, "epochs must be at least 0"),
+        ({"tolerance": -0.1}, "tolerance must be within"),
+        ({"tolerance": 2.0}, "tolerance must be within"),
+        ({"max_rounds": 0}, "max_rounds must be at least 1"),
+        ({"multiple_of": 0}, "multiple_of must be at least 1"),
+        ({"min_share": 1.5}, "min_share must be within"),
+        ({"calibration_share": 0.0}, "calibration_share must be within"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"device": "gpu"}, "device must be cpu"),
+    ],
+)
+def test_an_option_out_of_range_is_refused_when_made(options: dict, message: str):
+    with pytest.raises(OptionError, match=message):
+        Options(**options)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"alpha": 1.1},
+        {"alpha": float("nan")},
+        {"warmup": -0.1},
+        {"weight_decay": float("inf")},
+        {"temperature": 0.0},
+        {"lr": 0.0},
+        {"lr": float("inf")},
+        {"clip": -1.0},
+    ],
+)
+def test_a_recovery_out_of_range_is_refused_when_made(values: dict):
+    with pytest.raises(OptionError, match=f"{next(iter(values))} must be"):
+        Recovery(**values)
+
+
+def test_options_become_plain_json():
+    options = Options(target="25%params", recovery=Recovery(lr=1e-3))
+    assert json.loads(json.dumps(options.to_dict(), allow_nan=False))["recovery"]["lr"] == 1e-3
+
+
+def made_round(number: int = 1, accuracy: float = 0.9, **fields: object) -> Round:
+    values = {
+        "number": number,
+        "sites": ("layer.0.ffn",),
+        "widths": {"layer.0.ffn": (48, 8)},
+        "parameters": 100,
+        "check_error": 0.0,
+        "accuracy_cut": accuracy,
+        "accuracy": accuracy,
+        "steps": 3,
+        "loss_first": 1.0,
+        "loss_last": 0.5,
+        "seconds_cut": 0.1,
+        "seconds_recovery": 0.1,
+    }
+    return Round(**{**values, **fields})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "accuracies", "pending", "reason"),
+    [
+        ({}, [], 3, None),
+        ({}, [0.2], 1, None),
+        ({}, [], 0, "plan: every site has the width the rule gives it"),
+        ({}, [0.9], 0, "plan: every site has the width the rule gives it"),
+        ({"target": "25%params"}, [0.9], 0, "target: 25%params reached"),
+        ({"tolerance": 0.02}, [0.89], 1, None),
+        ({"tolerance": 0.02}, [0.95], 1, None),
+        ({"tolerance": 0.02}, [0.9, 0.85], 1, "tolerance: round 2 lost 5.00% of selection accuracy, more than 2.00%"),
+        ({"tolerance": 0.02}, [0.85], 0, "tolerance: round 1 lost 5.00% of selection accuracy, more than 2.00%"),
+        ({"tolerance": 0.0}, [0.9], 1, None),
+        ({"max_rounds": 2}, [0.9], 2, None),
+        ({"max_rounds": 2}, [0.9, 0.9], 4, "max_rounds: 2 rounds done, 4 left out"),
+        ({"max_rounds": 2}, [0.9, 0.9], 0, "plan: every site has the width the rule gives it"),
+        ({"max_rounds": 1, "tolerance": 0.01}, [0.5], 1, "tolerance: round 1 lost 40.00%"),
+    ],
+)
+def test_a_history_has_this_reason_to_stop(options: dict, accuracies: list[float], pending: int, reason: str | None):
+    rounds = tuple(made_round(i + 1, accuracy) for i, accuracy in enumerate(accuracies))
+    history = History(options=Options(**options), baseline_accuracy=0.9, rounds=rounds, pending=pending)
+    got = stop_reason(history)
+    assert got is None if reason is None else got is not None and got.startswith(reason)
+
+
+def test_only_the_last_round_can_break_the_tolerance():
+    history = History(
+        options=Options(tolerance=0.02),
+        baseline_accuracy=0.9,
+        rounds=(made_round(1, 0.5, rolled_back=True), made_round(2, 0.9)),
+        pending=1,
+    )
+    assert too_much_lost(history) is None
+    assert too_much_lost(replace(history, rounds=history.rounds[:1])) is not None

@@ -1,0 +1,120 @@
+"""A teacher is trained the same way twice, written whole or not at all, and where nothing was before."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import Sentiment, tiny_bert
+from rmtkd import recipes, teaching
+from rmtkd.errors import DataError, OptionError, RunError
+from rmtkd.recipes.checkpoints import load_classifier
+from rmtkd.teaching import WeightAverage, train_teacher
+
+SST2 = recipes.get("sst2")
+
+
+def test_the_average_of_a_constant_is_the_constant():
+    model = tiny_bert()
+    start = [parameter.detach().clone() for parameter in model.parameters()]
+    average = WeightAverage(model)
+    for _ in range(5):
+        average.update()
+    average.apply()
+    for parameter, value in zip(model.parameters(), start, strict=True):
+        assert torch.allclose(parameter, value, atol=1e-6)
+
+
+def test_the_average_weighs_by_its_decay():
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    average, expected = WeightAverage(model, decay=0.5), 0.0
+    for step, value in enumerate((1.0, 3.0, -2.0), 1):
+        torch.nn.init.constant_(model.weight, value)
+        average.update()
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * value
+    average.apply()
+    assert float(model.weight.detach()) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_teacher_is_a_stock_folder_with_its_record(sentiment: Sentiment):
+    names = {path.name for path in sentiment.teacher.iterdir()}
+    assert names == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training.json"}
+    assert len({path.stat().st_mode for path in sentiment.teacher.iterdir()}) == 1
+    record = json.loads((sentiment.teacher / "training.json").read_text())
+    assert set(record["accuracy"]) == {"value", "n", "stderr"}
+    assert record["accuracy"]["value"] > 0.9
+    assert record["accuracy"]["n"] == 90
+    assert str(sentiment.start.parent) not in json.dumps(record)
+    source = load_classifier(str(sentiment.teacher), SST2.labels)
+    assert source.tokenizer is not None and record["parameters"] == sum(p.numel() for p in source.model.parameters())
+
+
+def train(sentiment: Sentiment, out: Path, *, seed: int = 0) -> dict[str, torch.Tensor]:
+    train_teacher(
+        SST2, model=str(sentiment.start), data=sentiment.data, out=out, epochs=0.3, lr=1e-3, precision="fp32", seed=seed
+    )
+    return load_file(out / "model.safetensors")
+
+
+def test_the_same_seed_gives_the_same_teacher_and_another_seed_another(sentiment: Sentiment, tmp_path: Path):
+    before = torch.get_rng_state()
+    first, again, other = (train(sentiment, tmp_path / str(i), seed=seed) for i, seed in enumerate((0, 0, 1)))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert not torch.equal(first["classifier.weight"], other["classifier.weight"])
+
+
+def test_events_of_training_come_in_order(sentiment: Sentiment, tmp_path: Path):
+    events = []
+    train_teacher(
+        SST2, model=str(sentiment.start), data=sentiment.data, out=tmp_path / "t", epochs=0.2, on_event=events.append
+    )
+    steps = events[0]["steps"]
+    assert [event["step"] for event in events] == list(range(1, steps + 1))
+    assert json.loads((tmp_path / "t" / "training.json").read_text())["steps"] == steps
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"epochs": -1.0}, OptionError, "epochs and seed must be at least 0. Got -1"),
+        ({"epochs": float("nan")}, OptionError, "epochs and seed must be at least 0"),
+        ({"seed": -1}, OptionError, "epochs and seed must be at least 0"),
+        ({"lr": 0.0}, OptionError, "lr must be greater than 0"),
+        ({"device": "cuda:99"}, OptionError, "device must be there"),
+        ({"model": None}, DataError, "must start from a checkpoint"),
+        ({"data": Path("/nowhere")}, DataError, "There is no such file"),
+    ],
+)
+def test_a_refused_training_leaves_nothing_behind(
+    sentiment: Sentiment, tmp_path: Path, options: dict, error: type[Exception], message: str
+):
+    given = {"model": str(sentiment.start), "data": sentiment.data, "out": tmp_path / "t", **options}
+    with pytest.raises(error, match=message):
+        train_teacher(SST2, **given)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_out_that_exists_is_refused_at_once_and_untouched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr(teaching, "check_device", None)  # nothing further is asked
+    for name in ("file", "folder", "file/below"):
+        with pytest.raises(RunError, match="--out must be"):
+            train_teacher(SST2, out=tmp_path / name)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_interrupted_training_leaves_nothing_behind(sentiment: Sentiment, tmp_path: Path):
+    def interrupt(event: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_teacher(
+            SST2, model=str(sentiment.start), data=sentiment.data, out=tmp_path / "t", epochs=1.0, on_event=interrupt
+        )
+    assert list(tmp_path.iterdir()) == []
