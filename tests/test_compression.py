@@ -340,3 +340,19 @@ def test_a_folder_of_another_run_is_refused_and_byte_identical(finished, teacher
     with pytest.raises(RunError, match="holds another run"):
         run(teacher, task, out=out)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_narrow_applies_a_plan_in_closed_form_and_leaves_the_model():
+    model, rows = tiny_bert(), list(random_rows(200))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    made, _ = compression.plan(model, calibration=rows, multiple_of=2, target="60%params")
+    student = compression.narrow(model, made, calibration=rows)
+    assert sum(p.numel() for p in student.parameters()) == made.predicted["params"]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_plan_of_a_model_of_other_widths_is_refused():
+    rows = list(random_rows(200))
+    made, _ = compression.plan(tiny_bert(intermediate_size=64), calibration=rows, multiple_of=2)
+    with pytest.raises(PlanError, match=r"layer\.0\.ffn.*layer\.1\.ffn"):
+        compression.narrow(tiny_bert(), made, calibration=rows)

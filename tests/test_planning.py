@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -22,12 +22,16 @@ from rmtkd.errors import DataError, OptionError, PlanError
 from rmtkd.measurement import count_flops, count_parameters
 from rmtkd.planning import Plan, Spectrum, Target, make_plan, predict_cost, spectra_of
 from rmtkd.sites import Site, by_width, find_sites
-from rmtkd.surgery import narrow
+from rmtkd.surgery import fold
 
 MODEL = tiny_bert()
 SITES = find_sites(MODEL)
 BATCH: Batch = next(iter(random_rows(4)))
 SPECTRUMS = spectra_of(collect(MODEL, SITES, random_rows(64)))
+
+
+SLOW = settings(deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+"""Without shrinking: a plan takes long enough."""
 
 
 def plan(**options: object) -> Plan:
@@ -62,7 +66,7 @@ def any_bases(sites: Sequence[Site], widths: dict[str, int]) -> dict[str, tuple[
 def narrowed(widths: dict[str, int], model: nn.Module = MODEL) -> nn.Module:
     """The really narrowed model; sites that stay whole are left alone."""
     cut = [site for site in find_sites(model) if widths[site.name] < site.width]
-    return narrow(model, cut, any_bases(cut, widths))
+    return fold(model, cut, any_bases(cut, widths))
 
 
 # ---------------------------------------------------------------------------------------------- targets
@@ -185,7 +189,7 @@ def naive_widths(spectrums: dict[str, tuple[Spectrum, ...]], multiplier: float, 
     return widths
 
 
-@settings(deadline=None, max_examples=6)
+@settings(SLOW, max_examples=6)
 @given(seed=st.integers(0, 1000), share=st.floats(0.45, 0.95))
 def test_the_target_is_met_by_the_smallest_multiplier_that_meets_it(seed: int, share: float) -> None:
     spectrums = random_spectrums(seed)
@@ -244,7 +248,7 @@ def test_an_impossible_target_says_the_least_which_can_then_be_had(cost: str, mi
 # ---------------------------------------------------------------------------------------------- widths
 
 
-@settings(deadline=None, max_examples=15)
+@settings(SLOW, max_examples=15)
 @given(
     seed=st.integers(0, 1000),
     multiple_of=st.integers(1, 20),
@@ -272,7 +276,7 @@ def test_widths_are_rounded_shared_and_within_bounds(
     assert made.multiplier == 1
 
 
-@settings(deadline=None, max_examples=15)
+@settings(SLOW, max_examples=15)
 @given(seed=st.integers(0, 1000), taus=st.tuples(st.floats(0.05, 0.95), st.floats(0.05, 0.95)))
 def test_a_larger_tau_never_keeps_more(seed: int, taus: tuple[float, float]) -> None:
     spectrums = random_spectrums(seed)

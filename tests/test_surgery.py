@@ -23,7 +23,7 @@ from rmtkd.surgery import (
     check_cut,
     factorize_embedding,
     fill_with_zeros,
-    narrow,
+    fold,
     projected_logits,
     resize,
     skeleton,
@@ -75,7 +75,7 @@ def fit(
 
 
 def cut(model: nn.Module, widths: Mapping[str, int]) -> Any:
-    return narrow(model, *fit(model, widths))
+    return fold(model, *fit(model, widths))
 
 
 def run(model: nn.Module, batch: dict[str, Tensor] = BATCH) -> Tensor:
@@ -130,7 +130,7 @@ def test_a_cut_at_full_width_changes_nothing_where_units_and_directions_are_dead
 def test_a_cut_computes_what_the_projected_model_computes(name: str, activation: str) -> None:
     model = double_bert(hidden_act=activation)
     sites, bases = fit(model, CUTS[name])
-    student = narrow(model, sites, bases)
+    student = fold(model, sites, bases)
     reference = projected_logits(model, sites, bases, BATCH)
     assert difference(run(student), reference) < 1e-9
     assert difference(run(student), run(model)) > 1e-4  # the cut did cut
@@ -149,7 +149,7 @@ def test_a_compressed_model_is_compressed_again() -> None:
     model = double_bert()
     once = cut(model, CUTS["all"])
     sites, bases = fit(once, {"embeddings.word": 9, "layer.0.query_key": 4, "layer.0.value": 4, "layer.1.ffn": 8})
-    twice = narrow(once, sites, bases)
+    twice = fold(once, sites, bases)
     assert check_cut(once, twice, sites, bases, BATCH) < 1e-9
     assert [type(m).__name__ for m in twice.modules()].count("FactorizedEmbedding") == 1
     full = cut(once, {site.name: site.width for site in find_sites(once)})
@@ -167,7 +167,7 @@ def test_any_basis_is_folded_not_only_the_best() -> None:
                 for shape in ((2, 6, 16), (2, 16, 6), (2, 16))
             )
             bases[site.name] = (Basis(reduce=reduce, lift=lift, mean=mean),)
-    assert check_cut(model, narrow(model, sites, bases), sites, bases, BATCH) < 1e-9
+    assert check_cut(model, fold(model, sites, bases), sites, bases, BATCH) < 1e-9
 
 
 def test_projecting_with_hooks_leaves_none_behind() -> None:
@@ -189,7 +189,7 @@ def test_the_caller_s_model_is_byte_identical_and_shares_no_storage() -> None:
     model = double_bert().train()
     before, modules = snapshot(model), [(n, type(m), m.training) for n, m in model.named_modules()]
     sites, bases = fit(model, CUTS["all"])
-    student = narrow(model, sites, bases)
+    student = fold(model, sites, bases)
     check_cut(model, student, sites, bases, BATCH)
     assert_untouched(model, before)
     assert [(n, type(m), m.training) for n, m in model.named_modules()] == modules
@@ -231,7 +231,7 @@ def attention_of(model: nn.Module) -> Any:
 def test_a_stale_attribute_in_the_cut_model_is_caught(keep: int, stale: dict[str, float]) -> None:
     model = double_bert()
     sites, bases = fit(model, {"layer.0.query_key": keep, "layer.0.value": keep})
-    student = narrow(model, sites, bases)
+    student = fold(model, sites, bases)
     for name, value in stale.items():
         setattr(attention_of(student), name, value)
     with pytest.raises(SurgeryError, match=r"layer\.0\.query_key, layer\.0\.value"):
@@ -243,7 +243,7 @@ def test_a_stale_attribute_in_the_cut_model_is_caught(keep: int, stale: dict[str
 def test_an_honest_cut_passes_the_check_in_every_precision(name: str, dtype: torch.dtype) -> None:
     model = bert(dtype)
     sites, bases = fit(model, CUTS[name])
-    check_cut(model, narrow(model, sites, bases), sites, bases, BATCH)
+    check_cut(model, fold(model, sites, bases), sites, bases, BATCH)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -251,7 +251,7 @@ def test_an_honest_cut_passes_the_check_in_every_precision(name: str, dtype: tor
 def test_a_wrong_weight_in_the_cut_model_is_caught(fault: str, dtype: torch.dtype) -> None:
     model = bert(dtype)
     sites, bases = fit(model, CUTS["all"])
-    student = narrow(model, sites, bases)
+    student = fold(model, sites, bases)
     with torch.no_grad():
         output: Any = student.get_submodule("bert.encoder.layer.1.output.dense")
         if fault == "bias":  # the mean of what was dropped is forgotten
@@ -267,7 +267,7 @@ def test_a_wrong_weight_in_the_cut_model_is_caught(fault: str, dtype: torch.dtyp
 def test_the_check_leaves_both_models_as_they_were() -> None:
     model = bert().train()
     sites, bases = fit(model, CUTS["all"])
-    student = narrow(model, sites, bases)
+    student = fold(model, sites, bases)
     before = snapshot(model), snapshot(student)
     check_cut(model, student, sites, bases, BATCH)
     assert_untouched(model, before[0])
@@ -281,7 +281,7 @@ def test_widths_that_disagree_on_a_shared_width_are_refused() -> None:
     before = snapshot(model)
     sites, bases = fit(model, {"layer.0.query_key": 8, "layer.0.value": 6})
     with pytest.raises(PlanError, match=r"share the width layer\.0\.head .* Got 8 and 6"):
-        narrow(model, sites, bases)
+        fold(model, sites, bases)
     assert_untouched(model, before)
 
 

@@ -3,6 +3,7 @@
 from rmtkd.artifact import load as load
 from rmtkd.compression import Compressed as Compressed
 from rmtkd.compression import compress as compress
+from rmtkd.compression import narrow as narrow
 from rmtkd.compression import plan as plan
 from rmtkd.distillation import Recovery as Recovery
 from rmtkd.measurement import Footprint as Footprint
@@ -11,4 +12,3 @@ from rmtkd.planning import Plan as Plan
 from rmtkd.schedule import Options as Options
 from rmtkd.sites import Site as Site
 from rmtkd.sites import find_sites as find_sites
-from rmtkd.surgery import narrow as narrow

@@ -36,7 +36,7 @@ from rmtkd.modules import randomize
 from rmtkd.planning import Plan, Spectrum, Target, make_plan, spectra_of
 from rmtkd.schedule import History, Options, Round, stop_reason, too_much_lost
 from rmtkd.sites import Site, by_width, find_family, find_sites
-from rmtkd.surgery import check_cut, narrow
+from rmtkd.surgery import check_cut, fold
 
 CHECK_ROWS = 4
 """Rows of the selection set on which every cut is checked against its reference, in float64."""
@@ -175,8 +175,42 @@ def cut_in_order(
         moments = collect(model, group, calibration)
         for site in group:
             bases[site.name] = fit_bases(model, site, moments[site.name], widths[site.name])
-        model = narrow(model, group, bases)
+        model = fold(model, group, bases)
     return model, bases
+
+
+def narrow(model: nn.Module, plan: Plan, *, calibration: Iterable[Batch]) -> nn.Module:
+    """Apply a plan in closed form: cut, check, train nothing. The model is left as it was.
+
+    Args:
+        model: the model that the plan was made from.
+        plan: the widths to keep; edit them with `dataclasses.replace`, or in its JSON.
+        calibration: batches whose activations choose the bases.
+
+    Returns:
+        A new, narrower, dense model in evaluation mode.
+
+    Raises:
+        PlanError: if the plan names other sites than the model has.
+        SurgeryError: if the result differs from the projected full-width reference.
+    """
+    sites = _narrowed(find_sites(model), plan)
+    batches = list(calibration)
+    student, bases = cut_in_order(model, sites, plan.widths, batches)
+    check_cut(model, student, sites, bases, batching.head(batching.first(batches, "calibration"), CHECK_ROWS))
+    return student.eval()
+
+
+def _narrowed(sites: Sequence[Site], plan: Plan) -> tuple[Site, ...]:
+    """The sites of the model that the plan narrows."""
+    planned = {(site.name, site.width, site.groups) for site in plan.sites}
+    strangers = planned ^ {(site.name, site.width, site.groups) for site in sites}
+    if strangers:
+        raise PlanError(
+            "a plan must name exactly the sites of the model, at their full widths. They differ in "
+            f"{', '.join(sorted({name for name, _, _ in strangers}))}. Make the plan from this model."
+        )
+    return tuple(site for site in sites if plan.widths[site.name] < site.width)
 
 
 class _Run:
@@ -295,21 +329,13 @@ class _Run:
 
     def rounds_of(self, made: Plan) -> list[tuple[Site, ...]]:
         """The sites that the plan narrows, in the portions that are cut between two recoveries."""
-        sites = find_sites(self.model)
-        missing = {site.name for site in sites} ^ set(made.widths)
-        if missing:
-            raise PlanError(
-                f"a plan must name exactly the sites of the model. They differ in {', '.join(sorted(missing))}. "
-                "Make the plan from this model."
-            )
-        narrowed = [site for site in sites if made.widths[site.name] < site.width]
         key = {
             "site": lambda site: site.shares,
             "layer": lambda site: site.block,
             "round": lambda site: "",
         }[self.options.granularity]
         portions: dict[str, tuple[Site, ...]] = {}
-        for site in narrowed:
+        for site in _narrowed(find_sites(self.model), made):
             portions[key(site)] = (*portions.get(key(site), ()), site)
         return list(portions.values())
 

@@ -171,8 +171,8 @@ def model_card(record: Mapping[str, Any], plan: Plan) -> str:
         "|---|--:|--:|--:|",
         *(f"| {' | '.join(row)} |" for row in summary_rows(record)),
         "",
-        "Load it with `rmtkd.load(FOLDER)`: no flags, no pickle; every file is verified by its checksum and the model by "
-        "the outputs stored for a synthetic batch.",
+        "Load it with `rmtkd.load(FOLDER)`: no flags, no pickle; every file is verified by its checksum and the "
+        "model by the outputs stored for a synthetic batch.",
         "",
         "## Widths",
         "",

@@ -27,7 +27,7 @@ ROUNDINGS = 1000
 folds are made in float64 and stored in the model's own precision, one after the other."""
 
 
-def narrow(model: nn.Module, sites: Sequence[Site], bases: Mapping[str, Sequence[Basis]]) -> nn.Module:
+def fold(model: nn.Module, sites: Sequence[Site], bases: Mapping[str, Sequence[Basis]]) -> nn.Module:
     """A narrower copy of the model, with every basis folded into the weights around its site.
 
     Args:
@@ -47,7 +47,7 @@ def narrow(model: nn.Module, sites: Sequence[Site], bases: Mapping[str, Sequence
     for site in sites:
         _prepare(student, site)
         for i, (stream, basis) in enumerate(zip(site.streams, bases[site.name], strict=True)):
-            _fold(student, site, stream, basis, rescale=site.kind == "bilinear" and i == 0)
+            _fold_stream(student, site, stream, basis, rescale=site.kind == "bilinear" and i == 0)
         _set_attributes(student, site, bases[site.name][0].reduce.shape[1])
     return student
 
@@ -183,7 +183,7 @@ def _prepare(model: nn.Module, site: Site) -> None:
         factorize_embedding(model, site.factorizes)
 
 
-def _fold(model: nn.Module, site: Site, stream: Stream, basis: Basis, *, rescale: bool) -> None:
+def _fold_stream(model: nn.Module, site: Site, stream: Stream, basis: Basis, *, rescale: bool) -> None:
     reduce = basis.reduce
     if rescale and any(attribute.quantity == "scaling" for attribute in site.attributes):
         # The module divides the product by the square root of the new width; the old one was meant.
