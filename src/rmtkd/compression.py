@@ -158,8 +158,7 @@ def fit_bases(model: nn.Module, site: Site, moments: Sequence[Covariance], keep:
         return bilinear_bases(queries.second_moment(), keys.covariance(), keep)
     form = {"linear": linear_basis, "pointwise": unit_basis}[site.kind]
     (moment,) = moments
-    reader = readers(model, site) if not site.factorizes else torch.eye(site.width, dtype=torch.float64)[None]
-    return (form(moment.covariance(), moment.mean, reader, keep),)
+    return (form(moment.covariance(), moment.mean, readers(model, site), keep),)
 
 
 def cut_in_order(
