@@ -101,7 +101,7 @@ def shape_cell(method: str, lr: float, widths: dict[str, int], teacher: str, dat
         teacher=source.model,
         recovery=Recovery(lr=lr),
         precision="bf16",
-        on_step=lambda step, loss: step % 200 == 0 and print(f"{method} {lr:g} {step}/{steps} {loss:.3f}", flush=True),
+        on_step=lambda step, loss: print_event({"event": "step", "method": method, "step": step, "loss": loss}),
     )
     return {
         "method": method,

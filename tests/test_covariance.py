@@ -258,7 +258,7 @@ def test_all_reduce_over_workers_with_a_common_shift_is_exact(workers: int) -> N
     alone = streamed(vectors, [100] * 8, shift=shift)
     parts = [streamed(part, [len(part)], shift=shift) for part in vectors.split(800 // workers)]
     states = [part.state() for part in parts]
-    summed = {name: sum(state[name] for state in states) for name in ("count", "sum", "scatter")}
+    summed = {name: torch.stack([state[name] for state in states]).sum(0) for name in ("count", "sum", "scatter")}
     reduced = Covariance.from_state({**summed, "shift": states[0]["shift"]})
     assert_same_moments(reduced, alone, rtol=1e-12)
     assert_same_moments(reduce(Covariance.merge, parts), alone, rtol=1e-12)
@@ -366,9 +366,9 @@ def test_answers_need_a_vector() -> None:
 def test_wrong_shapes_and_options_are_refused() -> None:
     with pytest.raises(DataError, match=r"\[n, 2, 3\]"):
         Covariance(3, groups=2).update(torch.zeros(5, 3, 2))
-    for options in ({"width": 0}, {"width": 3, "groups": 0}):
+    for width, groups in ((0, 1), (3, 0)):
         with pytest.raises(OptionError, match="at least 1"):
-            Covariance(**options)
+            Covariance(width, groups=groups)
     with pytest.raises(OptionError, match="shift"):
         Covariance(3, shift=torch.zeros(2, 3))
     with pytest.raises(OptionError, match="shift"):
