@@ -24,7 +24,7 @@ app = typer.Typer(
 )
 EXTRAS = frozenset({"transformers", "datasets", "pyarrow", "sklearn"})
 """Packages that come with the extras."""
-out_console = Console()
+out_console = Console(width=None if sys.stdout.isatty() else 120)  # a pipe has no width
 log_console = Console(stderr=True)
 
 RecipeName = Annotated[str, typer.Argument(help="The task: see `rmtkd ls`.")]
@@ -135,7 +135,7 @@ def plan(
     if as_json:
         sys.stdout.write(made.to_json() + "\n")
         return
-    out_console.print(reporting.plan_table(made))
+    out_console.print(reporting.plan_table(made, out_console.width))
     if note := reporting.misfit_note(made):
         out_console.print(note, highlight=False)
     out_console.print(f"saved {out / 'plan.json'}", highlight=False)
@@ -240,7 +240,7 @@ def compress(
     if as_json:
         sys.stdout.write(json.dumps(result.record, indent=1) + "\n")
         return
-    out_console.print(reporting.plan_table(result.plan))
+    out_console.print(reporting.plan_table(result.plan, out_console.width))
     if note := reporting.misfit_note(result.plan):
         out_console.print(note, highlight=False)
     out_console.print(reporting.summary(result.record))

@@ -6,11 +6,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from rmtkd.planning import Plan
+from rmtkd.planning import Plan, SitePlan
 
 
-def plan_table(plan: Plan) -> Table:
-    """A plan as a table: one line a site."""
+def plan_table(plan: Plan, width: int = 120) -> Table:
+    """A plan as a table: one line a site. Below 110 columns the noise level and the reasons are left to plan.json."""
     table = Table(
         title=(
             f"{plan.model} · rule {plan.rule}, τ {plan.tau:g}"
@@ -25,26 +25,30 @@ def plan_table(plan: Plan) -> Table:
         title_justify="left",
         caption_justify="left",
     )
-    table.add_column("site", no_wrap=True)
-    table.add_column("kind", no_wrap=True)
-    for name in ("width", "keep", "q", "noise σ²", "edge", "KS", "energy"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("why")
-    for site in plan.sites:
-        per_head = f"{site.groups}×" if site.groups > 1 else ""
-        table.add_row(
-            site.name,
-            site.kind,
-            f"{per_head}{site.width}",
-            f"{per_head}{site.keep}",
-            f"{site.q:.2g}",
-            f"{site.sigma2:.3g}",
-            f"{site.edge:.3g}",
-            f"{site.ks:.2f}{'!' if site.misfit else ''}",
-            f"{site.energy:.1%}",
-            site.why,
-        )
+    columns = {
+        "site": [site.name for site in plan.sites],
+        "kind": [site.kind for site in plan.sites],
+        "width": [_per_head(site, site.width) for site in plan.sites],
+        "keep": [_per_head(site, site.keep) for site in plan.sites],
+        "q": [f"{site.q:.2g}" for site in plan.sites],
+        "noise σ²": [f"{site.sigma2:.3g}" for site in plan.sites],
+        "edge": [f"{site.edge:.3g}" for site in plan.sites],
+        "KS": [f"{site.ks:.2f}{'!' if site.misfit else ''}" for site in plan.sites],
+        "energy": [f"{site.energy:.1%}" for site in plan.sites],
+        "why": [site.why for site in plan.sites],
+    }
+    if width < 110:
+        for name in ("noise σ²", "edge", "why"):
+            del columns[name]
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("site", "kind", "why") else "right", no_wrap=name != "why")
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*row)
     return table
+
+
+def _per_head(site: SitePlan, width: int) -> str:
+    return f"{site.groups}×{width}" if site.groups > 1 else str(width)
 
 
 def misfit_note(plan: Plan) -> str | None:
@@ -179,9 +183,7 @@ def model_card(record: Mapping[str, Any], plan: Plan) -> str:
         "| site | before | after | why |",
         "|---|--:|--:|---|",
         *(
-            f"| {site.name} | {site.groups} × {site.width} | {site.groups} × {site.keep} | {site.why} |"
-            if site.groups > 1
-            else f"| {site.name} | {site.width} | {site.keep} | {site.why} |"
+            f"| {site.name} | {_per_head(site, site.width)} | {_per_head(site, site.keep)} | {site.why} |"
             for site in plan.sites
         ),
         "",
