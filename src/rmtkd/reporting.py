@@ -10,7 +10,10 @@ from rmtkd.planning import Plan, SitePlan
 
 
 def plan_table(plan: Plan, width: int = 120) -> Table:
-    """A plan as a table: one line a site. Below 110 columns the noise level and the reasons are left to plan.json."""
+    """A plan as a table, one line a site: how many directions (of one head) stand above the edge, how many stay.
+
+    Where the console is narrow, the noise level is left to plan.json, which also has the reasons in words.
+    """
     table = Table(
         title=(
             f"{plan.model} · rule {plan.rule}, τ {plan.tau:g}"
@@ -29,19 +32,19 @@ def plan_table(plan: Plan, width: int = 120) -> Table:
         "site": [site.name for site in plan.sites],
         "kind": [site.kind for site in plan.sites],
         "width": [_per_head(site, site.width) for site in plan.sites],
+        "above": [f"{site.count:.1f}" if site.groups > 1 else f"{site.count:.0f}" for site in plan.sites],
         "keep": [_per_head(site, site.keep) for site in plan.sites],
         "q": [f"{site.q:.2g}" for site in plan.sites],
         "noise σ²": [f"{site.sigma2:.3g}" for site in plan.sites],
         "edge": [f"{site.edge:.3g}" for site in plan.sites],
         "KS": [f"{site.ks:.2f}{'!' if site.misfit else ''}" for site in plan.sites],
         "energy": [f"{site.energy:.1%}" for site in plan.sites],
-        "why": [site.why for site in plan.sites],
     }
-    if width < 110:
-        for name in ("noise σ²", "edge", "why"):
+    if width < 100:
+        for name in ("q", "noise σ²", "edge"):
             del columns[name]
     for name in columns:
-        table.add_column(name, justify="left" if name in ("site", "kind", "why") else "right", no_wrap=name != "why")
+        table.add_column(name, justify="left" if name in ("site", "kind") else "right", no_wrap=True)
     for row in zip(*columns.values(), strict=True):
         table.add_row(*row)
     return table
