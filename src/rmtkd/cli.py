@@ -82,6 +82,7 @@ def train(
         f"{out}: {record['parameters']:,} parameters, accuracy {accuracy['value']:.2%} ± {accuracy['stderr']:.2%} "
         f"on {accuracy['n']} report rows",
         highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -137,8 +138,8 @@ def plan(
         return
     out_console.print(reporting.plan_table(made, out_console.width))
     if note := reporting.misfit_note(made):
-        out_console.print(note, highlight=False)
-    out_console.print(f"saved {out / 'plan.json'}", highlight=False)
+        out_console.print(note, highlight=False, soft_wrap=True)
+    out_console.print(f"saved {out / 'plan.json'}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -214,9 +215,9 @@ def compress(
     if model is None and task.needs_no_checkpoint:
         teacher_folder = out.absolute().with_name(f"{out.absolute().name}-teacher")
         if teacher_folder.exists():
-            log_console.print(f"no --model: using the teacher in {teacher_folder}", highlight=False)
+            log_console.print(f"no --model: using the teacher in {teacher_folder}", highlight=False, soft_wrap=True)
         else:
-            log_console.print(f"no --model: training a teacher into {teacher_folder}", highlight=False)
+            log_console.print(f"no --model: training a teacher into {teacher_folder}", highlight=False, soft_wrap=True)
             with watcher(log_console) as on_event:
                 train_teacher(task, out=teacher_folder, seed=seed, device=device, on_event=on_event)
         model = str(teacher_folder)
@@ -242,11 +243,12 @@ def compress(
         return
     out_console.print(reporting.plan_table(result.plan, out_console.width))
     if note := reporting.misfit_note(result.plan):
-        out_console.print(note, highlight=False)
+        out_console.print(note, highlight=False, soft_wrap=True)
     out_console.print(reporting.summary(result.record))
     out_console.print(
         f"{out}/summary.json holds the record, {out}/model the model: rmtkd.load({str(out / 'model')!r})",
         highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -277,7 +279,9 @@ def evaluate(
     if as_json:
         sys.stdout.write(json.dumps({"accuracy": asdict(result)}) + "\n")
     else:
-        out_console.print(f"accuracy {result.value:.2%} ± {result.stderr:.2%} (n = {result.n})", highlight=False)
+        out_console.print(
+            f"accuracy {result.value:.2%} ± {result.stderr:.2%} (n = {result.n})", highlight=False, soft_wrap=True
+        )
 
 
 @app.command("ls")
@@ -290,7 +294,7 @@ def list_recipes() -> None:
     from rmtkd import recipes
 
     for name in recipes.names():
-        out_console.print(f"{name:8} {recipes.get(name).describe}", highlight=False)
+        out_console.print(f"{name:8} {recipes.get(name).describe}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -303,7 +307,7 @@ def env() -> None:
     from rmtkd.environment import machine, versions
 
     for name, value in {**versions(), **machine()}.items():
-        out_console.print(f"- {name}: {value}", highlight=False)
+        out_console.print(f"- {name}: {value}", highlight=False, soft_wrap=True)
 
 
 def main() -> None:
