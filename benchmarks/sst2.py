@@ -6,8 +6,8 @@
     python benchmarks/sst2.py table                                   # Markdown from the records
 
 Every cell is one JSON file in `benchmarks/results/sst2/`; a cell that has one is not run again, so that a killed run
-goes on where it stopped. The report rows (dev) are read once a cell, and choose nothing: learning rates are chosen on
-selection rows.
+goes on where it stopped. The report rows (dev) are read once a cell. Part `shapes` chooses learning rates
+on selection rows; the setting of part `seeds` was adopted with dev in sight (docs/results.md says how).
 """
 
 import argparse
