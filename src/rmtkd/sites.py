@@ -75,6 +75,7 @@ class Site:
         groups: how many groups (attention heads) have this width each.
         streams: one, or for `bilinear` the two that meet in the product.
         shares: name of the width that it has in common with other sites.
+        scope: path of the module whose call computes the block; None outside the stack of blocks.
         factorizes: path of an embedding that must first become table × projection for this width to exist.
         attributes: plain attributes to be set together with the width.
     """
@@ -85,6 +86,7 @@ class Site:
     width: int
     streams: tuple[Stream, ...]
     shares: str
+    scope: str | None = None
     groups: int = 1
     factorizes: str | None = None
     attributes: tuple[Attribute, ...] = ()
@@ -283,7 +285,7 @@ def _layer_sites(model: nn.Module, family: EncoderFamily, i: int) -> tuple[Site,
             f"{path(family.attention)}.{family.scaling} must be head size^-½ = {head_width**-0.5:.6g}. Got "
             f"{getattr(attention, family.scaling):.6g}. Fold the factor into the query first; nothing was changed."
         )
-    block = f"layer.{i}"
+    block, scope = f"layer.{i}", f"{family.layers}.{i}"
     attributes: tuple[tuple[str, Quantity], ...] = (
         (family.head_size, "width"),
         (family.all_head_size, "total"),
@@ -298,6 +300,7 @@ def _layer_sites(model: nn.Module, family: EncoderFamily, i: int) -> tuple[Site,
             groups=heads,
             streams=tuple(Stream(module=p, side="output", writers=_writer(p)) for p in (query, key)),
             shares=f"{block}.head",
+            scope=scope,
             attributes=tuple(
                 Attribute(module=path(family.attention), name=name, quantity=quantity) for name, quantity in attributes
             ),
@@ -318,6 +321,7 @@ def _layer_sites(model: nn.Module, family: EncoderFamily, i: int) -> tuple[Site,
                 ),
             ),
             shares=f"{block}.head",
+            scope=scope,
         ),
         Site(
             name=f"{block}.ffn",
@@ -334,5 +338,6 @@ def _layer_sites(model: nn.Module, family: EncoderFamily, i: int) -> tuple[Site,
                 ),
             ),
             shares=f"{block}.ffn",
+            scope=scope,
         ),
     )
