@@ -1,6 +1,7 @@
 """Run batches through a model and gather the moments of its activations. Hooks live and die here."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -13,10 +14,11 @@ from rmtkd.batches import Batch
 from rmtkd.covariance import Covariance
 from rmtkd.errors import DataError
 from rmtkd.measurement import evaluation
+from rmtkd.memory import Pieces
 from rmtkd.sites import Site, Stream
 
 
-class _Enough(Exception):
+class Enough(Exception):
     """Ends a forward pass once the last stream has been seen."""
 
 
@@ -41,14 +43,19 @@ def attach(model: nn.Module, stream: Stream, see: Callable[[Tensor], Tensor | No
     return module.register_forward_pre_hook(before) if stream.side == "input" else module.register_forward_hook(after)
 
 
-def collect(model: nn.Module, sites: Sequence[Site], batches: Iterable[Batch]) -> dict[str, tuple[Covariance, ...]]:
+def collect(
+    model: nn.Module, sites: Sequence[Site], batches: Iterable[Batch], *, pieces: Pieces | None = None
+) -> dict[str, tuple[Covariance, ...]]:
     """Moments of every stream of the sites, over the real positions of all batches, in one pass.
+
+    Held at once are the moments and the streams of one batch.
 
     Args:
         model: the model, run in evaluation mode without gradients, each forward pass only as deep as the deepest
             site.
         sites: sites of this model.
         batches: calibration batches.
+        pieces: in how many pieces a batch is run, should memory run out.
 
     Returns:
         For each site's name one `Covariance` per stream.
@@ -57,46 +64,57 @@ def collect(model: nn.Module, sites: Sequence[Site], batches: Iterable[Batch]) -
         DataError: if there are no real positions, fewer than a site is wide, or if activations are not finite.
     """
     moments = {site.name: tuple(Covariance(site.width, groups=site.groups) for _ in site.streams) for site in sites}
-    pending = 0
-    mask: Tensor | None = None
+    pieces = pieces or Pieces()
     device = next(model.parameters()).device
-
-    def watch(site: Site, moment: Covariance, activations: Tensor) -> None:
-        nonlocal pending
-        vectors = in_groups(activations, site.groups)
-        vectors = vectors.flatten(0, -3) if mask is None else vectors[mask]
-        try:
-            moment.update(vectors)
-        except DataError as error:
-            raise DataError(f"site {site.name}: {error}") from None
-        pending -= 1
-        if pending == 0:
-            raise _Enough
-
-    handles: list[RemovableHandle] = []
     streams = [
         (site, stream, moment)
         for site in sites
         for stream, moment in zip(site.streams, moments[site.name], strict=True)
     ]
+    seen: list[tuple[Site, Covariance, Tensor]] = []
+    pending = 0
+    mask: Tensor | None = None
+
+    def watch(site: Site, moment: Covariance, activations: Tensor) -> None:
+        nonlocal pending
+        vectors = in_groups(activations, site.groups)
+        seen.append((site, moment, vectors.flatten(0, -3) if mask is None else vectors[mask]))
+        pending -= 1
+        if pending == 0:
+            raise Enough
+
+    def run(parts: Sequence[Batch]) -> None:
+        """See all streams of one batch. A second attempt, in smaller parts, sees them from the start."""
+        nonlocal mask, pending
+        seen.clear()
+        for part in parts:
+            part = batching.to(part, device)
+            mask, pending = batching.real_positions(part), len(streams)
+            with suppress(Enough):
+                batching.logits(model, part)
+
+    handles: list[RemovableHandle] = []
     try:
         for site, stream, moment in streams:
             handles.append(attach(model, stream, partial(watch, site, moment)))
         with evaluation(model):
             for batch in batches:
-                batch = batching.to(batch, device)
-                mask = batching.real_positions(batch)
-                pending = len(streams)
-                try:
-                    batching.logits(model, batch)
-                except _Enough:
-                    continue
+                pieces(batch, run)
+                for site, moment, vectors in seen:
+                    _update(site, moment, vectors)
     finally:
         for handle in handles:
             handle.remove()
     for site in sites:
         _check_count(site, min(moment.count for moment in moments[site.name]))
     return moments
+
+
+def _update(site: Site, moment: Covariance, vectors: Tensor) -> None:
+    try:
+        moment.update(vectors)
+    except DataError as error:
+        raise DataError(f"site {site.name}: {error}") from None
 
 
 def _check_count(site: Site, count: int) -> None:
