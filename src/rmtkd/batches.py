@@ -1,7 +1,7 @@
 """What a batch is: a mapping called as `model(**inputs)`, or a pair `(x, labels)` called as `model(x)`.
 
-Keys of a mapping that are not inputs: `labels`. The key `attention_mask`, if present, says which positions are
-real (1) and which are padding (0).
+Keys of a mapping that are not inputs: `labels`, and `row_ids`, each row's place in its collection. The key
+`attention_mask`, if present, says which positions are real (1) and which are padding (0).
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,11 +15,14 @@ from rmtkd.errors import DataError
 Batch = Mapping[str, Tensor] | tuple[Tensor, Tensor] | list[Tensor]
 """One batch. Collections of batches are *re-iterable*: a list, a `DataLoader`, anything with `__iter__`."""
 
+NOT_INPUTS = frozenset({"labels", "row_ids"})
+"""Keys of a mapping that the model is not called with."""
+
 
 def inputs(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The positional and keyword arguments that the model is called with."""
     if isinstance(batch, Mapping):
-        return (), {name: value for name, value in batch.items() if name != "labels"}
+        return (), {name: value for name, value in batch.items() if name not in NOT_INPUTS}
     return (batch[0],), {}
 
 
