@@ -56,6 +56,8 @@ def describe(event: Mapping[str, Any]) -> str | None:
                 f"round {event['number']}: {event['parameters']:,} parameters, {event['accuracy']:.2%} on selection "
                 f"after {event['steps']} steps{back}"
             )
+        case "rows":
+            return event["note"]
         case "measure":
             return "measuring both models"
         case "done":

@@ -15,8 +15,12 @@ from rmtkd.sites import find_sites
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 
 
-def load_classifier(path: str, labels: Sequence[str]) -> Source:
+def load_classifier(path: str, labels: Sequence[str] | None) -> Source:
     """A trained classifier with its tokenizer, if it has one: our folder, transformers' folder, or a hub name.
+
+    Args:
+        path: where it is.
+        labels: names of the classes that it must have, by index; None if they are its own.
 
     Raises:
         DataError: if there is none, its head is not trained, or it has another number of classes.
@@ -32,10 +36,14 @@ def load_classifier(path: str, labels: Sequence[str]) -> Source:
                 f"{missing[0]}. Train it first: rmtkd train."
             )
     config: Any = model.config
-    if config.num_labels != len(labels):
+    if labels is not None and config.num_labels != len(labels):
         raise DataError(
             f"--model must have a head of the {len(labels)} classes {', '.join(labels)}. {path!r} has "
             f"{config.num_labels}. Choose another model or recipe."
+        )
+    if config.num_labels < 2:
+        raise DataError(
+            f"--model must have a head of at least two classes. {path!r} has {config.num_labels}. Choose a classifier."
         )
     return Source(model=model, tokenizer=load_tokenizer(path, model))
 
