@@ -13,7 +13,6 @@ from rmtkd.recipes.recipe import Recipe, Rows
 from rmtkd.recipes.rows import TokenRows
 from rmtkd.recipes.text import text_recipe
 
-
 SHORTEST = 8
 """Shortest `--max-length`: less would leave no text between the special tokens."""
 

@@ -60,7 +60,7 @@ def load_rows(data: Path | None, source: Source, seed: int) -> Rows:
         train=TokenRows(tokens(training), np.tile(labels[held:], len(SHIFTS)), pad_id=PAD, seed=seed),
         selection=TokenRows(tokens(scans[REPORT:held]), labels[REPORT:held], pad_id=PAD, batch_size=150),
         report=TokenRows(tokens(scans[:REPORT]), labels[:REPORT], pad_id=PAD, batch_size=150),
-        note=f"{len(training):,} training (each scan in {len(SHIFTS)} places), {SELECTION} selection and {REPORT} report rows",
+        note=f"{len(training):,} training rows (with scans moved), {SELECTION} selection and {REPORT} report rows",
     )
 
 

@@ -1,7 +1,7 @@
 """Which rows may have different roles: a text that was trained on is neither selected by nor reported on.
 
-Rows that hang together, by a text they share or by a sentence they are part of, get one role. The role is drawn by a hash
-of their texts: the same in every command and on every machine, whatever the seed and the order of the rows.
+Rows that hang together, by a text they share or by a sentence they are part of, get one role. The role is drawn by a
+hash of their texts: the same in every command and on every machine, whatever the seed and the order of the rows.
 """
 
 import hashlib

@@ -15,6 +15,7 @@ from rmtkd.recipes.recipe import Recipe, Rows, Source
 from rmtkd.recipes.rows import TokenRows
 from rmtkd.recipes.tables import KINDS, read_columns
 from rmtkd.recipes.text import (
+    HELD_BATCH,
     MAX_LENGTH,
     TEACHING,
     Examples,
@@ -84,7 +85,7 @@ def find_files(data: Path | None) -> dict[str, Path]:
     if "train" not in found or len(found) == 1:
         raise DataError(
             f"{data} must hold train.* and one of test.*, validation.*, dev.* ({', '.join(KINDS)}). It holds "
-            f"{', '.join(sorted(path.name for path in data.iterdir())[:10]) or 'nothing'}. Rename them, or pass one file."
+            f"{', '.join(sorted(path.name for path in data.iterdir())[:10]) or 'nothing'}. Rename them, or pass a file."
         )
     dev = {"selection" if "test" in found else "report": found.pop("dev")} if "dev" in found else {}
     return {"train": found["train"], **dev, **({"report": found["test"]} if "test" in found else {})}
@@ -116,7 +117,7 @@ def load_rows(
 
 def file_rows(columns: Sequence[str], label: str | None, max_length: int, path: Path, source: Source) -> TokenRows:
     """The rows of one file."""
-    return encode(source, read_own(path, columns, label, source.labels), max_length, batch_size=64)
+    return encode(source, read_own(path, columns, label, source.labels), max_length, batch_size=HELD_BATCH)
 
 
 def read_own(path: Path, columns: Sequence[str], label: str | None, classes: Sequence[str]) -> Examples:

@@ -39,8 +39,8 @@ def read_columns(path: Path, columns: Sequence[str], label: str | None = None) -
     for name in names:
         if table.column_names.count(name) != 1:
             raise DataError(
-                f"{path} must have a column {name!r}, once. It has {', '.join(table.column_names)}. Rename one, or "
-                "choose with --columns and --label."
+                f"{path} must have a column {name!r}. It has {', '.join(table.column_names)}. Choose others, "
+                "or rename one."
             )
         if empty := table[name].null_count:
             raise DataError(f"column {name!r} of {path} must be filled. {empty} rows are empty. Remove them.")

@@ -18,6 +18,8 @@ from rmtkd.recipes.tables import class_indices, read_columns
 
 BATCH = 32
 """Rows of the batch whose cost is measured."""
+HELD_BATCH = 64
+"""Rows of a batch that is evaluated, not trained on."""
 MAX_LENGTH = 128
 """Longest row in tokens, unless `--max-length` says otherwise."""
 
@@ -43,7 +45,8 @@ class TextTask:
         train_files: names of the file to train on, the first that is there.
         report_files: names of the file to report on.
         columns: names of one or two columns of texts in the files.
-        hub: name, and configuration if it has any, on the hub.
+        hub: name on the hub.
+        hub_config: configuration there, if it has any.
         hub_columns: names of the columns there, if they differ.
         hub_report: the split to report on; its training split is `train`.
         labels: names of the classes, by index.
@@ -56,7 +59,8 @@ class TextTask:
     train_files: tuple[str, ...]
     report_files: tuple[str, ...]
     columns: tuple[str, ...]
-    hub: tuple[str, ...]
+    hub: str
+    hub_config: str | None = None
     hub_columns: tuple[str, ...] | None = None
     hub_report: str = "validation"
     labels: tuple[str, ...]
@@ -72,15 +76,13 @@ def read_examples(path: Path, columns: Sequence[str], label: str | None, classes
     Raises:
         DataError: if the file cannot be read or does not hold texts and labels of these classes.
     """
-    *texts, labels = read_columns(path, columns, label) + ([[]] if label is None else [])
+    texts = read_columns(path, columns, label)
+    labels = None if label is None else class_indices(texts.pop(), classes, f"column {label!r} of {path}")
     for name, column in zip(columns, texts, strict=True):
         for text in column:
             if not isinstance(text, str):
                 raise DataError(f"column {name!r} of {path} must hold texts. Got {text!r}. Check the column.")
-    return Examples(
-        texts=list(zip(*texts, strict=True)),
-        labels=None if label is None else class_indices(labels, classes, f"column {label!r} of {path}"),
-    )
+    return Examples(texts=list(zip(*texts, strict=True)), labels=labels)
 
 
 def find_file(folder: Path, names: Sequence[str]) -> Path:
@@ -97,10 +99,10 @@ def fetch_examples(task: TextTask) -> list[Examples]:
     from datasets import load_dataset
 
     try:
-        hub = load_dataset(*task.hub)
+        hub = load_dataset(task.hub, task.hub_config)
     except (OSError, ValueError) as error:
         raise DataError(
-            f"without --data the rows come from the hub, {' '.join(task.hub)}. Fetching them gave: {error}. Pass "
+            f"without --data the rows come from the hub, {task.hub}. Fetching them gave: {error}. Pass "
             f"--data, a folder with {task.train_files[0]} and {task.report_files[0]}."
         ) from None
     columns = task.hub_columns or task.columns
@@ -157,12 +159,12 @@ def rows_in_roles(
     Raises:
         DataError: if there are too few rows.
     """
-    roles = assign(train.texts, *(given and given.texts for given in (selection, report)), grouping)
-    held = {"batch_size": 64}
+    given = [None if examples is None else examples.texts for examples in (selection, report)]
+    roles = assign(train.texts, *given, grouping=grouping)
     return Rows(
         train=encode(source, train.take(roles.train), max_length, seed=seed),
-        selection=encode(source, (selection or train).take(roles.selection), max_length, **held),
-        report=encode(source, (report or train).take(roles.report), max_length, **held),
+        selection=encode(source, (selection or train).take(roles.selection), max_length, batch_size=HELD_BATCH),
+        report=encode(source, (report or train).take(roles.report), max_length, batch_size=HELD_BATCH),
         note=_note(roles, divided=report is None),
     )
 
@@ -186,16 +188,20 @@ def load_rows(task: TextTask, data: Path | None, source: Source, seed: int) -> R
     if data is None:
         train, report = fetch_examples(task)
     else:
-        files = find_file(data, task.train_files), find_file(data, task.report_files)
-        if task.divides_report and not files[0].is_file():
-            files = files[1:]
-        train, report = (*(read_examples(file, task.columns, "label", task.labels) for file in files), None)[:2]
+        read = partial(read_examples, columns=task.columns, label="label", classes=task.labels)
+        train_file, report_file = find_file(data, task.train_files), find_file(data, task.report_files)
+        if task.divides_report and not train_file.is_file():
+            train, report = read(report_file), None
+        else:
+            train, report = read(train_file), read(report_file)
     return rows_in_roles(source, train, None, report, grouping=task.grouping, max_length=task.max_length, seed=seed)
 
 
 def file_rows(task: TextTask, path: Path, source: Source) -> TokenRows:
     """The labelled rows of one file."""
-    return encode(source, read_examples(path, task.columns, "label", task.labels), task.max_length, batch_size=64)
+    return encode(
+        source, read_examples(path, task.columns, "label", task.labels), task.max_length, batch_size=HELD_BATCH
+    )
 
 
 def start(task: TextTask, path: str | None, seed: int, data: Path | None) -> Source:
