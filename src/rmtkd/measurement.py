@@ -226,7 +226,7 @@ def f1(confusion: Int[Tensor, "labels answers"]) -> Estimate:
     counts = confusion.double()
     either = counts.sum(0) + counts.sum(1)
     occurs = either > 0
-    weights = torch.tensor([0.0, 1.0], dtype=torch.float64) if len(counts) == 2 else occurs / occurs.sum()
+    weights = torch.tensor([0.0, 1.0], dtype=torch.float64) if len(counts) == 2 else occurs.double() / occurs.sum()
     per_count = torch.where(occurs, weights / either.clamp_min(1), 0)
     scores = 2 * counts.diagonal() * per_count
     slope = scores / either.clamp_min(1)
