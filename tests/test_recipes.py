@@ -1,7 +1,6 @@
 """The rows of a task never change roles; what cannot be used as rows or as a model is refused by name."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,11 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification, BertModel, BertTokenizer
 
-from conftest import WORDS, Sentiment, make_tokenizer, random_rows, tiny_bert, write_sentiment_rows
+from conftest import Sentiment, make_tokenizer, random_rows, tiny_bert
 from rmtkd import artifact, recipes
 from rmtkd.errors import ArtifactError, DataError, OptionError, UnsupportedModelError
 from rmtkd.recipes import TokenRows, digits
 from rmtkd.recipes.checkpoints import load_classifier, start_classifier
-from rmtkd.recipes.groups import part_of
 from rmtkd.recipes.recipe import Rows, Source
 
 TWO = ("negative", "positive")
@@ -70,6 +68,25 @@ def test_padding_is_masked_and_only_padding():
     assert batch["input_ids"].tolist() == [[8, 99, 99], [9, 9, 99], [5, 6, 7]]
     assert batch["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
     assert batch["labels"].tolist() == [1, 2, 0]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_row_keeps_its_number_whatever_the_order(shuffle: bool):
+    rows = random_rows(61, shuffle=shuffle)
+    for epoch in range(2):
+        rows.set_epoch(epoch)
+        for batch in rows:
+            for number, ids, mask in zip(
+                *(batch[key] for key in ("row_ids", "input_ids", "attention_mask")), strict=True
+            ):
+                assert ids[mask.bool()].tolist() == list(rows.ids[int(number)])
+        assert batch["row_ids"].dtype == torch.int64
+
+
+def test_rows_without_labels_have_no_key_for_them():
+    (batch,) = TokenRows([[5, 6, 7], [8]], None, types=[[0, 1, 1], [1]])
+    assert set(batch) == {"input_ids", "attention_mask", "token_type_ids", "row_ids"}
+    assert batch["token_type_ids"].tolist() == [[1, 0, 0], [0, 1, 1]]
 
 
 def test_the_order_is_new_in_each_epoch_and_the_same_for_a_seed():
@@ -172,124 +189,6 @@ def test_the_digits_teacher_starts_from_its_seed_and_leaves_the_random_numbers_a
     assert not torch.equal(first.get_parameter(name), other.get_parameter(name))
     with pytest.raises(DataError, match="starts from nothing"):
         recipes.get("digits").start("bert-base-uncased", 0, None)
-
-
-# SST-2
-
-
-def words(part: TokenRows) -> list[str]:
-    tokenizer = make_tokenizer()
-    return [str(tokenizer.decode(list(ids), skip_special_tokens=True)) for ids in part.ids]
-
-
-def load_sentiment(data: Path, seed: int = 0) -> Rows:
-    return recipes.get("sst2").rows(data, source(), seed)
-
-
-def test_roles_are_disjoint_by_text_and_complete(sentiment: Sentiment):
-    rows = load_sentiment(sentiment.data)
-    train, selection, report = (set(words(part)) for part in (rows.train, rows.selection, rows.report))
-    assert not train & selection and not train & report and not selection & report
-    assert selection and all(part_of(text) == 0 for text in selection)
-    written = set(pq.read_table(sentiment.data / "sst2_train.parquet")["text"].to_pylist())
-    assert train | selection == written - report
-    assert report == set(pq.read_table(sentiment.data / "sst2_dev.parquet")["text"].to_pylist())
-
-
-def test_a_repeated_text_has_one_role(tmp_path: Path):
-    generator = np.random.default_rng(0)
-    phrases = [" ".join(generator.choice(WORDS, 6)) for _ in range(100)]
-    assert 0 in map(part_of, phrases)
-    pq.write_table(pa.table({"text": phrases * 3, "label": [0, 1] * 150}), tmp_path / "sst2_train.parquet")
-    pq.write_table(pa.table({"text": phrases[:10], "label": [0, 1] * 5}), tmp_path / "sst2_dev.parquet")
-    rows = load_sentiment(tmp_path)
-    train, selection, report = (words(part) for part in (rows.train, rows.selection, rows.report))
-    assert not set(train) & set(selection)
-    assert sorted(report) == sorted(phrases[:10])
-    assert sorted(train + selection) == sorted(text for text in phrases * 3 if text not in report)
-
-
-def test_held_out_texts_are_the_same_for_every_seed(sentiment: Sentiment):
-    first, other = load_sentiment(sentiment.data, 0), load_sentiment(sentiment.data, 7)
-    assert words(first.selection) == words(other.selection)
-    assert words(first.report) == words(other.report)
-    assert texts(first.train) != texts(other.train)
-    assert sorted(texts(first.train)) == sorted(texts(other.train))
-
-
-def test_texts_are_cut_to_what_the_model_allows(sentiment: Sentiment):
-    tokenizer = make_tokenizer()
-    tokenizer.model_max_length = 6
-    rows = recipes.get("sst2").rows(sentiment.data, source(tokenizer), 0)
-    assert rows.report.lengths.max() == 6
-
-
-def test_too_few_rows_for_a_role_are_refused(tmp_path: Path):
-    write_sentiment_rows(tmp_path / "sst2_train.parquet", 1, seed=0)
-    write_sentiment_rows(tmp_path / "sst2_dev.parquet", 1, seed=1)
-    with pytest.raises(DataError, match=r"none is left for (selection|train)"):
-        load_sentiment(tmp_path)
-
-
-def test_the_real_rows_load(data_folder: Path):
-    tokenizer = make_tokenizer()
-    rows = recipes.get("sst2").rows(data_folder, source(tokenizer), 0)
-    assert len(rows.report.ids) == 872
-    assert len(rows.train.ids) == 64_320 and len(rows.selection.ids) == 3_029
-    assert set(np.unique(rows.train.labels)) == {0, 1}
-
-
-# Files that are no rows
-
-
-def write(table: dict[str, Any]) -> Callable[[Path], object]:
-    return lambda path: pq.write_table(pa.table(table), path)
-
-
-def truncate(path: Path) -> None:
-    write({"text": ["a film"] * 100, "label": [0] * 100})(path)
-    path.write_bytes(path.read_bytes()[:-20])
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda path: None, "There is no such file"),
-        (Path.mkdir, "There is no such file"),
-        (lambda path: path.write_bytes(b""), "must be a parquet file"),
-        (lambda path: path.write_text("text,label\na,1\n"), "must be a parquet file"),
-        (truncate, "must be a parquet file"),
-        (write({"sentence": ["a"], "label": [0]}), "must have a column 'text'. It has sentence, label"),
-        (write({"text": ["a"], "y": [0]}), "must have a column 'label'. It has text, y"),
-        (write({"text": ["a", None, None], "label": [0, 1, 1]}), "'text' of .* must be filled. 2 rows are empty"),
-        (write({"text": ["a", "b"], "label": [0, None]}), "'label' of .* must be filled. 1 rows are empty"),
-        (write({"text": ["a"], "label": ["good"]}), "whole numbers within 0..1. Got 'good'"),
-        (write({"text": ["a"], "label": [0.5]}), "whole numbers within 0..1. Got 0.5"),
-        (write({"text": ["a", "b"], "label": [0, 2]}), "whole numbers within 0..1. Got 2"),
-        (write({"text": ["a", "b"], "label": [0, -1]}), "whole numbers within 0..1. Got -1"),
-        (write({"text": [1], "label": [0]}), "must hold texts. Got 1"),
-    ],
-)
-def test_a_file_that_holds_no_rows_is_refused(tmp_path: Path, make: Callable[[Path], object], message: str):
-    make(tmp_path / "rows.parquet")
-    with pytest.raises(DataError, match=message):
-        recipes.get("sst2").file_rows(tmp_path / "rows.parquet", source())
-
-
-def test_rows_without_a_tokenizer_are_refused(sentiment: Sentiment):
-    with pytest.raises(DataError, match="must come with its tokenizer"):
-        recipes.get("sst2").rows(sentiment.data, NO_MODEL, 0)
-
-
-def test_a_text_teacher_without_a_start_is_refused():
-    with pytest.raises(DataError, match="Pass --model PATH_OR_HUB_NAME"):
-        recipes.get("sst2").start(None, 0, None)
-
-
-def test_the_example_has_the_promised_size(sentiment: Sentiment):
-    example = recipes.get("sst2").example(tiny_bert(), load_sentiment(sentiment.data))
-    assert example["input_ids"].shape == example["attention_mask"].shape == (32, 32)
-    assert int(example["input_ids"].max()) < 50
 
 
 # Checkpoints
@@ -417,10 +316,3 @@ def test_a_start_that_could_not_be_narrowed_later_is_refused_at_once(tmp_path: P
     save(DistilBertModel(DistilBertConfig(vocab_size=50, dim=32, n_layers=1, n_heads=2, hidden_dim=48)), tmp_path / "d")
     with pytest.raises(UnsupportedModelError, match="DistilBertForSequenceClassification"):
         start_classifier(str(tmp_path / "d"), TWO, 0)
-
-
-def test_the_task_names_the_files_of_the_data_folder(sentiment: Sentiment, tmp_path: Path):
-    shutil.copytree(sentiment.data, tmp_path / "data")
-    (tmp_path / "data" / "sst2_dev.parquet").unlink()
-    with pytest.raises(DataError, match=r"sst2_dev\.parquet\. There is no such file"):
-        load_sentiment(tmp_path / "data")

@@ -123,13 +123,14 @@ def encode(source: Source, examples: Examples, max_length: int, **rows: Any) -> 
         raise DataError("a text model must come with its tokenizer. Its folder holds none. Save one beside it.")
     columns = [list(column) for column in zip(*examples.texts, strict=True)]
     longest = min(max_length, tokenizer.model_max_length)
-    made = tokenizer(*columns, truncation=True, max_length=longest)
-    # A single text has type 0 throughout, which is what a model assumes; some models know no types at all.
+    # A single text has type 0 throughout, which is what a model assumes; some models know no types at all. Asked for by
+    # name: the tokenizer of a folder of ours is of a general class that makes none by itself.
     typed = len(columns) > 1 and getattr(config, "type_vocab_size", 0) > 1
+    made = tokenizer(*columns, truncation=True, max_length=longest, return_token_type_ids=typed)
     return TokenRows(
         made["input_ids"],
         examples.labels,
-        types=made.get("token_type_ids") if typed else None,
+        types=made["token_type_ids"] if typed else None,
         pad_id=tokenizer.pad_token_id or 0,
         **rows,
     )
