@@ -50,7 +50,7 @@ def test_from_training_to_evaluation(sentiment: Sentiment, command: Command, tmp
     data, teacher, out = sentiment.data, tmp_path / "teacher", tmp_path / "run"
     train = ("train", "sst2", "--model", sentiment.start, "--data", data, "--out", teacher)
     code, told, log = command(*train, "--epochs", 6, "--lr", 3e-3, "--precision", "fp32", "--seed", 0)
-    assert code == 0 and "on 90 report rows" in told and "step 144/144" in log
+    assert code == 0 and "(n = 90) on report rows" in told and "step 144/144" in log
 
     common = ("sst2", "--model", teacher, "--data", data, "--out", out, *QUICK)
     code, told, _ = command("plan", *common, "--json")
@@ -73,7 +73,8 @@ def test_from_training_to_evaluation(sentiment: Sentiment, command: Command, tmp
     code, told, _ = command("evaluate", out / "model", "--recipe", "sst2", "--file", rows, "--json")
     assert code == 0
     accuracy = json.loads(told)
-    assert set(accuracy) == {"accuracy"} and set(accuracy["accuracy"]) == {"value", "n", "stderr"}
+    assert set(accuracy) == {"accuracy", "f1"}
+    assert all(set(estimate) == {"value", "n", "stderr"} for estimate in accuracy.values())
     assert accuracy["accuracy"]["n"] == 40
     assert accuracy["accuracy"]["value"] == pytest.approx(expected_accuracy(out / "model", rows))
 
@@ -138,7 +139,8 @@ def test_the_examples_of_the_help_are_commands_that_parse(command: Command):
 
 def test_ls_tells_every_recipe(command: Command):
     code, told, _ = command("ls")
-    assert code == 0 and [line.split()[0] for line in told.splitlines()] == ["digits", "sst2"]
+    assert code == 0 and [line.split()[0] for line in told.splitlines()] == list(recipes.names())
+    assert all("reported on" in line for line in told.splitlines())
 
 
 def test_env_tells_versions_and_machine(command: Command):

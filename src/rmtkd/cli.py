@@ -5,15 +5,12 @@ import sys
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
-from rmtkd.errors import RmtkdError
-
-if TYPE_CHECKING:
-    from rmtkd.recipes import Recipe
+from rmtkd.errors import DataError, RmtkdError
 
 app = typer.Typer(
     help="Make a trained model several times smaller and faster, dense and as accurate, with the evidence.",
@@ -29,7 +26,14 @@ log_console = Console(stderr=True)
 
 RecipeName = Annotated[str, typer.Argument(help="The task: see `rmtkd ls`.")]
 Model = Annotated[str | None, typer.Option("--model", help="Model folder, or a name on the hub.")]
-Data = Annotated[Path | None, typer.Option("--data", help="Folder of parquet files; the hub by default.")]
+Data = Annotated[
+    Path | None, typer.Option("--data", help="Folder of parquet files; the hub by default. For text: a file or folder.")
+]
+Columns = Annotated[
+    str | None, typer.Option("--columns", help="Recipe text: column of texts, or two as FIRST,SECOND; text by default.")
+]
+Label = Annotated[str | None, typer.Option("--label", help="Recipe text: column of labels; without it no row has one.")]
+MaxLength = Annotated[int | None, typer.Option("--max-length", help="Longest row of text in tokens; 128 by default.")]
 Seed = Annotated[int, typer.Option(help="Of everything random.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
@@ -48,6 +52,9 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder for the trained model; must be new.")],
     model: Model = None,
     data: Data = None,
+    columns: Columns = None,
+    label: Label = None,
+    max_length: MaxLength = None,
     epochs: Annotated[
         float | None, typer.Option(help="Passes over the training rows; the recipe's by default.")
     ] = None,
@@ -61,12 +68,13 @@ def train(
     \b
     rmtkd train sst2 --model PATH_OR_HUB_NAME --data DIR --out teacher
     """
+    from rmtkd import recipes, reporting
     from rmtkd.progress import watcher
     from rmtkd.teaching import train_teacher
 
     with watcher(log_console) as on_event:
         record = train_teacher(
-            _recipe(recipe),
+            recipes.get(recipe, columns=columns, label=label, max_length=max_length),
             model=model,
             data=data,
             out=out,
@@ -77,12 +85,9 @@ def train(
             device=device,
             on_event=on_event,
         )
-    accuracy = record["accuracy"]
+    told = reporting.quality_line(record, record["classes"])
     out_console.print(
-        f"{out}: {record['parameters']:,} parameters, accuracy {accuracy['value']:.2%} ± {accuracy['stderr']:.2%} "
-        f"on {accuracy['n']} report rows",
-        highlight=False,
-        soft_wrap=True,
+        f"{out}: {record['parameters']:,} parameters, {told} on report rows", highlight=False, soft_wrap=True
     )
 
 
@@ -92,6 +97,9 @@ def plan(
     out: Annotated[Path, typer.Option(help="Folder for plan.json and spectra.npz; new, or holding only a plan.")],
     model: Model = None,
     data: Data = None,
+    columns: Columns = None,
+    label: Label = None,
+    max_length: MaxLength = None,
     target: Target = None,
     rule: Rule = "mp",
     tau: Tau = 0.5,
@@ -107,11 +115,11 @@ def plan(
     \b
     rmtkd plan sst2 --model teacher --data DIR --out runs/sst2 --target 25%params
     """
-    from rmtkd import compression, reporting
+    from rmtkd import compression, recipes, reporting
     from rmtkd.checkpoint import RunFolder
     from rmtkd.schedule import Options
 
-    task = _recipe(recipe)
+    task = recipes.get(recipe, columns=columns, label=label, max_length=max_length)
     options = {
         "target": target or task.options.get("target"),
         "rule": rule,
@@ -125,11 +133,12 @@ def plan(
     Options(**options)  # before anything takes time
     RunFolder.check_free(out)
     source = task.load(_needed(model))
-    rows = task.rows(data, source.tokenizer, seed)
+    rows = task.rows(data, source, seed)
+    log_console.print(rows.note, highlight=False, soft_wrap=True)
     made, spectrums = compression.plan(
         source.model.to(device),
         calibration=compression.share_of(rows.train, calibration_share),
-        example=task.example(source.model),
+        example=task.example(source.model, rows),
         **options,
     )
     RunFolder.for_plan(out).save_plan(made, spectrums)
@@ -148,6 +157,9 @@ def compress(
     out: Annotated[Path, typer.Option(help="Run folder; new, or holding only a plan.")],
     model: Model = None,
     data: Data = None,
+    columns: Columns = None,
+    label: Label = None,
+    max_length: MaxLength = None,
     target: Target = None,
     rule: Rule = "mp",
     tau: Tau = 0.5,
@@ -178,14 +190,15 @@ def compress(
     \b
     rmtkd compress sst2 --model teacher --data DIR --out runs/sst2 --epochs 2
     rmtkd compress digits --out runs/digits   (trains its own teacher first)
+    rmtkd compress text --model MY_CHECKPOINT --data rows.csv --columns text --label label --out runs/mine
     """
-    from rmtkd import compression, reporting
+    from rmtkd import compression, recipes, reporting
     from rmtkd.checkpoint import RunFolder
     from rmtkd.progress import watcher
     from rmtkd.schedule import Options
     from rmtkd.teaching import train_teacher
 
-    task = _recipe(recipe)
+    task = recipes.get(recipe, columns=columns, label=label, max_length=max_length)
     given = {
         "target": target,
         "granularity": granularity,
@@ -222,7 +235,8 @@ def compress(
                 train_teacher(task, out=teacher_folder, seed=seed, device=device, on_event=on_event)
         model = str(teacher_folder)
     source = task.load(_needed(model))
-    rows = task.rows(data, source.tokenizer, seed)
+    rows = task.rows(data, source, seed)
+    log_console.print(rows.note, highlight=False, soft_wrap=True)
     with tempfile.TemporaryDirectory() as written, watcher(log_console) as on_event:
         if source.tokenizer is not None:
             source.tokenizer.save_pretrained(written)
@@ -231,7 +245,7 @@ def compress(
             train=rows.train,
             selection=rows.selection,
             report=rows.report,
-            example=task.example(source.model),
+            example=task.example(source.model, rows),
             control=control,
             out=out,
             extra_files=sorted(Path(written).iterdir()),
@@ -256,32 +270,40 @@ def compress(
 def evaluate(
     model_dir: Annotated[str, typer.Argument(help="Model folder, compressed or not.")],
     recipe: Annotated[str, typer.Option(help="The task whose columns the rows have.")],
-    file: Annotated[
-        Path | None, typer.Option(help="Parquet file of labelled rows; the report rows by default.")
-    ] = None,
+    file: Annotated[Path | None, typer.Option(help="File of labelled rows; the report rows by default.")] = None,
     data: Data = None,
+    columns: Columns = None,
+    label: Label = None,
+    max_length: MaxLength = None,
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Accuracy of a model on labelled rows.
+    """Accuracy and F1 of a model on labelled rows.
 
     \b
     rmtkd evaluate runs/sst2/model --recipe sst2 --file rows.parquet --json
+    rmtkd evaluate runs/mine/model --recipe text --file rows.csv --columns text --label label
     """
+    from rmtkd import recipes, reporting
     from rmtkd.environment import check_device
-    from rmtkd.measurement import accuracy
+    from rmtkd.measurement import quality
 
-    task = _recipe(recipe)
+    task = recipes.get(recipe, columns=columns, label=label, max_length=max_length)
     check_device(device)
     source = task.load(model_dir)
-    rows = task.rows(data, source.tokenizer, 0).report if file is None else task.file_rows(file, source.tokenizer)
-    result = accuracy(source.model.to(device), rows)
-    if as_json:
-        sys.stdout.write(json.dumps({"accuracy": asdict(result)}) + "\n")
+    if file is None:
+        everything = task.rows(data, source, 0)
+        log_console.print(everything.note, highlight=False, soft_wrap=True)
+        rows = everything.report
     else:
-        out_console.print(
-            f"accuracy {result.value:.2%} ± {result.stderr:.2%} (n = {result.n})", highlight=False, soft_wrap=True
-        )
+        rows = task.file_rows(file, source)
+    if rows.labels is None:
+        raise DataError("rows that are evaluated must have labels. Got no --label. Name the column of labels.")
+    result = {name: asdict(estimate) for name, estimate in quality(source.model.to(device), rows).items()}
+    if as_json:
+        sys.stdout.write(json.dumps(result) + "\n")
+    else:
+        out_console.print(reporting.quality_line(result, len(source.labels)), highlight=False, soft_wrap=True)
 
 
 @app.command("ls")
@@ -326,12 +348,6 @@ def _fail(kind: str, message: str) -> NoReturn:
     log_console.print(f"[bold red]error:[/] {kind}", highlight=False)
     log_console.print(message, markup=False, highlight=False, soft_wrap=True)
     sys.exit(2)
-
-
-def _recipe(name: str) -> "Recipe":
-    from rmtkd import recipes
-
-    return recipes.get(name)
 
 
 def _needed(model: str | None) -> str:

@@ -64,6 +64,8 @@ def describe(event: Mapping[str, Any]) -> str | None:
             return f"interrupted {event['where']}"
         case "finished":
             return f"this run is finished: {event['stop_reason']}"
+        case "rows":
+            return event["note"]
         case "measure":
             return "measuring both models"
         case "done":

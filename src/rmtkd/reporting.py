@@ -142,6 +142,13 @@ def summary_rows(record: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     return rows
 
 
+def quality_line(quality: Mapping[str, Any], classes: int) -> str:
+    """Accuracy and F1 with their spread in one line."""
+    names = {"accuracy": "accuracy", "f1": "F1" if classes == 2 else "macro F1"}
+    told = [f"{name} {quality[key]['value']:.2%} ± {quality[key]['stderr']:.2%}" for key, name in names.items()]
+    return f"{', '.join(told)} (n = {quality['accuracy']['n']})"
+
+
 def summary(record: Mapping[str, Any]) -> Table:
     """The result as a table."""
     table = Table(title="what it costs and how well it does", title_justify="left", caption_justify="left")
