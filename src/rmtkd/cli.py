@@ -1,16 +1,23 @@
 """The command line: the same words as in Python."""
 
 import json
+import shutil
 import sys
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
 from rmtkd.errors import DataError, RmtkdError
+
+if TYPE_CHECKING:
+    from rmtkd.progress import Listener
+    from rmtkd.run import Compressed
 
 app = typer.Typer(
     help="Make a trained model several times smaller and faster, dense and as accurate, with the evidence.",
@@ -192,7 +199,7 @@ def compress(
     rmtkd compress digits --out runs/digits   (trains its own teacher first)
     rmtkd compress text --model MY_CHECKPOINT --data rows.csv --columns text --label label --out runs/mine
     """
-    from rmtkd import compression, recipes, reporting
+    from rmtkd import compression, recipes
     from rmtkd.checkpoint import RunFolder
     from rmtkd.progress import watcher
     from rmtkd.schedule import Options
@@ -234,36 +241,48 @@ def compress(
             with watcher(log_console) as on_event:
                 train_teacher(task, out=teacher_folder, seed=seed, device=device, on_event=on_event)
         model = str(teacher_folder)
-    source = task.load(_needed(model))
-    rows = task.rows(data, source, seed)
-    log_console.print(rows.note, highlight=False, soft_wrap=True)
-    with tempfile.TemporaryDirectory() as written, watcher(log_console) as on_event:
-        if source.tokenizer is not None:
-            source.tokenizer.save_pretrained(written)
+    model = _needed(model)
+    command = {
+        "recipe": recipe,
+        "model": str(Path(model).absolute()) if Path(model).exists() else model,
+        "data": None if data is None else str(data.absolute()),
+        "columns": columns,
+        "label": label,
+        "max_length": max_length,
+    }
+    with _prepared(command, seed) as (given_to_run, on_event):
         result = compression.compress(
-            source.model,
-            train=rows.train,
-            selection=rows.selection,
-            report=rows.report,
-            example=task.example(source.model, rows),
-            control=control,
-            out=out,
-            extra_files=sorted(Path(written).iterdir()),
-            on_event=on_event,
-            **options,
+            **given_to_run, control=control, out=out, command=command, on_event=on_event, **options
         )
-    if as_json:
-        sys.stdout.write(json.dumps(result.record, indent=1) + "\n")
-        return
-    out_console.print(reporting.plan_table(result.plan, out_console.width))
-    if note := reporting.misfit_note(result.plan):
-        out_console.print(note, highlight=False, soft_wrap=True)
-    out_console.print(reporting.summary(result.record))
-    out_console.print(
-        f"{out}/summary.json holds the record, {out}/model the model: rmtkd.load({str(out / 'model')!r})",
-        highlight=False,
-        soft_wrap=True,
-    )
+    _show_result(result, out, as_json=as_json)
+
+
+@app.command()
+def resume(
+    run: Annotated[Path, typer.Argument(help="Run folder of `rmtkd compress` that was stopped.")],
+    model: Annotated[str | None, typer.Option(help="Where the model is now, if it was moved.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Where the rows are now, if they were moved.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Go on with a run that was stopped anywhere, to the same result.
+
+    \b
+    rmtkd resume runs/sst2
+    """
+    from rmtkd import compression
+    from rmtkd.checkpoint import RunFolder
+    from rmtkd.errors import RunError
+
+    config = RunFolder(run).config()
+    command = dict(config.get("command") or {})
+    if not command:
+        raise RunError(
+            f"the command line goes on with what it began. {run} was begun from Python. Go on with rmtkd.resume there."
+        )
+    command |= {key: str(value) for key, value in (("model", model), ("data", data)) if value is not None}
+    with _prepared(command, config["options"]["seed"]) as (given_to_run, on_event):
+        result = compression.resume(run, **given_to_run, on_event=on_event)
+    _show_result(result, run, as_json=as_json)
 
 
 @app.command()
@@ -336,6 +355,8 @@ def main() -> None:
     """Run the command line; errors of rmtkd are one message, not a traceback."""
     try:
         app()
+    except KeyboardInterrupt:
+        _fail("interrupted", "stopped at once. A run that had begun goes on with: rmtkd resume RUN")
     except RmtkdError as error:
         _fail(type(error).__name__, str(error))
     except ModuleNotFoundError as error:
@@ -348,6 +369,57 @@ def _fail(kind: str, message: str) -> NoReturn:
     log_console.print(f"[bold red]error:[/] {kind}", highlight=False)
     log_console.print(message, markup=False, highlight=False, soft_wrap=True)
     sys.exit(2)
+
+
+@contextmanager
+def _prepared(command: Mapping[str, Any], seed: int) -> Iterator[tuple[dict[str, Any], "Listener"]]:
+    """Model, rows and extra files of a run, and who watches it."""
+    from rmtkd import recipes
+    from rmtkd.progress import watcher
+
+    task = recipes.get(command["recipe"], **{name: command[name] for name in ("columns", "label", "max_length")})
+    source = task.load(command["model"])
+    rows = task.rows(None if command["data"] is None else Path(command["data"]), source, seed)
+    log_console.print(rows.note, highlight=False, soft_wrap=True)
+    with tempfile.TemporaryDirectory() as written, watcher(log_console) as on_event:
+        if source.tokenizer is not None:
+            source.tokenizer.save_pretrained(written)
+        given = {
+            "model": source.model,
+            "train": rows.train,
+            "selection": rows.selection,
+            "report": rows.report,
+            "example": task.example(source.model, rows),
+            "extra_files": sorted(Path(written).iterdir()),
+        }
+        yield given, on_event
+
+
+def _show_result(result: "Compressed", out: Path, *, as_json: bool) -> None:
+    """The result, or what there is of it and how to go on."""
+    from rmtkd import reporting
+
+    if not result.record["finished"]:
+        so_far = out / "model-so-far"
+        shutil.rmtree(so_far, ignore_errors=True)
+        result.save(so_far)
+    if as_json:
+        sys.stdout.write(json.dumps(result.record, indent=1) + "\n")
+    else:
+        out_console.print(reporting.plan_table(result.plan, out_console.width))
+        if note := reporting.misfit_note(result.plan):
+            out_console.print(note, highlight=False, soft_wrap=True)
+        out_console.print(reporting.summary(result.record))
+    if not result.record["finished"]:
+        log_console.print(f"the model as it is: {out}/model-so-far", highlight=False, soft_wrap=True)
+        log_console.print(f"continue with:  rmtkd resume {out}", highlight=False, soft_wrap=True)
+        sys.exit(130)
+    if not as_json:
+        out_console.print(
+            f"{out}/summary.json holds the record, {out}/model the model: rmtkd.load({str(out / 'model')!r})",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _needed(model: str | None) -> str:
