@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from rmtkd import batches as batching
 from rmtkd.batches import Batch
-from rmtkd.distillation import Recovery, Teacher
-from rmtkd.measurement import count_parameters
-from rmtkd.memory import Pieces, held_bytes
+from rmtkd.distillation import Recovery, Teacher, outputs_of
+from rmtkd.measurement import count_parameters, evaluation
+from rmtkd.memory import available_bytes, held_bytes
 from rmtkd.modules import randomize
 from rmtkd.sites import Site, blocks_of
 from rmtkd.surgery import fill_with_zeros, skeleton
@@ -22,8 +22,7 @@ from rmtkd.training import Phase, Precision
 STEPS = 4
 """Steps that are timed, after one that is not."""
 CUT_PASSES = 2.5
-"""Cutting everything in order takes this many times the pass that collected the moments of all sites (measured on
-6-layer models: 2.3–2.7, solving included)."""
+"""Cutting everything in order takes this many times what planning took, which is one pass for all sites."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +35,8 @@ class Forecast:
     steps: int
     memory_bytes: int
     """Most memory at once, what the process already holds included."""
+    free_bytes: int | None
+    """Memory that is free for it now; None where the system does not say."""
     disk_bytes: int
     """Most room in the run folder: the state, and the calls that are kept while cutting."""
 
@@ -55,7 +56,7 @@ def forecast(
     recovery: Recovery,
     precision: Precision,
     calibration_batches: int,
-    seconds_collect: float,
+    seconds_plan: float,
 ) -> Forecast:
     """Estimate a run that cuts the model to these widths.
 
@@ -68,7 +69,7 @@ def forecast(
         recovery: how the run will train.
         precision: in which precision.
         calibration_batches: whose activations will be seen.
-        seconds_collect: what one pass over them took, for all sites.
+        seconds_plan: what planning took, mostly one pass over them for all sites.
     """
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
@@ -85,12 +86,14 @@ def forecast(
     # weights, gradients and the two moments of AdamW, the moving average, and the batch's activations
     training = size * kept * (5 if recovery.average else 4) + activations
     hidden = _hidden_bytes(model, largest, blocks_of(sites))
+    held, free = held_bytes(device), available_bytes(device)
     return Forecast(
-        seconds_cut=CUT_PASSES * seconds_collect,
+        seconds_cut=CUT_PASSES * seconds_plan,
         seconds_recovery=steps * seconds_step,
         seconds_step=seconds_step,
         steps=steps,
-        memory_bytes=held_bytes(device) + max(training, moments + activations),
+        memory_bytes=held + max(training, moments + activations),
+        free_bytes=None if free is None else held + free,
         disk_bytes=size * (parameters + kept * (4 if recovery.average else 3)) + calibration_batches * hidden,
     )
 
@@ -112,7 +115,6 @@ def _seconds_a_step(
         teacher=Teacher(teacher),
         precision=precision,
         blocks=blocks,
-        pieces=Pieces(),
     ).run(lambda _: times.append(time.perf_counter()))
     return (times[-1] - times[1]) / (len(times) - 2)
 
@@ -141,8 +143,8 @@ def _activation_bytes(model: nn.Module, batch: Batch, precision: Precision) -> i
 
 
 def _hidden_bytes(model: nn.Module, batch: Batch, blocks: Sequence[str]) -> int:
-    """Size of the input of a block for one batch; 0 for a model without blocks."""
-    if not blocks:
-        return 0
-    weight = max((p for p in model.get_submodule(blocks[0]).parameters() if p.ndim == 1), key=lambda p: -p.numel())
-    return 4 * weight.numel() * batching.rows(batch) * batching.length(batch)
+    """Size of what goes from block to block for one batch; 0 for a model without blocks."""
+    device = next(model.parameters()).device
+    with evaluation(model), outputs_of(model, blocks[:1]) as seen:
+        batching.logits(model, batching.to(batching.head(batch, 1), device))
+    return sum(state.numel() * state.element_size() for state in seen) * batching.rows(batch)

@@ -61,7 +61,7 @@ def peak_bytes(device: torch.device | str = "cpu") -> int:
 
 
 def held_bytes(device: torch.device | str = "cpu") -> int:
-    """Memory that is held now: by this process on a CPU, by torch on an accelerator; 0 where the system does not say."""
+    """Memory held now: by this process on a CPU, by torch on an accelerator; 0 where the system does not say."""
     if torch.device(device).type == "cuda":
         return torch.cuda.memory_allocated(device)
     try:
