@@ -1,6 +1,7 @@
 """Run batches through a model and gather the moments of its activations. Hooks live and die here."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -11,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from rmtkd import batches as batching
 from rmtkd.batches import Batch
 from rmtkd.covariance import Covariance
-from rmtkd.errors import DataError
+from rmtkd.errors import DataError, UnsupportedModelError
 from rmtkd.measurement import evaluation
 from rmtkd.sites import Site, Stream
 
@@ -44,9 +45,11 @@ def attach(model: nn.Module, stream: Stream, see: Callable[[Tensor], Tensor | No
 def collect(model: nn.Module, sites: Sequence[Site], batches: Iterable[Batch]) -> dict[str, tuple[Covariance, ...]]:
     """Moments of every stream of the sites, over the real positions of all batches, in one pass.
 
+    A module that is called several times in a forward pass is seen at each call.
+
     Args:
-        model: the model, run in evaluation mode without gradients, each forward pass only as deep as the deepest
-            site.
+        model: the model, run in evaluation mode without gradients. The first batch goes all the way, which tells how
+            often each module is called; the others only as deep as the deepest site.
         sites: sites of this model.
         batches: calibration batches.
 
@@ -55,48 +58,57 @@ def collect(model: nn.Module, sites: Sequence[Site], batches: Iterable[Batch]) -
 
     Raises:
         DataError: if there are no real positions, fewer than a site is wide, or if activations are not finite.
+        UnsupportedModelError: if a forward pass does not come by a site.
     """
     moments = {site.name: tuple(Covariance(site.width, groups=site.groups) for _ in site.streams) for site in sites}
-    pending = 0
+    seen: Counter[tuple[str, int]] = Counter()  # calls by stream in the forward pass that runs
+    calls: int | None = None  # of all streams in a whole one
     mask: Tensor | None = None
     device = next(model.parameters()).device
 
-    def watch(site: Site, moment: Covariance, activations: Tensor) -> None:
-        nonlocal pending
+    def watch(site: Site, i: int, activations: Tensor) -> None:
         vectors = in_groups(activations, site.groups)
         vectors = vectors.flatten(0, -3) if mask is None else vectors[mask]
         try:
-            moment.update(vectors)
+            moments[site.name][i].update(vectors)
         except DataError as error:
             raise DataError(f"site {site.name}: {error}") from None
-        pending -= 1
-        if pending == 0:
+        seen[site.name, i] += 1
+        if seen.total() == calls:
             raise _Enough
 
     handles: list[RemovableHandle] = []
-    streams = [
-        (site, stream, moment)
-        for site in sites
-        for stream, moment in zip(site.streams, moments[site.name], strict=True)
-    ]
     try:
-        for site, stream, moment in streams:
-            handles.append(attach(model, stream, partial(watch, site, moment)))
+        for site in sites:
+            for i, stream in enumerate(site.streams):
+                handles.append(attach(model, stream, partial(watch, site, i)))
         with evaluation(model):
             for batch in batches:
                 batch = batching.to(batch, device)
                 mask = batching.real_positions(batch)
-                pending = len(streams)
+                seen.clear()
                 try:
                     batching.logits(model, batch)
                 except _Enough:
                     continue
+                _check_seen(sites, seen)
+                calls = seen.total()
     finally:
         for handle in handles:
             handle.remove()
     for site in sites:
         _check_count(site, min(moment.count for moment in moments[site.name]))
     return moments
+
+
+def _check_seen(sites: Sequence[Site], seen: Mapping[tuple[str, int], int]) -> None:
+    for site in sites:
+        for i, stream in enumerate(site.streams):
+            if not seen[site.name, i]:
+                raise UnsupportedModelError(
+                    f"a forward pass must call {stream.module} for the site {site.name}. It did not. Describe the "
+                    "module that is called, or leave the site out; nothing was changed."
+                )
 
 
 def _check_count(site: Site, count: int) -> None:
