@@ -58,11 +58,11 @@ def tiny(name: str, *, seed: int = 0, **config: Any) -> Any:
     return model
 
 
-def pair_batches(model: Any, count: int = 48, *, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+def pair_batches(model: Any, count: int = 20, *, seed: int = 0) -> list[dict[str, torch.Tensor]]:
     """Rows of two sequences in padded batches, with the second's token types where the model knows any."""
     config = model.config
     batches = []
-    for batch in random_rows(count, seed=seed):
+    for batch in random_rows(count, seed=seed, batch_size=10):
         mask = batch["attention_mask"]
         ids = batch["input_ids"].clamp_min(2).masked_fill(mask == 0, config.pad_token_id)
         if getattr(config, "type_vocab_size", 0) > 1:
