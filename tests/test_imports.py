@@ -34,6 +34,7 @@ ORDER = [
     "artifact",
     "reporting",
     "compression",
+    "conformance",
     "recipes",
     "teaching",
     "cli",

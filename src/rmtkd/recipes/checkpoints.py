@@ -40,6 +40,16 @@ def load_classifier(path: str, labels: Sequence[str]) -> Source:
     return Source(model=model, tokenizer=load_tokenizer(path, model))
 
 
+def load_any_classifier(path: str) -> nn.Module:
+    """A classifier with whatever classes it has, trained or not: our folder, transformers' folder, or a hub name.
+
+    Raises:
+        DataError: if there is none.
+        ArtifactError: if our folder was altered.
+    """
+    return artifact.load(path) if artifact.is_artifact(Path(path)) else _from_pretrained(path)[0]
+
+
 def start_classifier(path: str, labels: Sequence[str], seed: int) -> Source:
     """A checkpoint of a family that can be narrowed, with a fresh classification head, to be fine-tuned.
 
