@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 import rmtkd
 from conftest import FAMILY_NAMES, assert_untouched, pair_batches, random_rows, snapshot, tiny
+from rmtkd.activations import collect
+from rmtkd.compression import cut_in_order
 from rmtkd.conformance import LONGEST, Verdict, random_batches
 from rmtkd.errors import DataError, UnsupportedModelError
 from rmtkd.sites import attention_sites, embedding_site, feed_forward_site, find_sites, linear_site
@@ -39,9 +41,7 @@ def test_every_family_passes_at_every_site(name: str, rows: str) -> None:
 def test_a_model_that_was_cut_before_passes() -> None:
     model = tiny("bert")
     sites = find_sites(model)
-    student, _ = rmtkd.compression.cut_in_order(
-        model, sites, {s.name: s.width // 2 for s in sites}, pair_batches(model)
-    )
+    student, _ = cut_in_order(model, sites, {s.name: s.width // 2 for s in sites}, pair_batches(model))
     assert failed(rmtkd.check(student)) == {}
 
 
@@ -222,7 +222,7 @@ def test_a_short_table_describes_a_model_of_one_s_own() -> None:
     assert failed(verdicts) == {}
     assert len(verdicts) == 5
     # Both calls of the block are seen.
-    moments = rmtkd.activations.collect(model, sites, BATCHES)
+    moments = collect(model, sites, BATCHES)
     assert moments["block.ffn"][0].count == 2 * moments["embeddings.word"][0].count
 
 
