@@ -23,7 +23,9 @@ from rmtkd.batches import logits
 from rmtkd.compression import cut_in_order
 from rmtkd.errors import UnsupportedModelError
 from rmtkd.families import FAMILIES
-from rmtkd.sites import find_family, find_sites
+from rmtkd.measurement import count_parameters
+from rmtkd.modules import randomize
+from rmtkd.sites import find_family, find_sites, longest_input
 from rmtkd.surgery import check_cut
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -119,7 +121,8 @@ def test_a_family_names_its_encoder(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_the_longest_input_runs_and_one_more_does_not_where_positions_are_learned(name: str) -> None:
     model = make(name)
-    longest = find_family(model).longest_input(model.config)
+    longest = longest_input(model)
+    assert longest == find_family(model).longest_input(model.config)
     assert run(model, {"input_ids": torch.full((1, longest), 5)}).isfinite().all()
     if name not in ("modernbert", "eurobert"):  # rotary positions have no end
         with pytest.raises((IndexError, RuntimeError)):
@@ -197,6 +200,42 @@ def test_a_reader_without_a_bias_is_cut_about_zero() -> None:
         model.model.layers[0].mlp.act = nn.Sigmoid()  # far from zero on average
     _, bases = cut_in_order(model, [site], {site.name: 20}, batches)
     assert not bases[site.name][0].mean.any()
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_a_family_is_compressed_from_plan_to_record(name: str) -> None:
+    model = make(name)
+    batches = [{**batch, "labels": run(model, batch).argmax(-1)} for batch in pair_batches(model, 60)]
+    small = rmtkd.compress(
+        model,
+        train=batches,
+        selection=batches,
+        report=batches,
+        calibration=batches,
+        target="80%params",
+        multiple_of=4,
+        epochs=1.0,
+        precision="fp32",
+        tolerance=1.0,
+        control=True,
+    )
+    before, after = small.record["baseline"], small.record["compressed"]
+    assert after["parameters"] == count_parameters(small.model) <= 0.8 * before["parameters"]
+    assert after["parameters_encoder"] < before["parameters_encoder"]
+    assert after["parameters"] == small.plan.predicted["params"]
+    assert after["flops"] == small.plan.predicted["flops"] < before["flops"]
+    assert all(done.check_error < 1e-4 and done.steps > 0 for done in small.rounds)
+    assert small.record["control"]["accuracy"]["value"] <= 1
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_a_random_start_keeps_nothing_of_the_trained_model(name: str) -> None:
+    model = make(name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(7)
+    randomize(model, seed=0)
+    assert not any((parameter == 7).any() for parameter in model.parameters())
 
 
 # ---------------------------------------------------------------------------------------------- activations

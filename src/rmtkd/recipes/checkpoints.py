@@ -10,7 +10,7 @@ from torch import nn
 from rmtkd import artifact
 from rmtkd.errors import DataError
 from rmtkd.recipes.recipe import Source
-from rmtkd.sites import find_sites
+from rmtkd.sites import find_sites, longest_input
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 
@@ -93,7 +93,7 @@ def load_tokenizer(path: str, model: nn.Module) -> Any:
             f"the tokenizer in {path!r} must be the model's, of at most {config.vocab_size} tokens. It has "
             f"{len(tokenizer)}. Save the right one beside the model."
         )
-    longest = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
+    longest = longest_input(model) or tokenizer.model_max_length
     tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
     return tokenizer
 

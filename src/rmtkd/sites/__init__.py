@@ -16,7 +16,7 @@ attention kernel survive) carry the same `shares`.
 """
 
 from rmtkd.sites.parts import attention_sites, embedding_site, feed_forward_site, linear_site
-from rmtkd.sites.search import check_parameters, find_family, find_sites, search
+from rmtkd.sites.search import check_parameters, find_family, find_sites, longest_input, search
 from rmtkd.sites.site import Attribute, Axis, Kind, Quantity, Site, Stream, by_width, check_names
 
 __all__ = [
@@ -35,5 +35,6 @@ __all__ = [
     "find_family",
     "find_sites",
     "linear_site",
+    "longest_input",
     "search",
 ]

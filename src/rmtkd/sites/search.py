@@ -50,6 +50,15 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
     return sites
 
 
+def longest_input(model: nn.Module) -> int | None:
+    """The longest input of a model in tokens, supported or not; None if its configuration does not say."""
+    config = getattr(model, "config", None)
+    for family in FAMILIES:
+        if type(model).__name__ == family.model_class:
+            return family.longest_input(config)
+    return getattr(config, "max_position_embeddings", None)
+
+
 def search(model: nn.Module) -> Iterator[tuple[str, Callable[[], tuple[Site, ...]]]]:
     """Where the sites of a supported model are: parts of the network, shallow to deep, each with a function that
     describes its sites or raises `UnsupportedModelError`."""
