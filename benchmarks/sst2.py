@@ -13,7 +13,6 @@ on selection rows; the setting of part `seeds` was adopted with dev in sight (do
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,44 +21,23 @@ from typing import Any
 import torch
 from torch import nn
 
+from records import cell, print_event
 from rmtkd import compression, recipes
 from rmtkd.activations import readers
 from rmtkd.bases import Basis
-from rmtkd.batches import Batch
-from rmtkd.distillation import Recovery, train
-from rmtkd.environment import machine, versions
+from rmtkd.cutting import cut_in_order
+from rmtkd.distillation import Recovery
 from rmtkd.measurement import accuracy
 from rmtkd.modules import randomize
 from rmtkd.recipes.recipe import Rows
 from rmtkd.sites import Site, find_sites
 from rmtkd.surgery import fold
+from rmtkd.training import train
 
 TARGET = "25%params"
 SEEDS = (0, 1, 2)
 LEARNING_RATES = (2e-4, 5e-4, 1e-3)
 RESULTS = Path(__file__).parent / "results" / "sst2"
-
-
-def cell(name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The record of a cell: read, or run and written."""
-    path = RESULTS / f"{name}.json"
-    if not path.exists():
-        print(f"running {name}", flush=True)
-        start = time.monotonic()
-        record = {**run(), "seconds": time.monotonic() - start, "machine": machine(), "versions": versions()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n")
-    record = json.loads(path.read_text())
-    print(f"{name}: {headline(record)}", flush=True)
-    return record
-
-
-def headline(record: dict[str, Any]) -> str:
-    """The accuracies of a record in one line."""
-    after = record.get("compressed", record)
-    return ", ".join(
-        f"{key} {100 * after[key]['value']:.2f}" for key in ("accuracy", "accuracy_selection") if after.get(key)
-    )
 
 
 def seed_cell(teacher: str, data: Path, seed: int, epochs: float, recovery: Recovery) -> dict[str, Any]:
@@ -79,7 +57,7 @@ def seed_cell(teacher: str, data: Path, seed: int, epochs: float, recovery: Reco
         recovery=recovery,
         on_event=print_event,
     )
-    cut = compression.cut_in_order(
+    cut = cut_in_order(
         source.model, find_sites(source.model), result.plan.widths, compression.share_of(rows.train, 0.1)
     )[0]
     return {**result.record, "widths": result.plan.widths, "accuracy_cut": asdict(accuracy(cut, rows.report))}
@@ -115,7 +93,7 @@ def shape_cell(method: str, lr: float, widths: dict[str, int], teacher: str, dat
 
 def folded(model: nn.Module, widths: dict[str, int], rows: Rows) -> nn.Module:
     """Ours: the bases of `rmtkd.bases`, re-collected after each cut."""
-    return compression.cut_in_order(model, find_sites(model), widths, compression.share_of(rows.train, 0.1))[0]
+    return cut_in_order(model, find_sites(model), widths, compression.share_of(rows.train, 0.1))[0]
 
 
 def magnitude(model: nn.Module, widths: dict[str, int], rows: Rows) -> nn.Module:
@@ -155,12 +133,6 @@ START: dict[str, Callable[[nn.Module, dict[str, int], Rows], nn.Module]] = {
     "magnitude": magnitude,
     "random": random_start,
 }
-
-
-def print_event(event: Any) -> None:
-    """Rounds, and every 200th step."""
-    if event["event"] != "step" or event["step"] % 200 == 0:
-        print({k: v for k, v in event.items() if k not in ("widths", "sites", "options")}, flush=True)
 
 
 def best(method: str) -> dict[str, Any]:
@@ -221,15 +193,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if chosen.part == "seeds":
         for seed in chosen.only_seeds:
             cell(
-                f"seed-{seed}",
+                RESULTS / f"seed-{seed}.json",
                 lambda seed=seed: seed_cell(chosen.teacher, chosen.data, seed, chosen.epochs, Recovery(lr=chosen.lr)),
             )
     elif chosen.part == "shapes":
-        widths = cell("shape", lambda: plan_cell(chosen.teacher, chosen.data))["widths"]
+        widths = cell(RESULTS / "shape.json", lambda: plan_cell(chosen.teacher, chosen.data))["widths"]
         for method in chosen.methods:
             for lr in chosen.learning_rates:
                 cell(
-                    f"shape-{method}-{lr:g}",
+                    RESULTS / f"shape-{method}-{lr:g}.json",
                     lambda method=method, lr=lr: shape_cell(method, lr, widths, chosen.teacher, chosen.data),
                 )
     else:
@@ -240,7 +212,7 @@ def plan_cell(teacher: str, data: Path) -> dict[str, Any]:
     """The shape that all methods share."""
     task = recipes.get("sst2")
     source = task.load(teacher)
-    calibration: list[Batch] = compression.share_of(task.rows(data, source.tokenizer, 0).train, 0.1)
+    calibration = compression.share_of(task.rows(data, source.tokenizer, 0).train, 0.1)
     plan, _ = compression.plan(source.model, calibration=calibration, example=task.example(source.model), target=TARGET)
     return {"widths": plan.widths, "predicted": plan.predicted, "baseline": plan.baseline}
 

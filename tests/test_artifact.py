@@ -16,8 +16,9 @@ from transformers import AutoModel, AutoModelForSequenceClassification, BertForS
 
 import rmtkd
 from conftest import assert_untouched, make_tokenizer, random_rows, snapshot, tiny_bert
-from rmtkd import artifact, batches, compression
+from rmtkd import artifact, batches
 from rmtkd.artifact import MANIFEST, WEIGHTS
+from rmtkd.cutting import cut_in_order
 from rmtkd.errors import ArtifactError, OptionError, UnsupportedModelError
 from rmtkd.recipes.rows import TokenRows
 from rmtkd.sites import find_sites
@@ -31,7 +32,7 @@ def narrowed(model: torch.nn.Module) -> torch.nn.Module:
     widths = {
         site.name: HALF[site.shares.split(".")[-1] if site.block != "embeddings" else site.name] for site in sites
     }
-    return compression.cut_in_order(model, sites, widths, list(random_rows(200)))[0]
+    return cut_in_order(model, sites, widths, list(random_rows(200)))[0]
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +178,7 @@ def test_a_loaded_model_can_be_cut_and_saved_again(tmp_path: Path, folder: Path,
     loaded = rmtkd.load(folder)
     sites = find_sites(loaded)
     widths = {site.name: site.width // 2 for site in sites}
-    smaller, _ = compression.cut_in_order(loaded, sites, widths, list(random_rows(200)))
+    smaller, _ = cut_in_order(loaded, sites, widths, list(random_rows(200)))
     artifact.save(smaller, tmp_path / "again")
     again = rmtkd.load(tmp_path / "again")
     assert {site.name: site.width for site in find_sites(again)} == widths

@@ -87,13 +87,16 @@ def test_the_head_of_a_batch_is_its_first_rows() -> None:
         "attention_mask": [[1, 1, 0]],
         "labels": [1],
     }
-    assert [len(part) for part in batching.head(PAIR, 1)] == [1, 1]
+    pair = batching.head(PAIR, 1)
+    assert isinstance(pair, tuple)
+    assert [len(part) for part in pair] == [1, 1]
     assert batching.rows(batching.head(PAIR, 99)) == 2
 
 
 def test_moving_a_batch_moves_every_tensor_of_it() -> None:
     for batch in (MAPPING, PAIR, BatchEncoding(MAPPING)):
         moved = batching.to(batch, "meta")
+        assert not isinstance(moved, batching.Call)
         values = list(moved.values()) if isinstance(moved, Mapping) else moved
         assert [value.device.type for value in values] == ["meta"] * len(batch)
     assert IDS.device.type == "cpu"

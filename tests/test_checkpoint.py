@@ -11,7 +11,6 @@ from rmtkd import compression
 from rmtkd.checkpoint import RunFolder, new_folder, write_atomically, write_json
 from rmtkd.errors import RunError
 from rmtkd.planning import Plan
-from rmtkd.schedule import Options
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -73,10 +72,8 @@ def test_a_run_may_start_in_a_new_an_empty_or_a_planned_folder(tmp_path: Path):
     (tmp_path / "planned" / "plan.json").write_text("{}")
     (tmp_path / "planned" / "spectra.npz").write_bytes(b"")
     for name in ("new/and/deep", "empty", "planned"):
-        RunFolder.create(tmp_path / name, Options())
-        config = json.loads((tmp_path / name / "config.json").read_text())
-        assert config["options"] == Options().to_dict()
-        assert config["versions"]["torch"]
+        RunFolder.create(tmp_path / name, {"options": {"seed": 3}})
+        assert RunFolder(tmp_path / name).config() == {"options": {"seed": 3}}
 
 
 @pytest.mark.parametrize("held", ["config.json", "thesis.tex", "plan.json.bak"])
@@ -86,7 +83,7 @@ def test_a_folder_with_anything_else_is_refused_and_untouched(tmp_path: Path, he
     (out / "plan.json").write_text("{}")
     (out / held).write_text("mine")
     before = contents(out)
-    for start in (RunFolder.check_free, RunFolder.for_plan, lambda path: RunFolder.create(path, Options())):
+    for start in (RunFolder.check_free, RunFolder.for_plan, lambda path: RunFolder.create(path, {})):
         with pytest.raises(RunError, match=r"--out must be a new folder.*nothing in it was changed"):
             start(out)
     assert contents(out) == before
@@ -108,7 +105,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch:
 
 
 def test_the_record_is_valid_json_lines_without_steps(tmp_path: Path):
-    folder = RunFolder.create(tmp_path / "run", Options())
+    folder = RunFolder.create(tmp_path / "run", {})
     events = [{"event": "start", "note": "a\nb – ü"}, {"event": "step", "step": 1}, {"event": "done", "seconds": 0.5}]
     for event in events:
         folder.append(event)

@@ -12,13 +12,16 @@ import torch
 import rmtkd
 from conftest import Sentiment, assert_untouched, random_rows, snapshot, tiny_bert
 from rmtkd import compression, recipes
-from rmtkd.compression import Compressed, check_teacher, compress, plan
+from rmtkd.compression import Compressed, compress, plan
+from rmtkd.cutting import cut_in_order
 from rmtkd.distillation import Recovery
 from rmtkd.errors import ArtifactError, DataError, PlanError, RunError, UnsupportedModelError
 from rmtkd.recipes import TokenRows
 from rmtkd.recipes.checkpoints import load_classifier
 from rmtkd.recipes.recipe import Rows
+from rmtkd.run import check_teacher
 from rmtkd.sites import by_width, find_sites
+from rmtkd.training import Phase
 
 QUICK: dict[str, Any] = {
     "target": "70%params",
@@ -168,7 +171,7 @@ def test_no_epochs_cut_only(teacher: torch.nn.Module, task: Rows):
     (done,) = result.rounds
     assert done.steps == 0 and done.loss_first is None and done.accuracy == done.accuracy_cut
     widths = result.plan.widths
-    expected, _ = compression.cut_in_order(teacher, find_sites(teacher), widths, compression.share_of(task.train, 0.3))
+    expected, _ = cut_in_order(teacher, find_sites(teacher), widths, compression.share_of(task.train, 0.3))
     assert_untouched(result.model, snapshot(expected))
 
 
@@ -188,13 +191,14 @@ def test_a_round_that_breaks_the_tolerance_is_taken_back_and_ends_the_run(
 ):
     calls = []
 
-    def spoil(student: torch.nn.Module, *_: object, **__: object) -> list[float]:
-        calls.append(student)
+    def spoil(phase: Phase, _: object) -> list[float]:
+        calls.append(phase.student)
         if len(calls) == spoiled:
-            student.get_parameter("classifier.weight").data.mul_(-1)
-        return [1.0]
+            phase.student.get_parameter("classifier.weight").data.mul_(-1)
+        phase.losses.append(1.0)
+        return phase.losses
 
-    monkeypatch.setattr(compression, "train", spoil)
+    monkeypatch.setattr(Phase, "run", spoil)
     result = run(teacher, task, granularity="site", tolerance=0.1)
     assert [done.rolled_back for done in result.rounds] == [False] * (spoiled - 1) + [True]
     assert result.record["stop_reason"].startswith(f"tolerance: round {spoiled} lost")

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 import rmtkd
 from conftest import FAMILY_NAMES, assert_untouched, pair_batches, random_rows, snapshot, tiny
 from rmtkd.activations import collect
-from rmtkd.compression import cut_in_order
 from rmtkd.conformance import LONGEST, Verdict, random_batches
+from rmtkd.cutting import cut_in_order
 from rmtkd.errors import DataError, UnsupportedModelError
 from rmtkd.sites import attention_sites, embedding_site, feed_forward_site, find_sites, linear_site
 

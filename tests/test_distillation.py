@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from conftest import assert_untouched, random_rows, snapshot, tiny_bert
-from rmtkd.distillation import Recovery, distillation_loss, learning_rate_factor, train
+from rmtkd.distillation import Recovery, distillation_loss
 from rmtkd.errors import DataError
+from rmtkd.training import Phase, learning_rate_factor, train
 
 
 def scores(seed: int) -> torch.Tensor:
@@ -137,9 +138,8 @@ def test_training_takes_as_many_steps_as_asked_over_passes_in_new_orders(steps: 
     seen, epochs = [], []
     set_epoch = rows.set_epoch
     rows.set_epoch = lambda epoch: (epochs.append(epoch), set_epoch(epoch))[1]
-    losses = train(
-        tiny_bert(), rows, steps=steps, first_epoch=5, recovery=Recovery(), on_step=lambda *step: seen.append(step)
-    )
+    phase = Phase(tiny_bert(), rows, steps=steps, first_epoch=5, recovery=Recovery())
+    losses = phase.run(lambda phase: seen.append((len(phase.losses), phase.losses[-1])))
     assert seen == list(enumerate(losses, 1))
     assert len(losses) == steps
     assert epochs == list(range(5, 5 + -(-steps // 4)))

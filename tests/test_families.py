@@ -20,7 +20,7 @@ from conftest import FAMILY_NAMES, assert_untouched, pair_batches, snapshot, tin
 from rmtkd import artifact
 from rmtkd.activations import collect
 from rmtkd.batches import logits
-from rmtkd.compression import cut_in_order
+from rmtkd.cutting import cut_in_order
 from rmtkd.errors import UnsupportedModelError
 from rmtkd.families import FAMILIES
 from rmtkd.measurement import count_parameters
@@ -205,7 +205,11 @@ def test_a_reader_without_a_bias_is_cut_about_zero() -> None:
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_a_family_is_compressed_from_plan_to_record(name: str) -> None:
     model = make(name)
-    batches = [{**batch, "labels": run(model, batch).argmax(-1)} for batch in pair_batches(model, 60)]
+    batches = pair_batches(model, 60)
+    (head,) = (module for module in model.modules() if isinstance(module, nn.Linear) and module.out_features == 3)
+    with torch.no_grad():  # a random head may answer one class always
+        head.bias -= torch.cat([run(model, batch) for batch in batches]).median(0).values
+    batches = [{**batch, "labels": run(model, batch).argmax(-1)} for batch in batches]
     small = rmtkd.compress(
         model,
         train=batches,

@@ -20,7 +20,6 @@ from rmtkd.measurement import (
     count_flops,
     count_parameters,
     evaluation,
-    is_bf16_faster,
     measure,
     predict,
     proportion,
@@ -180,15 +179,6 @@ def test_the_length_that_was_timed_is_that_of_the_rows(drop: tuple[str, ...]) ->
     batch = {name: value for name, value in BATCH.items() if name not in drop}
     (latency,) = time_forward([tiny_bert()], batch, repeats=1, warm_up=0)
     assert (latency.batch, latency.length) == tuple(BATCH["input_ids"].shape)
-
-
-@pytest.mark.parametrize("faster", [True, False])
-def test_bf16_is_chosen_by_its_best_time_and_leaves_no_gradient(clock: Clock, faster: bool) -> None:
-    model = Timed("a", [5.0, 3.0, 9.0, 2.0 if faster else 4.0], clock)
-    before = snapshot(model)
-    assert is_bf16_faster(model, PAIR, repeats=2) is faster
-    assert_untouched(model, before)
-    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 # ---------------------------------------------------------------------------------------------- accuracy

@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 
 from conftest import Sentiment, tiny_bert
 from rmtkd import recipes, teaching
+from rmtkd.distillation import WeightAverage
 from rmtkd.errors import DataError, OptionError, RunError
 from rmtkd.recipes.checkpoints import load_classifier
-from rmtkd.teaching import WeightAverage, train_teacher
+from rmtkd.teaching import train_teacher
 
 SST2 = recipes.get("sst2")
 

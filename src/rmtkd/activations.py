@@ -1,7 +1,7 @@
 """Run batches through a model and gather the moments of its activations. Hooks live and die here."""
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -14,10 +14,11 @@ from rmtkd.batches import Batch
 from rmtkd.covariance import Covariance
 from rmtkd.errors import DataError, UnsupportedModelError
 from rmtkd.measurement import evaluation
+from rmtkd.memory import Pieces
 from rmtkd.sites import Site, Stream
 
 
-class _Enough(Exception):
+class Enough(Exception):
     """Ends a forward pass once the last stream has been seen."""
 
 
@@ -42,16 +43,20 @@ def attach(model: nn.Module, stream: Stream, see: Callable[[Tensor], Tensor | No
     return module.register_forward_pre_hook(before) if stream.side == "input" else module.register_forward_hook(after)
 
 
-def collect(model: nn.Module, sites: Sequence[Site], batches: Iterable[Batch]) -> dict[str, tuple[Covariance, ...]]:
+def collect(
+    model: nn.Module, sites: Sequence[Site], batches: Iterable[Batch], *, pieces: Pieces | None = None
+) -> dict[str, tuple[Covariance, ...]]:
     """Moments of every stream of the sites, over the real positions of all batches, in one pass.
 
-    A module that is called several times in a forward pass is seen at each call.
+    A module that is called several times in a forward pass is seen at each call. Held at once are the moments and the
+    streams of one batch.
 
     Args:
         model: the model, run in evaluation mode without gradients. The first batch goes all the way, which tells how
             often each module is called; the others only as deep as the deepest site.
         sites: sites of this model.
         batches: calibration batches.
+        pieces: in how many pieces a batch is run, should memory run out.
 
     Returns:
         For each site's name one `Covariance` per stream.
@@ -61,38 +66,49 @@ def collect(model: nn.Module, sites: Sequence[Site], batches: Iterable[Batch]) -
         UnsupportedModelError: if a forward pass does not come by a site.
     """
     moments = {site.name: tuple(Covariance(site.width, groups=site.groups) for _ in site.streams) for site in sites}
-    seen: Counter[tuple[str, int]] = Counter()  # calls by stream in the forward pass that runs
-    calls: int | None = None  # of all streams in a whole one
-    mask: Tensor | None = None
+    pieces = pieces or Pieces()
     device = next(model.parameters()).device
+    streams = [
+        (site, stream, moment)
+        for site in sites
+        for stream, moment in zip(site.streams, moments[site.name], strict=True)
+    ]
+    seen: list[tuple[Site, Covariance, Tensor]] = []
+    calls: int | None = None  # of all streams' modules in a whole forward pass
+    pending = 0
+    mask: Tensor | None = None
 
-    def watch(site: Site, i: int, activations: Tensor) -> None:
+    def watch(site: Site, moment: Covariance, activations: Tensor) -> None:
+        nonlocal pending
         vectors = in_groups(activations, site.groups)
-        vectors = vectors.flatten(0, -3) if mask is None else vectors[mask]
-        try:
-            moments[site.name][i].update(vectors)
-        except DataError as error:
-            raise DataError(f"site {site.name}: {error}") from None
-        seen[site.name, i] += 1
-        if seen.total() == calls:
-            raise _Enough
+        seen.append((site, moment, vectors.flatten(0, -3) if mask is None else vectors[mask]))
+        pending -= 1
+        if pending == 0:
+            raise Enough
+
+    def run(parts: Sequence[Batch]) -> None:
+        """See all streams of one batch. A second attempt, in smaller parts, sees them from the start."""
+        nonlocal mask, pending, calls
+        seen.clear()
+        for part in parts:
+            part = batching.to(part, device)
+            mask, before = batching.real_positions(part), len(seen)
+            pending = calls or 0  # counting down from 0 never gets there
+            with suppress(Enough):
+                batching.logits(model, part)
+            if calls is None:
+                calls = len(seen) - before
+                _check_seen(streams, seen)
 
     handles: list[RemovableHandle] = []
     try:
-        for site in sites:
-            for i, stream in enumerate(site.streams):
-                handles.append(attach(model, stream, partial(watch, site, i)))
+        for site, stream, moment in streams:
+            handles.append(attach(model, stream, partial(watch, site, moment)))
         with evaluation(model):
             for batch in batches:
-                batch = batching.to(batch, device)
-                mask = batching.real_positions(batch)
-                seen.clear()
-                try:
-                    batching.logits(model, batch)
-                except _Enough:
-                    continue
-                _check_seen(sites, seen)
-                calls = seen.total()
+                pieces(batch, run)
+                for site, moment, vectors in seen:
+                    _update(site, moment, vectors)
     finally:
         for handle in handles:
             handle.remove()
@@ -101,14 +117,23 @@ def collect(model: nn.Module, sites: Sequence[Site], batches: Iterable[Batch]) -
     return moments
 
 
-def _check_seen(sites: Sequence[Site], seen: Mapping[tuple[str, int], int]) -> None:
-    for site in sites:
-        for i, stream in enumerate(site.streams):
-            if not seen[site.name, i]:
-                raise UnsupportedModelError(
-                    f"a forward pass must call {stream.module} for the site {site.name}. It did not. Describe the "
-                    "module that is called, or leave the site out; nothing was changed."
-                )
+def _check_seen(
+    streams: Sequence[tuple[Site, Stream, Covariance]], seen: Sequence[tuple[Site, Covariance, Tensor]]
+) -> None:
+    found = {id(moment) for _, moment, _ in seen}
+    for site, stream, moment in streams:
+        if id(moment) not in found:
+            raise UnsupportedModelError(
+                f"a forward pass must call {stream.module} for the site {site.name}. It did not. Describe the module "
+                "that is called, or leave the site out; nothing was changed."
+            )
+
+
+def _update(site: Site, moment: Covariance, vectors: Tensor) -> None:
+    try:
+        moment.update(vectors)
+    except DataError as error:
+        raise DataError(f"site {site.name}: {error}") from None
 
 
 def _check_count(site: Site, count: int) -> None:

@@ -23,7 +23,7 @@ from rmtkd.families import FAMILIES
 from rmtkd.measurement import evaluation
 from rmtkd.modules import FactorizedEmbedding
 from rmtkd.sites import find_family, find_sites
-from rmtkd.surgery import factorize_embedding, resize
+from rmtkd.surgery import factorize_embedding, fill, resize
 
 FORMAT = 1
 MANIFEST = "rmtkd.json"
@@ -131,6 +131,26 @@ def load(folder: str | Path, *, device: torch.device | str = "cpu") -> nn.Module
     return model.to(device)
 
 
+def save_weights(model: nn.Module, folder: Path) -> None:
+    """Write only the weights, of a model whose class no loader of ours can name."""
+    with new_folder(folder) as partial:
+        save_file(
+            {name: value.detach().cpu().contiguous() for name, value in _all_tensors(model).items()}, partial / WEIGHTS
+        )
+
+
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights in a model folder.
+
+    Raises:
+        ArtifactError: if they cannot be read.
+    """
+    try:
+        return load_file(folder / WEIGHTS)
+    except Exception as error:  # whatever safetensors makes of missing or damaged bytes
+        raise ArtifactError(f"{folder} must hold {WEIGHTS} as it was written. Reading it gave: {error!r}.") from error
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The contents of `rmtkd.json`.
 
@@ -174,8 +194,7 @@ def _sealed(manifest: Mapping[str, Any]) -> str:
 
 def _write(model: nn.Module, folder: Path, card: str, provenance: dict[str, Any], extra_files: Iterable[Path]) -> None:
     sites = find_sites(model)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in _all_tensors(model).items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    _save_weights(model, folder)
     stock: Any = model.config
     # Where the model lay on this machine is nobody's business.
     config = {key: value for key, value in stock.to_dict().items() if key != "_name_or_path"}
@@ -203,6 +222,11 @@ def _write(model: nn.Module, folder: Path, card: str, provenance: dict[str, Any]
     }
     # Read back what JSON makes of it: its keys are texts.
     write_atomically(folder / MANIFEST, _sealed(json.loads(json.dumps(manifest))).encode())
+
+
+def _save_weights(model: nn.Module, folder: Path) -> None:
+    tensors = {name: value.detach().cpu().contiguous() for name, value in _all_tensors(model).items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def _all_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -285,12 +309,7 @@ def _assign(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
             raise ArtifactError(
                 f"{name} must have shape {list(expected[name].shape)}. Got {list(value.shape)}. Fetch the folder again."
             )
-        path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path)
-        if leaf in module._parameters:
-            setattr(module, leaf, nn.Parameter(value))
-        else:
-            module._buffers[leaf] = value
+    fill(model, tensors)
 
 
 def _make_self_test(model: nn.Module) -> dict[str, Any]:

@@ -1,10 +1,12 @@
-"""What a batch is: a mapping called as `model(**inputs)`, or a pair `(x, labels)` called as `model(x)`.
+"""What a batch is: a mapping called as `model(**inputs)`, a pair `(x, labels)` called as `model(x)`, or one of these
+with a `forward` of its own.
 
-Keys of a mapping that are not inputs: `labels`. The key `attention_mask`, if present, says which positions are
-real (1) and which are padding (0).
+Keys of a mapping that are not inputs: `labels`, and `row_ids`, the rows' numbers in their collection. The key
+`attention_mask`, if present, says which positions are real (1) and which are padding (0).
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,22 +14,100 @@ from torch import Tensor, nn
 
 from rmtkd.errors import DataError
 
-Batch = Mapping[str, Tensor] | tuple[Tensor, Tensor] | list[Tensor]
+Rows = Mapping[str, Tensor] | tuple[Tensor, ...] | list[Tensor]
+"""What data loaders give: tensors whose first dimension is the row."""
+Forward = Callable[[nn.Module, Any], Tensor]
+"""Class scores of shape `(rows, classes)` from a model and what a loader gave."""
+NOT_INPUTS = frozenset({"labels", "row_ids"})
+
+
+@dataclass(frozen=True)
+class Call:
+    """Rows that a model is not called with in one of the two usual ways."""
+
+    rows: Rows
+    forward: Forward
+
+
+Batch = Rows | Call
 """One batch. Collections of batches are *re-iterable*: a list, a `DataLoader`, anything with `__iter__`."""
+
+
+class Calls:
+    """A collection of batches with a `forward` of its own."""
+
+    def __init__(self, batches: Iterable[Rows], forward: Forward):
+        self.batches, self.forward = batches, forward
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next pass, where the collection can."""
+        set_epoch(self.batches, epoch)
+
+    def __iter__(self) -> Iterator[Call]:
+        return (Call(rows, self.forward) for rows in self.batches)
+
+
+class Share:
+    """Every `step`-th batch of a collection, of the same pass each time."""
+
+    def __init__(self, batches: Iterable[Batch], step: int):
+        self.step = step
+        # A collection that knows epochs gives the same pass again; of others the batches are kept.
+        self.batches = batches if hasattr(batches, "set_epoch") else list(every(batches, step))
+        self.kept = self.batches is not batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.kept:
+            return iter(self.batches)
+        set_epoch(self.batches, 0)
+        return every(self.batches, self.step)
+
+
+def set_epoch(batches: Iterable[Any], epoch: int) -> None:
+    """Choose the order of the next pass through a collection that knows epochs; others keep their own."""
+    if hasattr(batches, "set_epoch"):
+        batches.set_epoch(epoch)  # type: ignore[attr-defined]
+
+
+def map_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    """The batch with every tensor changed."""
+    if isinstance(batch, Call):
+        return replace(batch, rows=map_tensors(batch.rows, change))
+    if isinstance(batch, Mapping):
+        return {name: change(value) for name, value in batch.items()}
+    return tuple(change(value) for value in batch)
 
 
 def inputs(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The positional and keyword arguments that the model is called with."""
+    if isinstance(batch, Call):
+        return inputs(batch.rows)
     if isinstance(batch, Mapping):
-        return (), {name: value for name, value in batch.items() if name != "labels"}
+        return (), {name: value for name, value in batch.items() if name not in NOT_INPUTS}
     return (batch[0],), {}
 
 
 def labels(batch: Batch) -> Tensor | None:
     """The class indices, shape `(rows,)`, or None where the batch has none."""
+    if isinstance(batch, Call):
+        return labels(batch.rows)
     if isinstance(batch, Mapping):
         return batch.get("labels")
     return batch[1] if len(batch) > 1 else None
+
+
+def labelled(batch: Batch, answers: Tensor) -> Batch:
+    """The batch with these class indices as its labels."""
+    if isinstance(batch, Call):
+        return replace(batch, rows=labelled(batch.rows, answers))
+    return {**batch, "labels": answers} if isinstance(batch, Mapping) else (batch[0], answers)
+
+
+def row_ids(batch: Batch) -> Tensor | None:
+    """The rows' numbers in their collection, shape `(rows,)`, or None where they have none."""
+    if isinstance(batch, Call):
+        return row_ids(batch.rows)
+    return batch.get("row_ids") if isinstance(batch, Mapping) else None
 
 
 def real_positions(batch: Batch) -> Tensor | None:
@@ -36,6 +116,8 @@ def real_positions(batch: Batch) -> Tensor | None:
     Raises:
         DataError: if the mask has another number of dimensions: then it does not say which positions are real.
     """
+    if isinstance(batch, Call):
+        return real_positions(batch.rows)
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if mask is not None and mask.ndim != 2:
         raise DataError(
@@ -47,31 +129,47 @@ def real_positions(batch: Batch) -> Tensor | None:
 
 def to(batch: Batch, device: torch.device | str) -> Batch:
     """The batch with every tensor on `device`."""
-    if isinstance(batch, Mapping):
-        return {name: value.to(device) for name, value in batch.items()}
-    return tuple(value.to(device) for value in batch)  # type: ignore[return-value]
+    return map_tensors(batch, lambda value: value.to(device))
 
 
 def rows(batch: Batch) -> int:
     """The number of rows in the batch."""
-    first = next(iter(batch.values())) if isinstance(batch, Mapping) else batch[0]
-    return len(first)
+    return len(_first_tensor(batch))
 
 
 def length(batch: Batch) -> int:
-    """The number of positions of each row, padding included; 1 for a pair."""
-    return next(iter(inputs(batch)[1].values())).shape[1] if isinstance(batch, Mapping) else 1
+    """The number of positions of each row, padding included; 1 where rows are not token sequences."""
+    _, kwargs = inputs(batch)
+    tokens = next(iter(kwargs.values()), None)
+    return 1 if tokens is None or tokens.ndim < 2 else tokens.shape[1]
 
 
 def head(batch: Batch, count: int) -> Batch:
     """The first `count` rows of the batch."""
-    if isinstance(batch, Mapping):
-        return {name: value[:count] for name, value in batch.items()}
-    return tuple(value[:count] for value in batch)  # type: ignore[return-value]
+    return map_tensors(batch, lambda value: value[:count])
+
+
+def split(batch: Batch, pieces: int) -> list[Batch]:
+    """The rows of the batch in so many pieces of about the same size; fewer where there are fewer rows."""
+    if pieces == 1:
+        return [batch]
+    size = -(-rows(batch) // pieces)
+    return [
+        map_tensors(batch, lambda value, start=start: value[start : start + size])
+        for start in range(0, rows(batch), size)
+    ]
+
+
+def _first_tensor(batch: Batch) -> Tensor:
+    if isinstance(batch, Call):
+        return _first_tensor(batch.rows)
+    return next(iter(batch.values())) if isinstance(batch, Mapping) else batch[0]
 
 
 def logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Class scores of shape `(rows, classes)`: the model's output, or its field `logits`."""
+    """Class scores of shape `(rows, classes)`: the model's output, or its field `logits`, or what `forward` makes."""
+    if isinstance(batch, Call):
+        return batch.forward(model, batch.rows)
     args, kwargs = inputs(batch)
     output = model(*args, **kwargs)
     return output if isinstance(output, Tensor) else output.logits

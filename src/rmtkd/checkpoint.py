@@ -1,5 +1,10 @@
-"""The run folder: what a run was asked, what it did, what it found. Every file is written whole or not at all."""
+"""The run folder: what a run was asked, what it did, what it found, and where it stands.
 
+Every file is written whole or not at all. Where the run stands is two files, each replaced in one piece: `last/round`
+after every round, `last/step` now and then within one. A state of a round that is over counts for nothing.
+"""
+
+import hashlib
 import io
 import itertools
 import json
@@ -8,16 +13,18 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor
 
-from rmtkd.environment import versions
 from rmtkd.errors import RunError
 from rmtkd.planning import Plan, Spectrum
-from rmtkd.schedule import Options
 
 PLAN_FILES = re.compile(r"(plan|spectra)(\.\d+)?\.(json|npz)")
 """What `rmtkd plan` writes, earlier plans with a number. A folder that holds only these is not a run."""
@@ -63,20 +70,45 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 class RunFolder:
-    """`config.json · record.jsonl · plan.json · spectra.npz · summary.json · model/`."""
+    """`config.json · record.jsonl · plan.json · spectra.npz · last/ · summary.json · model/`."""
 
     def __init__(self, path: Path):
         self.path = path
+        self._lock: int | None = None
 
     @classmethod
-    def create(cls, path: Path, options: Options) -> "RunFolder":
+    def create(cls, path: Path, config: Mapping[str, Any]) -> "RunFolder":
         """Start a run in a new or empty folder, or in one that holds only a plan.
+
+        Args:
+            path: the folder.
+            config: what `config.json` shall say: all that it takes to start the run again.
 
         Raises:
             RunError: if the folder holds another run or other files, or cannot be written.
         """
         folder = cls.for_plan(path)
-        folder.save_json("config.json", {"options": options.to_dict(), "versions": versions()})
+        folder.save_json("config.json", config)
+        folder._take()
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """The folder of a run that was started, to go on with. What was left half written is cleared away.
+
+        Raises:
+            RunError: if there is no run, it cannot be written, or another process is at it.
+        """
+        folder = cls(path)
+        folder.config()
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise RunError(f"a run folder must be writable. {path} is not. Change its permissions, or copy it.")
+        folder._take()
+        for leftover in (*path.glob(".*.partial"), *path.glob("last/.*.partial")):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        record = path / "record.jsonl"
+        if record.exists() and not (lines := record.read_bytes()).endswith(b"\n"):
+            write_atomically(record, lines[: lines.rfind(b"\n") + 1])
         return folder
 
     @classmethod
@@ -87,7 +119,8 @@ class RunFolder:
             RunError: if the folder holds a run or other files, or cannot be written.
         """
         cls.check_free(path)
-        path.mkdir(parents=True, exist_ok=True)
+        with _told(path):
+            path.mkdir(parents=True, exist_ok=True)
         return cls(path)
 
     @staticmethod
@@ -101,31 +134,104 @@ class RunFolder:
         found = sorted(file.name for file in path.iterdir()) if path.exists() else []
         if others := [name for name in found if not PLAN_FILES.fullmatch(name)]:
             held = "another run" if "config.json" in found else f"other files ({others[0]})"
+            hint = f"Go on with it: rmtkd resume {path}. Or choose" if "config.json" in found else "Choose"
             raise RunError(
                 f"--out must be a new folder, or hold only a plan. {path} holds {held}. "
-                "Choose another folder, or remove this one; nothing in it was changed."
+                f"{hint} another folder, or remove this one; nothing in it was changed."
             )
+
+    def config(self) -> dict[str, Any]:
+        """What the run was asked.
+
+        Raises:
+            RunError: if the folder holds no run.
+        """
+        return self._read_json("config.json", "Start one: rmtkd compress.")
+
+    def summary(self) -> dict[str, Any] | None:
+        """The record of a finished run; None while it is not finished."""
+        return self._read_json("summary.json", "") if (self.path / "summary.json").is_file() else None
+
+    def plan(self) -> Plan | None:
+        """The plan of the run; None while it has none."""
+        path = self.path / "plan.json"
+        return Plan.from_json(path.read_text()) if path.is_file() else None
+
+    def has_begun(self) -> bool:
+        """Whether the run has come as far as its plan."""
+        return (self.path / "last" / "round.safetensors").exists()
+
+    def forget(self) -> None:
+        """Remove a run that was refused before it had a plan, so that its folder is free again."""
+        self.release()
+        for name in ("config.json", "record.jsonl"):
+            (self.path / name).unlink(missing_ok=True)
+        self.drop_state()
+        with suppress(OSError):  # a plan lies in it
+            self.path.rmdir()
+
+    def release(self) -> None:
+        """Let other processes have the run."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def append(self, event: Mapping[str, Any]) -> None:
         """Add one event to the record; the steps of training are left out, rounds sum them up."""
         if event["event"] != "step":
-            with (self.path / "record.jsonl").open("a") as file:
+            with _told(self.path), (self.path / "record.jsonl").open("a") as file:
                 file.write(json.dumps(event) + "\n")
 
     def save_json(self, name: str, value: Any) -> None:
         """Write a JSON file."""
-        write_json(self.path / name, value)
+        with _told(self.path):
+            write_json(self.path / name, value)
+
+    def save_state(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Write `last/NAME.safetensors`, in place of the one that is there.
+
+        Args:
+            name: `round` or `step`.
+            tensors: by name; copied, from any device.
+            facts: plain JSON values.
+        """
+        stored = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        metadata = {"facts": json.dumps(facts), "checksum": checksum(stored, json.dumps(facts))}
+        with _told(self.path):
+            (self.path / "last").mkdir(exist_ok=True)
+            write_atomically(self.path / "last" / f"{name}.safetensors", serialize(stored, metadata=metadata))
+
+    def load_state(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What `save_state` wrote last under this name; None if there is nothing.
+
+        Raises:
+            RunError: if the file is damaged.
+        """
+        path = self.path / "last" / f"{name}.safetensors"
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata()
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            if metadata["checksum"] != checksum(tensors, metadata["facts"]):
+                raise ValueError("another checksum than was written")
+            return tensors, json.loads(metadata["facts"])
+        except Exception as error:  # whatever safetensors and JSON make of damaged bytes
+            instead = "the start of its round" if name == "step" else "the beginning"
+            raise RunError(
+                f"{path} must be as it was written. Reading it gave: {error or type(error).__name__}. Restore it, or "
+                f"remove it: then `rmtkd resume {self.path}` goes on from {instead}. Nothing was changed."
+            ) from error
+
+    def drop_state(self) -> None:
+        """Remove where the run stands: it is finished."""
+        shutil.rmtree(self.path / "last", ignore_errors=True)
 
     def save_plan(self, plan: Plan, spectrums: Mapping[str, Sequence[Spectrum]]) -> None:
         """Write the plan and the spectra that it was made from. Another plan that is there is kept, under a number."""
         content = (plan.to_json() + "\n").encode()
         current = self.path / "plan.json"
-        if current.exists() and current.read_bytes() != content:
-            number = next(n for n in itertools.count(1) if not (self.path / f"plan.{n}.json").exists())
-            for name in ("plan{}.json", "spectra{}.npz"):
-                if (self.path / name.format("")).exists():
-                    (self.path / name.format("")).rename(self.path / name.format(f".{number}"))
-        write_atomically(current, content)
         arrays = {}
         for name, streams in spectrums.items():
             for i, spectrum in enumerate(streams):
@@ -133,4 +239,56 @@ class RunFolder:
                 arrays[f"{name}/{i}/samples"] = np.int64(spectrum.samples)
         packed = io.BytesIO()
         np.savez_compressed(packed, **arrays)
-        write_atomically(self.path / "spectra.npz", packed.getvalue())
+        with _told(self.path):
+            if current.exists() and current.read_bytes() != content:
+                number = next(n for n in itertools.count(1) if not (self.path / f"plan.{n}.json").exists())
+                for name in ("plan{}.json", "spectra{}.npz"):
+                    if (self.path / name.format("")).exists():
+                        (self.path / name.format("")).rename(self.path / name.format(f".{number}"))
+            write_atomically(self.path / "spectra.npz", packed.getvalue())
+            write_atomically(current, content)  # last: a run with a plan has its spectra
+
+    def _read_json(self, name: str, hint: str) -> dict[str, Any]:
+        path = self.path / name
+        try:
+            return json.loads(path.read_text())
+        except FileNotFoundError:
+            raise RunError(f"a run folder must hold {name}. {self.path} does not. {hint}".rstrip()) from None
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path} must be as it was written. Reading it gave: {error}. Restore it.") from None
+
+    def _take(self) -> None:
+        """Keep other processes away until this one ends, however it ends."""
+        try:
+            import fcntl
+        except ImportError:  # a system without it goes without
+            return
+        self._lock = os.open(self.path / "config.json", os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.release()
+            raise RunError(
+                f"one process at a time must work on a run. Another one is at {self.path}. Wait for it, or stop it."
+            ) from None
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Errors of the file system in our own words."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"the run folder must take what is written to it. {path} does not: {error.strerror or error}. "
+            f"What was written before stays. Make room or change its permissions, then: rmtkd resume {path}"
+        ) from error
+
+
+def checksum(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """SHA-256 of names, shapes and bytes of tensors, and of a text."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

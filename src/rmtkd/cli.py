@@ -33,7 +33,7 @@ Data = Annotated[Path | None, typer.Option("--data", help="Folder of parquet fil
 Seed = Annotated[int, typer.Option(help="Of everything random.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
-Precision = Annotated[str, typer.Option(help="Of training: auto (tries once which is faster), fp32 or bf16.")]
+Precision = Annotated[str, typer.Option(help="Of training: auto (bf16 where the machine has it), fp32 or bf16.")]
 Target = Annotated[str | None, typer.Option(help="What remains: 25%params, 40%flops, 5M. Tied weights count once.")]
 Tau = Annotated[float, typer.Option(help="Quantile that starts the noise level; larger cuts more.")]
 Rule = Annotated[str, typer.Option(help="Spectral rule.")]

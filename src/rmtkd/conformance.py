@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from rmtkd import batches as batching
 from rmtkd.activations import collect
 from rmtkd.batches import Batch
-from rmtkd.compression import fit_bases
 from rmtkd.covariance import Covariance
+from rmtkd.cutting import fit_bases
 from rmtkd.errors import DataError, RmtkdError, SurgeryError, UnsupportedModelError
 from rmtkd.measurement import evaluation
 from rmtkd.sites import Site, by_width, check_parameters, find_family, search

@@ -1,10 +1,10 @@
-"""Training with and without a teacher: the loss, and one phase of optimisation."""
+"""What a student is taught: hard labels, the teacher's answers, and the teacher's hidden states."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -15,10 +15,6 @@ from rmtkd import batches as batching
 from rmtkd.batches import Batch
 from rmtkd.errors import DataError, OptionError
 
-Precision = Literal["fp32", "bf16"]
-PRECISIONS = ("auto", "fp32", "bf16")
-"""What may be asked for; `auto` is whichever is faster."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Recovery:
@@ -27,31 +23,37 @@ class Recovery:
     Attributes:
         alpha: weight of the labels' cross-entropy; 1 - alpha is the teacher's.
         temperature: of both softmaxes; the divergence is scaled by its square.
+        hidden: weight of the difference of hidden states after each block; 0 leaves them free.
         lr: peak learning rate of AdamW. Linear warm-up, then linear decay to a tenth.
         weight_decay: on matrices, not on biases and norms.
         warmup: share of the steps of a phase that warm up.
         clip: largest gradient norm.
         freeze_embeddings: leave embedding tables as they are.
+        average: decay of a moving average of the weights, which is what a phase ends with (and what then teaches the
+            next one); 0 ends with the last weights.
+        cache_teacher: keep the teacher's answers to rows that come again.
     """
 
     alpha: float = 0.3
     temperature: float = 2.0
+    hidden: float = 0.0
     lr: float = 2e-4
     weight_decay: float = 0.01
     warmup: float = 0.1
     clip: float = 1.0
     freeze_embeddings: bool = False
+    average: float = 0.0
+    cache_teacher: bool = True
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("alpha", 0, 1),
-            ("warmup", 0, 1),
-        ):
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise OptionError(f"{name} must be within [{low}, {high}]. Got {value}.")
-        if not 0 <= self.weight_decay < math.inf:
-            raise OptionError(f"weight_decay must be at least 0. Got {self.weight_decay}.")
+        for name in ("alpha", "warmup"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise OptionError(f"{name} must be within [0, 1]. Got {getattr(self, name)}.")
+        if not 0 <= self.average < 1:
+            raise OptionError(f"average must be within [0, 1). Got {self.average}.")
+        for name in ("weight_decay", "hidden"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise OptionError(f"{name} must be at least 0. Got {getattr(self, name)}.")
         for name in ("temperature", "lr", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise OptionError(f"{name} must be greater than 0. Got {getattr(self, name)}.")
@@ -90,125 +92,101 @@ def distillation_loss(
     return alpha * functional.cross_entropy(student, labels) + (1 - alpha) * divergence
 
 
-def train(
-    student: nn.Module,
-    rows: Iterable[Batch],
-    *,
-    steps: int,
-    first_epoch: int = 0,
-    teacher: nn.Module | None = None,
-    recovery: Recovery,
-    precision: Precision = "fp32",
-    on_step: Callable[[int, float], None] | None = None,
-) -> list[float]:
-    """Train the student, in place, for a number of steps; with a teacher, by distillation.
+def hidden_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], mask: Tensor | None) -> Float[Tensor, ""]:
+    """Mean over blocks of `E‖h_student - h_teacher‖² / E‖h_teacher‖²`, each mean taken over the real positions.
+
+    Student and teacher have the same hidden width, so that no map between them must be learned; the ratio has no scale,
+    so that one weight serves every block and model.
 
     Args:
-        student: the model to train, left in evaluation mode.
-        rows: training batches, gone through as often as needed; `set_epoch(number)` is called before each pass where
-            the collection has it.
-        steps: optimisation steps.
-        first_epoch: number of the first pass.
-        teacher: evaluated without gradients, in evaluation mode.
-        recovery: loss, optimiser and schedule.
-        precision: `bf16` runs both models under autocast.
-        on_step: called after each step with its number, from 1, and its loss.
+        students: hidden states of the student after each block, `rows × … × width`.
+        teachers: those of the teacher, of the same shapes.
+        mask: which positions are real, `rows × length`; None if all are.
 
-    Returns:
-        The loss of every step.
-
-    Raises:
-        DataError: if there are no rows, labels are missing or outside the head's range, or the loss is not finite.
+    Reference:
+        The hidden-state term of TinyBERT, arXiv 1909.10351, eq. 8, without its adapter.
     """
-    device = next(student.parameters()).device
-    frozen = _embedding_tables(student) if recovery.freeze_embeddings else set()
-    trained = [parameter for parameter in student.parameters() if id(parameter) not in frozen]
-    optimizer = _optimizer(trained, recovery)
-    autocast = torch.autocast(device.type, torch.bfloat16, cache_enabled=True) if precision == "bf16" else nullcontext()
-    losses = []
-    student.train()
-    if teacher is not None:
-        teacher.eval()
-    flags = [(parameter, parameter.requires_grad) for parameter in student.parameters()]
-    for parameter, _ in flags:
-        parameter.requires_grad_(id(parameter) not in frozen)
+    ratios = []
+    for student, teacher in zip(students, teachers, strict=True):
+        if mask is not None:
+            student, teacher = student[mask], teacher[mask]
+        student, teacher = student.float(), teacher.float()
+        ratios.append((student - teacher).square().mean() / teacher.square().mean().clamp_min(1e-12))
+    return torch.stack(ratios).mean()
+
+
+@contextmanager
+def outputs_of(model: nn.Module, paths: Sequence[str]) -> Iterator[list[Tensor]]:
+    """A list that receives the output of each module at `paths` in every forward pass; empty it in between."""
+    seen: list[Tensor] = []
+
+    def see(_: nn.Module, __: Any, output: Any) -> None:
+        seen.append(output if isinstance(output, Tensor) else output[0])
+
+    handles = [model.get_submodule(path).register_forward_hook(see) for path in paths]
     try:
-        for step, batch in zip(range(steps), _endless(rows, first_epoch), strict=False):
-            for group in optimizer.param_groups:
-                group["lr"] = recovery.lr * learning_rate_factor(step, steps, recovery.warmup)
-            labels = batching.labels(batch)
-            batch = batching.to(batch, device)
-            with autocast:
-                guide = None
-                if teacher is not None:
-                    with torch.no_grad():
-                        guide = batching.logits(teacher, batch).float()
-                scores = batching.logits(student, batch).float()
-            _check_labels(labels, scores.shape[1])
-            loss = distillation_loss(
-                scores,
-                guide,
-                batching.labels(batch),
-                alpha=recovery.alpha,
-                temperature=recovery.temperature,
-            )
-            losses.append(float(loss.detach()))
-            if not math.isfinite(losses[-1]):
-                raise DataError(
-                    f"the loss must stay finite. It became {losses[-1]} at step {step + 1}. "
-                    "Lower the learning rate, or look for bad rows."
-                )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(trained, recovery.clip)
-            optimizer.step()
-            if on_step:
-                on_step(step + 1, losses[-1])
+        yield seen
     finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        student.eval()
-    return losses
+        for handle in handles:
+            handle.remove()
 
 
-def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
-    """Linear warm-up over the first share of the steps, then linear decay to a tenth at the last."""
-    rising = max(1, round(warmup * steps))
-    if step < rising:
-        return (step + 1) / rising
-    return 1 - 0.9 * (step - rising) / max(1, steps - 1 - rising)
+class Teacher:
+    """A model that answers; its answers to rows with numbers can be kept for the next time.
+
+    Args:
+        model: evaluated without gradients, in evaluation mode.
+        cache: whether answers are kept. Padding moves an answer by no more than rounding.
+    """
+
+    def __init__(self, model: nn.Module, *, cache: bool = False):
+        self.model, self.cache = model.eval(), cache
+        self.kept: Float[Tensor, "known classes"] | None = None
+        """Answers by row number; NaN where there is none yet."""
+
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> Float[Tensor, "rows classes"]:
+        """The teacher's class scores, in float32."""
+        ids = batching.row_ids(batch) if self.cache else None
+        if ids is not None and self.kept is not None and int(ids.max()) < len(self.kept):
+            answers = self.kept[ids.cpu()]
+            if not answers.isnan().any():
+                return answers.to(ids.device)
+        answers = batching.logits(self.model, batch).float()
+        if ids is not None:
+            self._keep(ids.cpu(), answers.cpu())
+        return answers
+
+    def _keep(self, ids: Tensor, answers: Tensor) -> None:
+        known = 0 if self.kept is None else len(self.kept)
+        if (needed := int(ids.max()) + 1) > known:
+            grown = answers.new_full((max(needed, 2 * known), answers.shape[1]), math.nan)
+            if self.kept is not None:
+                grown[:known] = self.kept
+            self.kept = grown
+        self.kept[ids] = answers  # type: ignore[index]
 
 
-def _check_labels(labels: Tensor | None, classes: int) -> None:
-    """Raise `DataError` for labels that the head does not have: on a GPU the loss itself would end the process."""
-    if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        raise DataError(
-            f"training labels must be within 0..{classes - 1}, the range of the model's head. Got "
-            f"{int(labels.min())}..{int(labels.max())}. Map the labels, or use a model with that many classes."
-        )
+class WeightAverage:
+    """Exponential moving average of a model's parameters.
 
+    Reference:
+        Tarvainen, Valpola, arXiv 1703.01780 (a teacher that is the average of students).
+    """
 
-def _endless(rows: Iterable[Batch], epoch: int) -> Iterator[Batch]:
-    while True:
-        if hasattr(rows, "set_epoch"):
-            rows.set_epoch(epoch)  # type: ignore[attr-defined]
-        empty = True
-        for batch in rows:
-            empty = False
-            yield batch
-        if empty:
-            raise DataError("training rows must hold at least one batch. Got none. Pass more rows.")
-        epoch += 1
+    def __init__(self, model: nn.Module, decay: float = 0.999):
+        self.decay, self.count = decay, 0
+        self.current = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        self.average = {name: parameter.clone() for name, parameter in self.current.items()}
 
+    def update(self) -> None:
+        """Take in the current parameters. The first updates weigh more, so that the start is forgotten."""
+        self.count += 1
+        weight = 1 - min(self.decay, (1 + self.count) / (10 + self.count))
+        for name, average in self.average.items():
+            average.lerp_(self.current[name], weight)
 
-def _embedding_tables(model: nn.Module) -> set[int]:
-    return {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-
-
-def _optimizer(parameters: Iterable[nn.Parameter], recovery: Recovery) -> torch.optim.AdamW:
-    parameters = list(parameters)
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": recovery.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=recovery.lr, fused=True)
+    def apply(self) -> None:
+        """Give the model its averaged parameters."""
+        for name, average in self.average.items():
+            self.current[name].copy_(average)

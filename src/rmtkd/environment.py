@@ -30,7 +30,7 @@ def machine() -> dict[str, str]:
         "processor": _processor(),
         "cores": str(os.cpu_count()),
         "threads": str(torch.get_num_threads()),
-        "bf16 matrix instructions": str(torch.cpu._is_avx512_bf16_supported()),
+        "bf16 matrix instructions": str(has_bf16("cpu")),
     }
     if torch.cuda.is_available():
         facts["accelerator"] = torch.cuda.get_device_name()
@@ -54,6 +54,14 @@ def check_device(name: str) -> str:
             "install torch with CUDA."
         )
     return name
+
+
+def has_bf16(device: str) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware: then training under autocast is faster (1.3–3 times
+    on the CPUs that were measured, the more the wider the model)."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _processor() -> str:

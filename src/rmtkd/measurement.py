@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rmtkd import batches as batching
 from rmtkd.batches import Batch
 from rmtkd.errors import DataError
+from rmtkd.memory import Pieces
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,8 +164,15 @@ def proportion(hits: int, n: int) -> Estimate:
     return Estimate(value=p, n=n, stderr=math.sqrt(p * (1 - p) / n))
 
 
-def predict(model: nn.Module, rows: Iterable[Batch]) -> tuple[Float[Tensor, "rows classes"], Int[Tensor, " rows"]]:
+def predict(
+    model: nn.Module, rows: Iterable[Batch], *, pieces: Pieces | None = None
+) -> tuple[Float[Tensor, "rows classes"], Int[Tensor, " rows"]]:
     """Scores and labels of all rows, on the CPU, computed in the model's own precision."""
+    pieces = pieces or Pieces()
+
+    def answer(parts: Sequence[Batch]) -> Tensor:
+        return torch.cat([batching.logits(model, batching.to(part, device)).float().cpu() for part in parts])
+
     device = next(model.parameters()).device
     scores, labels = [], []
     with evaluation(model):
@@ -172,44 +180,22 @@ def predict(model: nn.Module, rows: Iterable[Batch]) -> tuple[Float[Tensor, "row
             batch_labels = batching.labels(batch)
             if batch_labels is None:
                 raise DataError("rows that are evaluated must have labels. Got a batch without. Add `labels`.")
-            scores.append(batching.logits(model, batching.to(batch, device)).float().cpu())
+            scores.append(pieces(batch, answer))
             labels.append(batch_labels.cpu())
     if not scores:
         raise DataError("at least one labelled row is needed to measure accuracy. Got none. Pass more rows.")
     return torch.cat(scores), torch.cat(labels)
 
 
-def accuracy(model: nn.Module, rows: Iterable[Batch]) -> Estimate:
+def accuracy(model: nn.Module, rows: Iterable[Batch], *, pieces: Pieces | None = None) -> Estimate:
     """Share of rows whose highest score is the label's."""
-    scores, labels = predict(model, rows)
+    scores, labels = predict(model, rows, pieces=pieces)
     return proportion(int((scores.argmax(-1) == labels).sum()), len(labels))
 
 
 def chance_level(labels: Int[Tensor, " rows"]) -> float:
     """Accuracy of always answering the commonest class."""
     return float(labels.bincount().max() / len(labels))
-
-
-def is_bf16_faster(model: nn.Module, batch: Batch, *, repeats: int = 3) -> bool:
-    """Whether a training step (forward and backward) of this model on this batch is faster under bf16 autocast here.
-
-    The model's gradients are gone afterwards.
-    """
-    device = next(model.parameters()).device
-    batch = batching.to(batch, device)
-    seconds = {}
-    for enabled in (False, True):
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
-                loss = batching.logits(model, batch).float().logsumexp(-1).sum()
-            loss.backward()
-            _wait(device)
-            times.append(time.perf_counter() - start)
-            model.zero_grad(set_to_none=True)
-        seconds[enabled] = min(times)
-    return seconds[True] < seconds[False]
 
 
 def _wait(device: torch.device) -> None:

@@ -56,6 +56,14 @@ def describe(event: Mapping[str, Any]) -> str | None:
                 f"round {event['number']}: {event['parameters']:,} parameters, {event['accuracy']:.2%} on selection "
                 f"after {event['steps']} steps{back}"
             )
+        case "memory":
+            return f"memory ran out: from here on a batch is run in {event['pieces']} pieces"
+        case "resume":
+            return f"going on after {event['rounds']} rounds"
+        case "interrupted":
+            return f"interrupted {event['where']}"
+        case "finished":
+            return f"this run is finished: {event['stop_reason']}"
         case "measure":
             return "measuring both models"
         case "done":

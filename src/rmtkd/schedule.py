@@ -1,15 +1,16 @@
 """What a run is asked to do, what it did, and when it stops: options, records, and rules that read only records."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from rmtkd.distillation import PRECISIONS, Recovery
+from rmtkd.distillation import Recovery
 from rmtkd.environment import check_device
 from rmtkd.errors import OptionError, check_choice
 from rmtkd.planning import Target
 from rmtkd.spectra import RULES
+from rmtkd.training import PRECISIONS
 
 Granularity = Literal["site", "layer", "round"]
 
@@ -32,10 +33,10 @@ class Options:
         min_share: no width below this share of its full size (the method's ρ_min).
         calibration_share: share of the training batches whose activations are seen.
         recovery: the training after each cut.
-        precision: of training; `auto` tries once whether bf16 is faster on this machine. Name one of `fp32` and `bf16`
-            for a run that is the same to the bit again.
+        precision: of training; `auto` is bf16 where this machine has instructions for it.
         seed: of everything random.
         device: where the models run.
+        save_every_s: seconds between two saves of where the run stands, if it has a folder.
     """
 
     target: str | None = None
@@ -53,6 +54,7 @@ class Options:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     seed: int = 0
     device: str = "cpu"
+    save_every_s: float = 30.0
 
     def __post_init__(self) -> None:
         check_choice("rule", self.rule, RULES)
@@ -70,6 +72,7 @@ class Options:
             ("min_share", 0 <= self.min_share <= 1, "within [0, 1]"),
             ("calibration_share", 0 < self.calibration_share <= 1, "within (0, 1]"),
             ("seed", self.seed >= 0, "at least 0"),
+            ("save_every_s", 0 <= self.save_every_s < math.inf, "at least 0"),
         ):
             if not ok:
                 raise OptionError(f"{name} must be {must}. Got {getattr(self, name)}.")
@@ -78,6 +81,11 @@ class Options:
     def to_dict(self) -> dict[str, Any]:
         """The options as plain JSON values."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Options":
+        """The options that `to_dict` gave."""
+        return cls(**{**values, "recovery": Recovery(**values["recovery"])})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +109,12 @@ class Round:
     seconds_cut: float
     seconds_recovery: float
     rolled_back: bool = False
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Round":
+        """The round that `asdict` gave, also through JSON."""
+        widths = {name: tuple(pair) for name, pair in values["widths"].items()}
+        return cls(**{**values, "sites": tuple(values["sites"]), "widths": widths})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,12 +78,27 @@ def skeleton(model: nn.Module, sites: Sequence[Site], widths: Mapping[str, int])
     return student
 
 
+def fill(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Put values in place of the parameters and buffers of these names, of any shape; tied ones stay tied."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    for name, value in values.items():
+        if name in buffers:
+            path, _, leaf = name.rpartition(".")
+            model.get_submodule(path)._buffers[leaf] = value
+            continue
+        old = model.get_parameter(name)
+        new = nn.Parameter(value, requires_grad=old.requires_grad)
+        for alias in names[id(old)]:
+            path, _, leaf = alias.rpartition(".")
+            setattr(model.get_submodule(path), leaf, new)
+
+
 def fill_with_zeros(model: nn.Module, device: torch.device | str) -> None:
     """Give the parameters of a skeleton values, in place, so that it runs."""
-    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        path, _, leaf = name.rpartition(".")
-        zeros = torch.zeros(parameter.shape, dtype=parameter.dtype, device=device)
-        setattr(model.get_submodule(path), leaf, nn.Parameter(zeros))
+    fill(model, {name: torch.zeros_like(value, device=device) for name, value in list(model.named_parameters())})
 
 
 def resize(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:

@@ -6,38 +6,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
-from rmtkd import batches as batching
 from rmtkd.checkpoint import RunFolder, new_folder, write_json
-from rmtkd.distillation import PRECISIONS, train
-from rmtkd.environment import check_device, versions
+from rmtkd.environment import check_device, has_bf16, versions
 from rmtkd.errors import OptionError, RunError, check_choice
-from rmtkd.measurement import accuracy, count_parameters, is_bf16_faster
+from rmtkd.measurement import accuracy, count_parameters
 from rmtkd.progress import Emitter, Listener
 from rmtkd.recipes.checkpoints import save_classifier
 from rmtkd.recipes.recipe import Recipe
-
-
-class WeightAverage:
-    """Exponential moving average of a model's parameters."""
-
-    def __init__(self, model: nn.Module, decay: float = 0.999):
-        self.decay, self.count = decay, 0
-        self.current = [parameter.detach() for parameter in model.parameters()]
-        self.average = [parameter.clone() for parameter in self.current]
-
-    def update(self) -> None:
-        """Take in the current parameters. The first updates weigh more, so that the start is forgotten."""
-        self.count += 1
-        weight = 1 - min(self.decay, (1 + self.count) / (10 + self.count))
-        for average, current in zip(self.average, self.current, strict=True):
-            average.lerp_(current, weight)
-
-    def apply(self) -> None:
-        """Give the model its averaged parameters."""
-        for average, current in zip(self.average, self.current, strict=True):
-            current.copy_(average)
+from rmtkd.training import PRECISIONS, Phase
 
 
 def train_teacher(
@@ -62,7 +39,7 @@ def train_teacher(
         data: folder of parquet files.
         epochs: passes over the training rows.
         lr: peak learning rate.
-        precision: of training; `auto` tries once whether bf16 is faster on this machine.
+        precision: of training; `auto` is bf16 where this machine has instructions for it.
         seed: of the head's start, the order of rows and dropout.
         device: where to train.
         on_event: called with every event.
@@ -88,26 +65,11 @@ def train_teacher(
     emit = Emitter([on_event] if on_event else [])
     steps = round(epochs * len(rows.train))
     if precision == "auto":
-        precision = "bf16" if is_bf16_faster(student, batching.first(rows.train, "train")) else "fp32"
-    average = WeightAverage(student) if recipe.average else None
-
-    def on_step(step: int, loss: float) -> None:
-        if average:
-            average.update()
-        emit("step", step=step, steps=steps, loss=loss)
-
+        precision = "bf16" if has_bf16(device) else "fp32"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        train(
-            student,
-            rows.train,
-            steps=steps,
-            recovery=recovery,
-            precision=precision,
-            on_step=on_step,
-        )
-    if average and steps:
-        average.apply()
+        phase = Phase(student, rows.train, steps=steps, recovery=recovery, precision=precision)
+        phase.run(lambda p: emit("step", step=len(p.losses), steps=steps, loss=p.losses[-1]))
     record = {
         "recipe": recipe.name,
         "start": Path(model).name if model and Path(model).exists() else model,

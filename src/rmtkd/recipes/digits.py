@@ -117,9 +117,8 @@ DIGITS = Recipe(
     rows=load_rows,
     file_rows=file_rows,
     example=example,
-    training=Recovery(lr=1e-3, weight_decay=0.01),
+    training=Recovery(lr=1e-3, average=0.999),
     epochs=24.0,
-    average=True,
     needs_no_checkpoint=True,
     options={"target": "25%params", "epochs": 5.0, "recovery": Recovery(lr=1e-3)},
 )

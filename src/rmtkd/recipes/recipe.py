@@ -42,7 +42,6 @@ class Recipe:
         labels: names of the classes, by index.
         training: how a teacher is trained.
         epochs: passes over the training rows for a teacher.
-        average: whether the teacher is the moving average of its weights.
         needs_no_checkpoint: whether a teacher can start from nothing.
         options: defaults of `schedule.Options` for this task.
     """
@@ -57,6 +56,5 @@ class Recipe:
     example: Callable[[nn.Module], dict[str, Any]]
     training: Recovery
     epochs: float
-    average: bool = False
     needs_no_checkpoint: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)

@@ -156,8 +156,7 @@ SST2 = Recipe(
     rows=partial(load_rows, SST2_TASK),
     file_rows=partial(file_rows, SST2_TASK),
     example=example,
-    training=Recovery(lr=4e-5, weight_decay=0.01),
+    training=Recovery(lr=4e-5, average=0.999),
     epochs=3.0,
-    average=True,
     options={},
 )

@@ -17,7 +17,7 @@ attention kernel survive) carry the same `shares`.
 
 from rmtkd.sites.parts import attention_sites, embedding_site, feed_forward_site, linear_site
 from rmtkd.sites.search import check_parameters, find_family, find_sites, longest_input, search
-from rmtkd.sites.site import Attribute, Axis, Kind, Quantity, Site, Stream, by_width, check_names
+from rmtkd.sites.site import Attribute, Axis, Kind, Quantity, Site, Stream, blocks_of, by_width, check_names
 
 __all__ = [
     "Attribute",
@@ -27,6 +27,7 @@ __all__ = [
     "Site",
     "Stream",
     "attention_sites",
+    "blocks_of",
     "by_width",
     "check_names",
     "check_parameters",

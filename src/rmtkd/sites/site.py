@@ -92,6 +92,11 @@ def by_width(sites: Iterable[Site]) -> dict[str, tuple[Site, ...]]:
     return groups
 
 
+def blocks_of(sites: Iterable[Site]) -> list[str]:
+    """Paths of the blocks that the sites lie in, in order."""
+    return list(dict.fromkeys(site.scope for site in sites if site.scope))
+
+
 def check_names(names: Iterable[str], sites: Sequence[Site]) -> None:
     """Raise `UnsupportedModelError` for the first name that no site has."""
     known = {site.name for site in sites}

@@ -1,0 +1,40 @@
+"""Cells of a benchmark: each is one JSON file, and one that has its file is not run again, so that a killed benchmark
+goes on where it stopped."""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rmtkd.environment import machine, versions
+
+
+def cell(path: Path, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The record of a cell: read, or run and written."""
+    if not path.exists():
+        print(f"running {path.stem}", flush=True)
+        start = time.monotonic()
+        record = {**run(), "seconds": time.monotonic() - start, "machine": machine(), "versions": versions()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1) + "\n")
+    record = json.loads(path.read_text())
+    print(f"{path.stem}: {headline(record)}", flush=True)
+    return record
+
+
+def headline(record: Mapping[str, Any]) -> str:
+    """The accuracies of a record in one line."""
+    after = record.get("compressed", record)
+    found = {key: after.get(key) for key in ("accuracy", "accuracy_selection")}
+    return ", ".join(
+        f"{key} {100 * (value['value'] if isinstance(value, Mapping) else value):.2f}"
+        for key, value in found.items()
+        if value is not None
+    )
+
+
+def print_event(event: Mapping[str, Any]) -> None:
+    """Rounds, and every 200th step."""
+    if event["event"] != "step" or event["step"] % 200 == 0:
+        print({k: v for k, v in event.items() if k not in ("widths", "sites", "options")}, flush=True)

@@ -1,0 +1,200 @@
+"""Cutting a network width by width, shallow to deep, each on the activations that the cuts before it leave.
+
+After every cut the activations further on are others, and are collected anew. What lies before the cut is not run
+again: the calls of a block are kept in files, so that a pass over the calibration rows runs one block and not all.
+"""
+
+import itertools
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rmtkd import batches as batching
+from rmtkd.activations import Enough, collect, readers
+from rmtkd.bases import Basis, bilinear_bases, linear_basis, unit_basis
+from rmtkd.batches import Batch, Call
+from rmtkd.covariance import Covariance
+from rmtkd.measurement import evaluation
+from rmtkd.memory import Pieces, is_out_of_memory
+from rmtkd.sites import Site, blocks_of, by_width
+from rmtkd.surgery import fold
+
+
+def fit_bases(model: nn.Module, site: Site, moments: Sequence[Covariance], keep: int) -> tuple[Basis, ...]:
+    """The bases of one site's streams at width `keep`, from the moments of its activations."""
+    if site.kind == "bilinear":
+        queries, keys = moments
+        # A constant added to all keys moves every score of a query alike, which softmax does not see: centre them.
+        return bilinear_bases(queries.second_moment(), keys.covariance(), keep)
+    form = {"linear": linear_basis, "pointwise": unit_basis}[site.kind]
+    (moment,) = moments
+    if not site.is_centred:
+        return (form(moment.second_moment(), torch.zeros_like(moment.mean), readers(model, site), keep),)
+    return (form(moment.covariance(), moment.mean, readers(model, site), keep),)
+
+
+def cut_in_order(
+    model: nn.Module,
+    sites: Sequence[Site],
+    widths: Mapping[str, int],
+    calibration: Iterable[Batch],
+    *,
+    blocks: Sequence[str] | None = None,
+    pieces: Pieces | None = None,
+    scratch: Path | None = None,
+) -> tuple[nn.Module, dict[str, tuple[Basis, ...]]]:
+    """Cut sites one width after the other, shallow to deep.
+
+    Args:
+        model: the model, left as it was.
+        sites: the sites to cut.
+        widths: for each site's name the width that is kept.
+        calibration: batches whose activations choose the bases.
+        blocks: paths of all blocks of the model in order; those of the sites by default.
+        pieces: in how many pieces a batch is run, should memory run out.
+        scratch: folder for the files of this cut; the system's by default.
+
+    Returns:
+        The narrower model and the bases by site name.
+    """
+    bases: dict[str, tuple[Basis, ...]] = {}
+    with BlockCalls(model, calibration, blocks or blocks_of(sites), scratch=scratch) as calls:
+        for group in by_width(sites).values():
+            moments = _moments(model, group, calibration, calls, pieces)
+            for site in group:
+                bases[site.name] = fit_bases(model, site, moments[site.name], widths[site.name])
+            model = fold(model, group, bases)
+    return model, bases
+
+
+def _moments(
+    model: nn.Module, group: Sequence[Site], calibration: Iterable[Batch], calls: "BlockCalls", pieces: Pieces | None
+) -> dict[str, tuple[Covariance, ...]]:
+    scope = group[0].scope
+    if scope is not None and calls.follow_each_other:
+        try:
+            calls.move_to(model, scope)
+            return collect(model, group, calls)
+        except (OSError, RuntimeError, MemoryError) as error:
+            if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+                raise
+            calls.follow_each_other = False  # no room for the files, or for whole batches: the long way needs neither
+    return collect(model, group, calibration, pieces=pieces)
+
+
+class BlockCalls:
+    """The calls of one block over all batches, in files: re-iterable, as batches that run only this block.
+
+    A network may use other inputs at every block. So the first batch is watched: only where every block is called once,
+    in order, with the output of the one before it and otherwise the very same arguments, do calls follow each other.
+
+    Args:
+        model: the network.
+        batches: what it is called with.
+        blocks: paths of its blocks, in order.
+        scratch: folder for the files; the system's by default.
+    """
+
+    def __init__(
+        self, model: nn.Module, batches: Iterable[Batch], blocks: Sequence[str], *, scratch: Path | None = None
+    ):
+        self.batches, self.blocks, self.scratch = batches, list(blocks), scratch
+        self.at: str | None = None
+        self.files: list[Path] = []
+        self.follow_each_other = len(self.blocks) > 0 and _follow_each_other(model, batches, self.blocks)
+
+    def __enter__(self) -> "BlockCalls":
+        self._folder = tempfile.TemporaryDirectory(prefix=".calls-", suffix=".partial", dir=self.scratch)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._folder.cleanup()
+
+    def move_to(self, model: nn.Module, block: str) -> None:
+        """Hold the calls of this block: run what lies between the last block held and this one."""
+        if self.at is None or self.blocks.index(block) < self.blocks.index(self.at):
+            self._record(model, block)
+        while self.at != block:
+            self._advance(model)
+
+    def __iter__(self) -> Iterator[Batch]:
+        assert self.at is not None, "move_to comes first"
+        for file in self.files:
+            yield self._read(file)
+
+    def _read(self, file: Path) -> Call:
+        kept = torch.load(file, weights_only=True)
+        mask: Mapping[str, Tensor] = {} if kept["mask"] is None else {"attention_mask": kept["mask"]}
+        return Call(rows={"state": kept["args"][0], **mask}, forward=partial(_call_block, self.at, kept))
+
+    def _record(self, model: nn.Module, block: str) -> None:
+        self.at, self.files = block, []
+        folder = Path(self._folder.name)
+        device = next(model.parameters()).device
+
+        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            kept.update(args=list(args), kwargs=dict(kwargs))
+            raise Enough
+
+        handle = model.get_submodule(block).register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            with evaluation(model):
+                for i, batch in enumerate(self.batches):
+                    kept: dict[str, Any] = {"mask": batching.real_positions(batch)}
+                    with suppress(Enough):
+                        batching.logits(model, batching.to(batch, device))
+                    self.files.append(folder / f"{i}.pt")
+                    torch.save(kept, self.files[-1])
+        finally:
+            handle.remove()
+
+    def _advance(self, model: nn.Module) -> None:
+        with evaluation(model):
+            for file in self.files:
+                kept = torch.load(file, weights_only=True)
+                kept["args"][0] = _first(_call_block(self.at, kept, model, None))
+                torch.save(kept, file)
+        self.at = self.blocks[self.blocks.index(self.at) + 1]  # type: ignore[arg-type]
+
+
+def _call_block(path: str | None, kept: Mapping[str, Any], model: nn.Module, _: object) -> Any:
+    assert path is not None
+    return model.get_submodule(path)(*kept["args"], **kept["kwargs"])
+
+
+def _first(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _follow_each_other(model: nn.Module, batches: Iterable[Batch], blocks: Sequence[str]) -> bool:
+    """Whether each block is called once, with the output of the block before it and else the same arguments."""
+    calls: list[tuple[str, tuple[Any, ...], dict[str, Any], Any]] = []
+
+    def see(path: str) -> Callable[..., None]:
+        return lambda _, args, kwargs, output: calls.append((path, args, kwargs, output))
+
+    with ExitStack() as hooks, evaluation(model):
+        for path in blocks:
+            handle = model.get_submodule(path).register_forward_hook(see(path), with_kwargs=True)
+            hooks.callback(handle.remove)
+        batch = batching.first(batches, "calibration")
+        batching.logits(model, batching.to(batching.head(batch, 2), next(model.parameters()).device))
+    if [path for path, *_ in calls] != list(blocks) or any(not args for _, args, _, _ in calls):
+        return False
+
+    def rest(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """Everything but the state that goes from block to block."""
+        return [*args[1:], *(kwargs[name] for name in sorted(kwargs))]
+
+    for (_, args, kwargs, output), (_, then_args, then_kwargs, _) in itertools.pairwise(calls):
+        if then_args[0] is not _first(output) or (len(args), sorted(kwargs)) != (len(then_args), sorted(then_kwargs)):
+            return False
+        if any(a is not b for a, b in zip(rest(args, kwargs), rest(then_args, then_kwargs), strict=True)):
+            return False
+    return True

@@ -1,0 +1,98 @@
+"""The dry run: what would be cut and why; and the cut alone, without recovery."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from rmtkd import batches as batching
+from rmtkd.activations import collect
+from rmtkd.batches import Batch
+from rmtkd.cutting import cut_in_order
+from rmtkd.errors import PlanError
+from rmtkd.memory import Pieces
+from rmtkd.planning import Plan, Spectrum, Target, make_plan, spectra_of
+from rmtkd.schedule import Options
+from rmtkd.sites import Site, blocks_of, find_sites
+from rmtkd.surgery import check_cut
+
+CHECK_ROWS = 4
+"""Rows on which every cut is checked against its reference, in float64."""
+
+
+def plan(
+    model: nn.Module,
+    *,
+    calibration: Iterable[Batch],
+    example: Batch | None = None,
+    sites: Sequence[Site] | None = None,
+    pieces: Pieces | None = None,
+    **options: Any,
+) -> tuple[Plan, dict[str, tuple[Spectrum, ...]]]:
+    """The dry run: collect activations, look at the spectra, choose the widths. Trains and changes nothing.
+
+    Args:
+        model: the untouched model.
+        calibration: batches whose activations are seen.
+        example: the batch whose FLOPs are predicted; the first calibration batch by default.
+        sites: the widths that may be narrowed; those of the model's family by default.
+        pieces: in how many pieces a batch is run, should memory run out.
+        options: the fields of `Options`.
+
+    Returns:
+        The plan, and the spectra it was made from by site name.
+    """
+    chosen = Options(**options)
+    sites = find_sites(model) if sites is None else tuple(sites)
+    spectrums = spectra_of(collect(model, sites, calibration, pieces=pieces))
+    if example is None:
+        example = batching.first(calibration, "calibration")
+    made = make_plan(
+        model,
+        sites,
+        spectrums,
+        example,
+        rule=chosen.rule,
+        tau=chosen.tau,
+        target=None if chosen.target is None else Target.parse(chosen.target),
+        multiple_of=chosen.multiple_of,
+        min_share=chosen.min_share,
+    )
+    return made, spectrums
+
+
+def narrow(
+    model: nn.Module, plan: Plan, *, calibration: Iterable[Batch], sites: Sequence[Site] | None = None
+) -> nn.Module:
+    """Apply a plan in closed form: cut, check, train nothing. The model is left as it was.
+
+    Args:
+        model: the model that the plan was made from.
+        plan: the widths to keep; edit them with `dataclasses.replace`, or in its JSON.
+        calibration: batches whose activations choose the bases.
+        sites: the widths that may be narrowed; those of the model's family by default.
+
+    Returns:
+        A new, narrower, dense model in evaluation mode.
+
+    Raises:
+        PlanError: if the plan names other sites than the model has.
+        SurgeryError: if the result differs from the projected full-width reference.
+    """
+    every = find_sites(model) if sites is None else tuple(sites)
+    cut = narrowed(every, plan)
+    student, bases = cut_in_order(model, cut, plan.widths, calibration, blocks=blocks_of(every))
+    check_cut(model, student, cut, bases, batching.head(batching.first(calibration, "calibration"), CHECK_ROWS))
+    return student.eval()
+
+
+def narrowed(sites: Sequence[Site], plan: Plan) -> tuple[Site, ...]:
+    """The sites of the model that the plan narrows."""
+    planned = {(site.name, site.width, site.groups) for site in plan.sites}
+    strangers = planned ^ {(site.name, site.width, site.groups) for site in sites}
+    if strangers:
+        raise PlanError(
+            "a plan must name exactly the sites of the model, at their full widths. They differ in "
+            f"{', '.join(sorted({name for name, _, _ in strangers}))}. Make the plan from this model."
+        )
+    return tuple(site for site in sites if plan.widths[site.name] < site.width)

@@ -1,0 +1,536 @@
+"""The loop: measure, plan, then cut, check, distil and evaluate, round after round, until a stop rule speaks.
+
+Where a run stands is saved after every round and now and then within one; `Run.execute` goes on from there.
+"""
+
+import copy
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rmtkd import artifact, progress, reporting
+from rmtkd import batches as batching
+from rmtkd.batches import Batch, Calls, Forward, Share
+from rmtkd.checkpoint import RunFolder, checksum
+from rmtkd.cutting import cut_in_order
+from rmtkd.distillation import Teacher
+from rmtkd.dry_run import CHECK_ROWS, narrowed, plan
+from rmtkd.environment import has_bf16, versions
+from rmtkd.errors import DataError, RunError
+from rmtkd.interruption import Interrupted, interruptible
+from rmtkd.measurement import (
+    Estimate,
+    accuracy,
+    chance_level,
+    count_parameters,
+    measure,
+    predict,
+    proportion,
+    time_forward,
+)
+from rmtkd.memory import Pieces
+from rmtkd.modules import randomize
+from rmtkd.planning import Plan
+from rmtkd.schedule import History, Options, Round, stop_reason, too_much_lost
+from rmtkd.sites import Site, blocks_of, find_family, find_sites
+from rmtkd.surgery import check_cut, fill, skeleton
+from rmtkd.training import Phase, PhaseState, Precision, random_state, set_random_state
+
+CONTROL = 0
+"""The number under which the control's training goes; rounds begin at 1."""
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A compressed model and the evidence: what was planned, what happened, what it costs now."""
+
+    model: nn.Module
+    plan: Plan
+    rounds: tuple[Round, ...]
+    record: dict[str, Any]
+    """What `summary.json` holds."""
+
+    def summary(self) -> str:
+        """The result as a table of plain text."""
+        return reporting.summary_table(self.record)
+
+    def save(self, folder: str | Path, *, extra_files: Iterable[Path] = ()) -> None:
+        """Write the model folder that `rmtkd.load` reads: weights, shapes, checksums, self-test, model card."""
+        card = reporting.model_card(self.record, self.plan)
+        artifact.save(self.model, Path(folder), card=card, provenance=self.record, extra_files=extra_files)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roles:
+    """The rows of a run by role: see `rmtkd.compress`."""
+
+    train: Iterable[Any]
+    selection: Iterable[Any]
+    report: Iterable[Any] | None = None
+    calibration: Iterable[Any] | None = None
+    example: Any = None
+
+    def called(self, forward: Forward | None) -> "Roles":
+        """The same rows, with a `forward` of their own."""
+        if forward is None:
+            return self
+        rows = {
+            name: None if (value := getattr(self, name)) is None else Calls(value, forward)
+            for name in ("train", "selection", "report", "calibration")
+        }
+        return Roles(**rows, example=None if self.example is None else batching.Call(self.example, forward))  # type: ignore[arg-type]
+
+
+class Answered:
+    """Rows without labels, labelled with a model's answers: accuracy then is agreement with it."""
+
+    def __init__(self, batches: Iterable[Batch], model: nn.Module):
+        self.batches, self.model = batches, model
+
+    def __iter__(self) -> Iterator[Batch]:
+        device = next(self.model.parameters()).device
+        for batch in self.batches:
+            with torch.no_grad():
+                answers = batching.logits(self.model, batching.to(batch, device)).argmax(-1).cpu()
+            yield batching.labelled(batch, answers)
+
+
+@contextmanager
+def seeded(options: Options) -> Iterator[None]:
+    """Random numbers of our own, from the run's seed; afterwards the caller's go on as if nothing had been drawn."""
+    device = torch.device(options.device)
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+        torch.manual_seed(options.seed)
+        yield
+
+
+@dataclass(kw_only=True)
+class Standing:
+    """What a run has reached: the rounds that are over, and the model they left."""
+
+    plan: Plan
+    baseline: Estimate
+    student: nn.Module
+    rounds: tuple[Round, ...] = ()
+    seconds: float = 0.0
+    """Of earlier sessions."""
+
+    @property
+    def kept(self) -> dict[str, int]:
+        """The widths that have been cut, by site name."""
+        return {n: after for done in self.rounds if not done.rolled_back for n, (_, after) in done.widths.items()}
+
+
+class Run:
+    """One run: its model, its rows, its options, and where it writes."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rows: Roles,
+        options: Options,
+        *,
+        sites: Sequence[Site] | None = None,
+        control: bool = False,
+        on_event: progress.Listener | None = None,
+    ):
+        self.encoder = None if sites is not None else find_family(model).encoder
+        self.model = copy.deepcopy(model).to(options.device).eval()
+        self.sites = tuple(sites) if sites is not None else find_sites(model)
+        self.blocks = blocks_of(self.sites)
+        self.options, self.with_control = options, control
+        self.train_rows = rows.train
+        self.calibration = (
+            share_of(rows.train, options.calibration_share) if rows.calibration is None else rows.calibration
+        )
+        self.measured_against: dict[str, str] = {}
+        self.selection = self._labelled("selection", rows.selection)
+        self.report = None if rows.report is None else self._labelled("report", rows.report)
+        self.example = batching.to(rows.example or batching.first(rows.selection, "selection"), options.device)
+        self.batches_per_epoch = sum(1 for _ in rows.train)
+        if self.batches_per_epoch == 0:
+            raise DataError("training rows must hold at least one batch. Got none. Pass more rows.")
+        self.precision: Precision = "fp32"
+        if options.precision == "bf16" or (options.precision == "auto" and has_bf16(options.device)):
+            self.precision = "bf16"
+        self.emit = progress.Emitter([on_event] if on_event else [])
+        self.pieces = Pieces(lambda count: self.emit("memory", pieces=count))
+        self.folder: RunFolder | None = None
+
+    def config(self) -> dict[str, Any]:
+        """What it takes to start this run again, and by what to know that it is the same."""
+        batching.set_epoch(self.train_rows, 0)
+        args, kwargs = batching.inputs(batching.first(self.train_rows, "training rows"))
+        inputs = {str(key): value for key, value in [*enumerate(args), *kwargs.items()] if isinstance(value, Tensor)}
+        return {
+            "options": self.options.to_dict(),
+            "control": self.with_control,
+            "versions": versions(),
+            "began_with": {
+                "model": checksum(tensors_of(self.model)),
+                "training rows": checksum(inputs, f"{self.batches_per_epoch} batches"),
+            },
+        }
+
+    def execute(
+        self, given: Plan | None = None, folder: RunFolder | None = None, extra_files: Iterable[Path] = ()
+    ) -> Compressed:
+        """The story of a run, top to bottom, from wherever it stands."""
+        if folder is not None and (record := folder.summary()) is not None:
+            return self.finished(folder, record)
+        started = time.monotonic()
+        standing = self.restore(folder) if folder else None
+        if standing is None:
+            standing = self.begin(given, folder)
+        self.folder = folder
+        queue = self.portions(standing.plan)
+        steps = self.steps_of(len(queue))
+        try:
+            while (reason := stop_reason(history := self.history(standing, len(queue)))) is None:
+                number = len(standing.rounds) + 1
+                candidate, done = self.round(standing, queue[number - 1], number, steps[number - 1])
+                if too_much_lost(replace(history, rounds=(*standing.rounds, done))):
+                    done = replace(done, rolled_back=True)
+                else:
+                    standing.student = candidate
+                standing.rounds = (*standing.rounds, done)
+                self.emit("round", **asdict(done))
+                self.save(standing, standing.seconds + time.monotonic() - started)
+            self.emit("measure")
+            record = self.measure(standing, reason)
+            if self.with_control:
+                record["control"] = self.control(standing.student, sum(done.steps for done in standing.rounds))
+        except (Interrupted, KeyboardInterrupt) as stop:
+            return self.interrupted(standing, stop)
+        record["seconds"] = standing.seconds + time.monotonic() - started
+        compressed = Compressed(model=standing.student, plan=standing.plan, rounds=standing.rounds, record=record)
+        if folder is not None:
+            self.finish(folder, compressed, extra_files)
+        self.emit("done", stop_reason=reason)
+        return compressed
+
+    # ------------------------------------------------------------------ beginning, going on, ending
+
+    def begin(self, given: Plan | None, folder: RunFolder | None) -> Standing:
+        """Look at the teacher and make the plan."""
+        baseline = check_teacher(self.model, self.selection, pieces=self.pieces)
+        self.emit("start", options=self.options.to_dict(), selection_accuracy=asdict(baseline))
+        if given is None or folder is not None:
+            made, spectrums = plan(
+                self.model,
+                calibration=self.calibration,
+                example=self.example,
+                sites=self.sites,
+                pieces=self.pieces,
+                **fields_of(self.options),
+            )
+        standing = Standing(plan=given or made, baseline=baseline, student=self.model)
+        self.portions(standing.plan)  # a plan of another model is refused now
+        self.emit("plan", predicted=standing.plan.predicted, widths=standing.plan.widths)
+        if folder is not None:
+            folder.save_plan(standing.plan, spectrums)
+            self.emit.add(folder.append)
+            self.folder = folder
+            self.save(standing, 0.0)
+        return standing
+
+    def save(self, standing: Standing, seconds: float) -> None:
+        """Write where the run stands between two rounds."""
+        if self.folder is None:
+            return
+        changed = bool(standing.kept)
+        tensors = {f"model.{name}": value for name, value in tensors_of(standing.student).items()} if changed else {}
+        self.folder.save_state(
+            "round",
+            {**tensors, "random": random_state(torch.device(self.options.device))},
+            {
+                "plan": standing.plan.to_json(),
+                "baseline": asdict(standing.baseline),
+                "rounds": [asdict(done) for done in standing.rounds],
+                "seconds": seconds,
+                "pieces": self.pieces.count,
+            },
+        )
+
+    def restore(self, folder: RunFolder) -> Standing | None:
+        """Where the run stands by its folder; None if it has no plan yet."""
+        saved = folder.load_state("round")
+        if saved is None:
+            return None
+        tensors, facts = saved
+        standing = Standing(
+            plan=Plan.from_json(facts["plan"]),
+            baseline=Estimate(**facts["baseline"]),
+            student=self.model,
+            rounds=tuple(Round.from_dict(done) for done in facts["rounds"]),
+            seconds=facts["seconds"],
+        )
+        if standing.kept:
+            standing.student = self.shaped(standing.kept)
+            fill(standing.student, {name: tensors[f"model.{name}"] for name in tensors_of(standing.student)})
+            standing.student.to(self.options.device)
+        self.pieces.count = facts["pieces"]
+        set_random_state(tensors["random"], torch.device(self.options.device))
+        self.emit.listeners.append(folder.append)
+        self.emit("resume", rounds=len(standing.rounds))
+        return standing
+
+    def finish(self, folder: RunFolder, compressed: Compressed, extra_files: Iterable[Path]) -> None:
+        """Write the result. A run is finished when its summary is there."""
+        for name in ("model", "model-so-far"):
+            if (folder.path / name).exists():  # of a session that ended before its summary
+                shutil.rmtree(folder.path / name)
+        if self.encoder is not None:
+            compressed.save(folder.path / "model", extra_files=extra_files)
+        else:  # a class that no loader of ours can name: its weights, for `resume` to put in place
+            artifact.save_weights(compressed.model, folder.path / "model")
+        folder.save_json("summary.json", compressed.record)
+        folder.drop_state()
+
+    def finished(self, folder: RunFolder, record: dict[str, Any]) -> Compressed:
+        """What a finished run returned."""
+        rounds = tuple(Round.from_dict(done) for done in record["rounds"])
+        made = folder.plan()
+        if made is None:
+            raise RunError(f"a finished run must hold plan.json. {folder.path} does not. Restore it.")
+        self.emit("finished", stop_reason=record["stop_reason"])
+        standing = Standing(
+            plan=made, baseline=Estimate(**record["baseline"]["accuracy_selection"]), student=self.model
+        )
+        standing.rounds = rounds
+        student = self.shaped(standing.kept)
+        fill(student, artifact.load_weights(folder.path / "model"))
+        return Compressed(model=student.eval().to(self.options.device), plan=made, rounds=rounds, record=record)
+
+    def interrupted(self, standing: Standing, stop: BaseException) -> Compressed:
+        """The model as it is: in the middle of its round, or of the last one that is over."""
+        student, where = standing.student, f"after {len(standing.rounds)} rounds"
+        if isinstance(stop, Interrupted) and len(stop.args) == 2:
+            student, where = stop.args
+        reason = f"interrupted {where}"
+        self.emit("interrupted", where=where)
+        standing = replace(standing, student=student.eval())
+        record = {**self.measure(standing, reason, report=False), "finished": False}
+        return Compressed(model=student, plan=standing.plan, rounds=standing.rounds, record=record)
+
+    # ------------------------------------------------------------------ one round
+
+    def round(self, standing: Standing, sites: Sequence[Site], number: int, steps: int) -> tuple[nn.Module, Round]:
+        """Cut, check, evaluate, recover, evaluate. A round that was left in its recovery goes on there."""
+        before, widths = standing.student, standing.plan.widths
+        saved = self.saved_step(number)
+        start = time.monotonic()
+        if saved is None:
+            self.emit("cut", number=number, sites=[site.name for site in sites])
+            student, bases = cut_in_order(
+                before,
+                sites,
+                widths,
+                self.calibration,
+                blocks=self.blocks,
+                pieces=self.pieces,
+                scratch=self.folder and self.folder.path / "last",
+            )
+            rows = batching.head(batching.first(self.selection, "selection"), CHECK_ROWS)
+            error = check_cut(before, student, sites, bases, rows)
+            cut = accuracy(student, self.selection, pieces=self.pieces)
+            self.emit("check", number=number, error=error, selection_accuracy=cut.value)
+            facts = {"error": error, "accuracy_cut": cut.value, "seconds_cut": time.monotonic() - start}
+        else:
+            student = self.shaped(standing.kept | {site.name: widths[site.name] for site in sites})
+            facts = saved.facts
+        teacher = self.model if self.options.teacher == "original" else before
+        losses, seconds = self.recover(student, teacher, number, steps, facts, saved)
+        after = accuracy(student, self.selection, pieces=self.pieces).value if losses else facts["accuracy_cut"]
+        return student, Round(
+            number=number,
+            sites=tuple(site.name for site in sites),
+            widths={site.name: (site.width, widths[site.name]) for site in sites},
+            parameters=count_parameters(student),
+            check_error=facts["error"],
+            accuracy_cut=facts["accuracy_cut"],
+            accuracy=after,
+            steps=len(losses),
+            loss_first=losses[0] if losses else None,
+            loss_last=losses[-1] if losses else None,
+            seconds_cut=facts["seconds_cut"],
+            seconds_recovery=seconds,
+        )
+
+    def recover(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        number: int,
+        steps: int,
+        facts: dict[str, Any],
+        saved: PhaseState | None,
+        **recovery: Any,
+    ) -> tuple[list[float], float]:
+        """Train the student, saving where it stands; the losses, and the seconds of all sessions."""
+        if steps == 0:
+            return [], 0.0
+        began = time.monotonic() - facts.get("seconds", 0.0)
+        chosen = replace(self.options.recovery, **recovery)
+        phase = Phase(
+            student,
+            self.train_rows,
+            steps=steps,
+            first_epoch=max(number, 1) - 1,
+            teacher=Teacher(teacher, cache=chosen.cache_teacher and steps > self.batches_per_epoch),
+            recovery=chosen,
+            precision=self.precision,
+            blocks=self.blocks,
+            pieces=self.pieces,
+        )
+        if saved is not None:
+            phase.restore(saved)
+        with interruptible() as asked:
+            phase.run(self.between(number, steps, facts, began, asked))
+        return phase.losses, time.monotonic() - began
+
+    def between(
+        self, number: int, steps: int, facts: dict[str, Any], began: float, asked: Any
+    ) -> Callable[[Phase], None]:
+        """What happens after each step: tell, save now and then, and stop if asked to."""
+        last = time.monotonic()
+
+        def act(phase: Phase) -> None:
+            nonlocal last
+            step = len(phase.losses)
+            self.emit("step", number=number, step=step, steps=steps, loss=phase.losses[-1])
+            if self.folder is not None and (asked.stop or time.monotonic() - last >= self.options.save_every_s):
+                state = phase.state()
+                own = {"number": number, "seconds": time.monotonic() - began}
+                self.folder.save_state("step", state.tensors, {**facts, **state.facts, **own})
+                last = time.monotonic()
+            if asked.stop:
+                where = "in the control" if number == CONTROL else f"in round {number}"
+                raise Interrupted(phase.student, f"after step {step} of {steps} {where}")
+
+        return act
+
+    def saved_step(self, number: int) -> PhaseState | None:
+        """Where the training of this number stands, if it is the one that was left."""
+        saved = self.folder.load_state("step") if self.folder else None
+        if saved is None or saved[1]["number"] != number:
+            return None
+        return PhaseState(tensors=saved[0], facts=saved[1])
+
+    def shaped(self, widths: dict[str, int]) -> nn.Module:
+        """The model at these widths, with weights to be filled in."""
+        student = skeleton(self.model, self.sites, widths)
+        fill(student, {name: torch.empty_like(p, device="cpu") for name, p in list(student.named_parameters())})
+        return student.to(self.options.device)
+
+    # ------------------------------------------------------------------ bookkeeping
+
+    def history(self, standing: Standing, portions: int) -> History:
+        """What stop rules look at."""
+        return History(
+            options=self.options,
+            baseline_accuracy=standing.baseline.value,
+            rounds=standing.rounds,
+            pending=portions - len(standing.rounds),
+        )
+
+    def portions(self, made: Plan) -> list[tuple[Site, ...]]:
+        """The sites that the plan narrows, in the portions that are cut between two recoveries."""
+        key = {
+            "site": lambda site: site.shares,
+            "layer": lambda site: site.block,
+            "round": lambda site: "",
+        }[self.options.granularity]
+        portions: dict[str, tuple[Site, ...]] = {}
+        for site in narrowed(self.sites, made):
+            portions[key(site)] = (*portions.get(key(site), ()), site)
+        return list(portions.values())
+
+    def steps_of(self, rounds: int) -> list[int]:
+        """The run's recovery steps dealt evenly to its rounds."""
+        total = round(self.options.epochs * self.batches_per_epoch)
+        return [total * (i + 1) // rounds - total * i // rounds for i in range(rounds)]
+
+    def measure(self, standing: Standing, reason: str, *, report: bool = True) -> dict[str, Any]:
+        """What both models cost and how well they do, measured side by side on the same rows and batch."""
+        models = (self.model, standing.student)
+        latencies = time_forward(models, self.example)
+        record: dict[str, Any] = {}
+        for name, model, latency in zip(("baseline", "compressed"), models, latencies, strict=True):
+            cost = measure(model, self.example, encoder=self.encoder, latency=latency).to_dict()
+            rows = {"accuracy": self.report if report else None, "accuracy_selection": self.selection}
+            cost |= {k: None if v is None else asdict(accuracy(model, v, pieces=self.pieces)) for k, v in rows.items()}
+            record[name] = cost
+        return {
+            **record,
+            "rounds": [asdict(done) for done in standing.rounds],
+            "stop_reason": reason,
+            "finished": True,
+            "measured_against": self.measured_against,
+            "config": self.options.to_dict(),
+            "precision": self.precision,
+            "seed": self.options.seed,
+            "versions": versions(),
+        }
+
+    def control(self, student: nn.Module, steps: int) -> dict[str, Any]:
+        """The same shape from a random start, distilled for as many steps: what the cut itself is worth."""
+        scratch = copy.deepcopy(student)
+        randomize(scratch, seed=self.options.seed)
+        self.recover(scratch, self.model, CONTROL, steps, {}, self.saved_step(CONTROL), freeze_embeddings=False)
+        rows = self.selection if self.report is None else self.report
+        return {"start": "random", "steps": steps, "accuracy": asdict(accuracy(scratch, rows, pieces=self.pieces))}
+
+    def _labelled(self, role: str, rows: Iterable[Batch]) -> Iterable[Batch]:
+        """Rows with labels: their own, or else the teacher's answers."""
+        has_labels = batching.labels(batching.first(rows, role)) is not None
+        self.measured_against[role] = "labels" if has_labels else "teacher"
+        return rows if has_labels else Answered(rows, self.model)
+
+
+def check_teacher(model: nn.Module, selection: Iterable[Batch], *, pieces: Pieces | None = None) -> Estimate:
+    """Selection accuracy of the teacher.
+
+    Raises:
+        DataError: if labels are outside the head's range, or if the teacher does no better than always answering the
+            commonest class: there is nothing to distil.
+    """
+    scores, labels = predict(model, selection, pieces=pieces)
+    classes = scores.shape[1]
+    if int(labels.min()) < 0 or int(labels.max()) >= classes:
+        raise DataError(
+            f"labels must be within 0..{classes - 1}, the range of the model's head. Got "
+            f"{int(labels.min())}..{int(labels.max())}. Map the labels, or use a model with that many classes."
+        )
+    result = proportion(int((scores.argmax(-1) == labels).sum()), len(labels))
+    chance = chance_level(labels)
+    margin = 2 * math.sqrt(chance * (1 - chance) / len(labels))
+    if result.value <= chance + margin:
+        raise DataError(
+            f"the teacher must do better than chance. It has {result.value:.1%} of {result.n} selection rows right, "
+            f"always answering the commonest class {chance:.1%}. Train it first (`rmtkd train`), or check the labels."
+        )
+    return result
+
+
+def share_of(rows: Iterable[Batch], share: float) -> Iterable[Batch]:
+    """An even share of the batches, the same in every pass."""
+    return Share(rows, max(1, round(1 / share)))
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, once each."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def fields_of(options: Options) -> dict[str, Any]:
+    """The options as keyword arguments of `Options`."""
+    return {name: getattr(options, name) for name in options.__dataclass_fields__}

@@ -1,0 +1,284 @@
+"""One phase of training. It can be left between any two steps, saved, and continued to the same bits."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rmtkd import batches as batching
+from rmtkd.batches import Batch
+from rmtkd.distillation import Recovery, Teacher, WeightAverage, distillation_loss, hidden_loss, outputs_of
+from rmtkd.errors import DataError
+from rmtkd.memory import Pieces
+
+Precision = Literal["fp32", "bf16"]
+PRECISIONS = ("auto", "fp32", "bf16")
+"""What may be asked for; `auto` is what this machine and model are likely to be faster with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseState:
+    """All that a phase needs to go on: tensors by name, and plain JSON values."""
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+class Phase:
+    """Some steps of training of one student; with a teacher, by distillation.
+
+    Args:
+        student: the model to train, in place.
+        rows: training batches, gone through as often as needed; `set_epoch(number)` is called before each pass where
+            the collection has it.
+        steps: optimisation steps.
+        recovery: loss, optimiser and schedule.
+        teacher: whose answers, and hidden states, the student learns.
+        first_epoch: number of the first pass.
+        precision: `bf16` runs both models under autocast.
+        blocks: paths of the modules after which hidden states are compared, where `recovery.hidden` is not 0.
+        pieces: in how many pieces a batch is run, should memory run out. Gradients add up to those of the batch.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        rows: Iterable[Batch],
+        *,
+        steps: int,
+        recovery: Recovery,
+        teacher: Teacher | None = None,
+        first_epoch: int = 0,
+        precision: Precision = "fp32",
+        blocks: Sequence[str] = (),
+        pieces: Pieces | None = None,
+    ):
+        self.student, self.rows, self.steps, self.recovery = student, rows, steps, recovery
+        self.teacher = teacher
+        self.blocks = tuple(blocks) if teacher is not None and recovery.hidden else ()
+        self.pieces = pieces or Pieces()
+        self.device = next(student.parameters()).device
+        bf16 = torch.autocast(self.device.type, torch.bfloat16, cache_enabled=True)
+        self.autocast = bf16 if precision == "bf16" else nullcontext()
+        frozen = _embedding_tables(student) if recovery.freeze_embeddings else set()
+        self.trained = {name: p for name, p in student.named_parameters() if id(p) not in frozen}
+        self.optimizer = _optimizer(self.trained.values(), recovery)
+        self.average = WeightAverage(student, recovery.average) if recovery.average else None
+        self.losses: list[float] = []
+        self.epoch, self.position = first_epoch, 0
+        """The pass that is under way, and how many of its batches have been used."""
+        self.pass_began = random_state(self.device)
+        """The state of the random numbers when it began."""
+
+    def run(self, between: Callable[["Phase"], None] | None = None) -> list[float]:
+        """Take the steps that are left. The student is in evaluation mode afterwards, whatever happens.
+
+        Args:
+            between: called after each step. It may save the phase, and end it by raising.
+
+        Returns:
+            The loss of every step.
+
+        Raises:
+            DataError: if there are no rows, labels are missing or outside the head's range, or the loss is not finite.
+        """
+        flags = [(parameter, parameter.requires_grad) for parameter in self.student.parameters()]
+        trained = {id(parameter) for parameter in self.trained.values()}
+        for parameter, _ in flags:
+            parameter.requires_grad_(id(parameter) in trained)
+        self.student.train()
+        batches = self._batches()
+        try:
+            while len(self.losses) < self.steps:
+                self._step(next(batches))
+                if between:
+                    between(self)
+        finally:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+                parameter.grad = None
+            self.student.eval()
+        if self.average and self.losses:
+            with torch.no_grad():
+                self.average.apply()
+        return self.losses
+
+    def state(self) -> PhaseState:
+        """Where the phase stands between two steps. The tensors are those that go on being trained: store them now."""
+        tensors = {f"student.{name}": value for name, value in _tensors(self.student).items()}
+        for name, parameter in self.trained.items():
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{key}.{name}"] = value
+        if self.average:
+            tensors |= {f"average.{name}": value for name, value in self.average.average.items()}
+        if self.teacher is not None and self.teacher.kept is not None:
+            tensors["teacher.kept"] = self.teacher.kept
+        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
+        tensors["random.pass_began"] = self.pass_began
+        tensors["random.now"] = random_state(self.device)
+        return PhaseState(
+            tensors=tensors,
+            facts={"epoch": self.epoch, "position": self.position, "pieces": self.pieces.count},
+        )
+
+    @torch.no_grad()
+    def restore(self, state: PhaseState) -> None:
+        """Go back to a state of the same phase; `run` then goes on from there, with the same random numbers.
+
+        Raises:
+            KeyError, RuntimeError: if it is the state of another phase.
+        """
+        tensors = state.tensors
+        for name, value in _tensors(self.student).items():
+            value.copy_(tensors[f"student.{name}"])
+        for name, parameter in self.trained.items():
+            found = {key: tensors.get(f"optimizer.{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+            if found["step"] is not None:
+                device = {"step": parameter.device, "exp_avg": parameter.device, "exp_avg_sq": parameter.device}
+                self.optimizer.state[parameter] = {
+                    key: value.to(device[key], copy=True) for key, value in found.items() if value is not None
+                }
+        if self.average:
+            for name, value in self.average.average.items():
+                value.copy_(tensors[f"average.{name}"])
+        if self.teacher is not None:
+            self.teacher.kept = tensors.get("teacher.kept")
+        self.losses = tensors["losses"].tolist()
+        if self.average:
+            self.average.count = len(self.losses)
+        self.pass_began = tensors["random.pass_began"]
+        set_random_state(tensors["random.now"], self.device)
+        self.epoch, self.position = state.facts["epoch"], state.facts["position"]
+        self.pieces.count = state.facts["pieces"]
+
+    def _step(self, batch: Batch) -> None:
+        step = len(self.losses)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recovery.lr * learning_rate_factor(step, self.steps, self.recovery.warmup)
+        loss = self.pieces(batch, self._backward)
+        if not math.isfinite(loss):
+            raise DataError(
+                f"the loss must stay finite. It became {loss} at step {step + 1}. "
+                "Lower the learning rate, or look for bad rows."
+            )
+        nn.utils.clip_grad_norm_(self.trained.values(), self.recovery.clip)
+        self.optimizer.step()
+        if self.average:
+            self.average.update()
+        self.losses.append(loss)
+
+    def _backward(self, parts: Sequence[Batch]) -> float:
+        """Gradients of the mean loss over all rows of the parts, from nothing."""
+        self.optimizer.zero_grad(set_to_none=True)
+        total = sum(batching.rows(part) for part in parts)
+        mean = 0.0
+        for part in parts:
+            share = batching.rows(part) / total
+            loss = self._loss(batching.to(part, self.device))
+            (loss * share).backward()
+            mean += float(loss.detach()) * share
+        return mean
+
+    def _loss(self, batch: Batch) -> Tensor:
+        labels = batching.labels(batch)
+        guide, recovery = None, self.recovery
+        with self.autocast:
+            if self.teacher is not None and not self.blocks:
+                guide = self.teacher.logits(batch)
+            elif self.teacher is not None:  # an answer that was kept has no hidden states
+                with torch.no_grad(), outputs_of(self.teacher.model, self.blocks) as teachers:
+                    guide = batching.logits(self.teacher.model, batch).float()
+            with outputs_of(self.student, self.blocks) as students:
+                scores = batching.logits(self.student, batch).float()
+        _check_labels(labels, scores.shape[1])
+        loss = distillation_loss(scores, guide, labels, alpha=recovery.alpha, temperature=recovery.temperature)
+        if self.blocks:
+            loss = loss + recovery.hidden * hidden_loss(students, teachers, batching.real_positions(batch))
+        return loss
+
+    def _batches(self) -> Iterator[Batch]:
+        """Batches without end, from where the phase stands."""
+        while True:
+            batching.set_epoch(self.rows, self.epoch)
+            if self.position == 0:
+                self.pass_began = random_state(self.device)
+                batches = iter(self.rows)
+            else:
+                # A collection may draw its order when the pass begins: let it draw the same again.
+                now = random_state(self.device)
+                set_random_state(self.pass_began, self.device)
+                batches = itertools.islice(self.rows, self.position, None)
+                first = list(itertools.islice(batches, 1))
+                set_random_state(now, self.device)
+                batches = itertools.chain(first, batches)
+            for batch in batches:
+                self.position += 1
+                yield batch
+            if self.position == 0:
+                raise DataError("training rows must hold at least one batch. Got none. Pass more rows.")
+            self.epoch, self.position = self.epoch + 1, 0
+
+
+def train(student: nn.Module, rows: Iterable[Batch], *, teacher: nn.Module | None = None, **phase: Any) -> list[float]:
+    """Train the student, in place, in one phase; the arguments are those of `Phase`.
+
+    Returns:
+        The loss of every step.
+    """
+    return Phase(student, rows, teacher=None if teacher is None else Teacher(teacher), **phase).run()
+
+
+def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
+    """Linear warm-up over the first share of the steps, then linear decay to a tenth at the last."""
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return (step + 1) / rising
+    return 1 - 0.9 * (step + 1 - rising) / max(1, steps - rising)
+
+
+def random_state(device: torch.device) -> Tensor:
+    """The state of the random numbers that a phase on this device draws from."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return torch.cat(states)
+
+
+def set_random_state(state: Tensor, device: torch.device) -> None:
+    """Set what `random_state` gave."""
+    size = len(torch.get_rng_state())
+    torch.set_rng_state(state[:size])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[size:], device)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, once each."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _check_labels(labels: Tensor | None, classes: int) -> None:
+    """Raise `DataError` for labels that the head does not have: on a GPU the loss itself would end the process."""
+    if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise DataError(
+            f"training labels must be within 0..{classes - 1}, the range of the model's head. Got "
+            f"{int(labels.min())}..{int(labels.max())}. Map the labels, or use a model with that many classes."
+        )
+
+
+def _embedding_tables(model: nn.Module) -> set[int]:
+    return {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+
+
+def _optimizer(parameters: Iterable[nn.Parameter], recovery: Recovery) -> torch.optim.AdamW:
+    parameters = list(parameters)
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": recovery.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=recovery.lr, fused=True)

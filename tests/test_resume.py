@@ -1,0 +1,327 @@
+"""A run that was stopped anywhere goes on to the model that it would have given, to the bit."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import rmtkd
+from conftest import assert_untouched, random_rows, snapshot, tiny_bert
+from rmtkd import checkpoint
+from rmtkd.checkpoint import RunFolder
+from rmtkd.distillation import Recovery
+from rmtkd.errors import RunError
+from rmtkd.recipes import TokenRows
+from rmtkd.run import Compressed
+
+OPTIONS: dict[str, Any] = {
+    "target": "70%params",
+    "multiple_of": 2,
+    "granularity": "layer",
+    "epochs": 1.5,
+    "save_every_s": 0.0,
+    "recovery": Recovery(lr=1e-3, average=0.9, hidden=0.5),
+}
+
+
+class Killed(BaseException):
+    """Ends a run as a power cut would: nothing of ours catches it."""
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    return tiny_bert()
+
+
+@pytest.fixture(scope="module")
+def rows(model: torch.nn.Module) -> dict[str, TokenRows]:
+    """Rows on which the random model is always right."""
+    made = {
+        "train": random_rows(160, seed=1, shuffle=True),
+        "selection": random_rows(96, seed=2),
+        "report": random_rows(64, seed=3),
+    }
+    for part in made.values():
+        unshuffled = TokenRows(part.ids, part.labels, batch_size=1000)
+        with torch.no_grad():
+            (batch,) = unshuffled
+            answers = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.argmax(-1)
+        part.labels[unshuffled._order()[0]] = answers.numpy()
+    return made
+
+
+def run(model: torch.nn.Module, rows: Mapping[str, Any], out: Path, **options: Any) -> Compressed:
+    return rmtkd.compress(model, **rows, out=out, **{**OPTIONS, **options})
+
+
+@pytest.fixture(scope="module")
+def whole(model: torch.nn.Module, rows: dict[str, TokenRows], tmp_path_factory: pytest.TempPathFactory) -> Compressed:
+    """The run that nobody stopped."""
+    return run(model, rows, tmp_path_factory.mktemp("whole") / "run", control=True)
+
+
+def assert_same(one: Compressed, other: Compressed) -> None:
+    assert_untouched(one.model, snapshot(other.model))
+    assert one.plan == other.plan
+    for mine, theirs in zip(one.rounds, other.rounds, strict=True):
+        assert replace(mine, seconds_cut=0.0, seconds_recovery=0.0) == replace(
+            theirs, seconds_cut=0.0, seconds_recovery=0.0
+        )
+    for part in ("baseline", "compressed"):
+        assert one.record[part]["accuracy"] == other.record[part]["accuracy"]
+    assert one.record.get("control") == other.record.get("control")
+    assert one.record["stop_reason"] == other.record["stop_reason"]
+
+
+def killing_at(moment: int) -> Any:
+    """A listener that ends the run at the event of this number."""
+    seen = 0
+
+    def listen(event: Mapping[str, Any]) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == moment:
+            raise Killed
+
+    return listen
+
+
+def test_the_same_command_twice_gives_the_same_bits(
+    model: torch.nn.Module, rows: dict[str, TokenRows], whole: Compressed, tmp_path: Path
+):
+    assert_same(run(model, rows, tmp_path / "again", control=True), whole)
+
+
+@pytest.mark.parametrize("first", [1, 2, 3, 4, 6, 9, 11, 13, 20])
+def test_a_run_that_ended_at_any_event_goes_on_to_the_same_bits(
+    model: torch.nn.Module, rows: dict[str, TokenRows], whole: Compressed, tmp_path: Path, first: int
+):
+    out = tmp_path / "run"
+    with pytest.raises(Killed):
+        run(model, rows, out, control=True, on_event=killing_at(first))
+    ends = 1
+    for moment in (2, 5, 9, 10_000):
+        try:
+            result = rmtkd.resume(out, model, **rows, on_event=killing_at(moment))
+            break
+        except Killed:
+            ends += 1
+    assert_same(result, whole)
+    assert_untouched(rmtkd.load(out / "model"), snapshot(whole.model))
+    assert not (out / "last").exists()
+    assert ends > 1
+
+
+def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path):
+    """In processes of their own, killed by the system: also in the middle of a save."""
+    script = Path(__file__).with_name("killed_runs.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["kills"] >= 20
+    assert told["killed"] == told["whole"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_finishes_the_step_saves_and_returns_a_usable_model(
+    model: torch.nn.Module, rows: dict[str, TokenRows], whole: Compressed, tmp_path: Path, number: signal.Signals
+):
+    steps = []
+
+    def press(event: Mapping[str, Any]) -> None:
+        if event["event"] == "step":
+            steps.append(event["step"])
+            if event["number"] == 2 and event["step"] == 2:
+                signal.raise_signal(number)
+
+    before = signal.getsignal(number)
+    stopped = run(model, rows, tmp_path / "run", control=True, on_event=press)
+    assert signal.getsignal(number) is before
+    assert steps[-1] == 2
+    assert stopped.record["finished"] is False
+    assert stopped.record["stop_reason"].startswith("interrupted after step 2 of")
+    assert stopped.record["compressed"]["accuracy"] is None  # report rows are read once, at the end
+    batch = next(iter(rows["report"]))
+    assert stopped.model(input_ids=batch["input_ids"]).logits.isfinite().all()
+    stopped.save(tmp_path / "so-far")
+    assert_untouched(rmtkd.load(tmp_path / "so-far"), snapshot(stopped.model))
+    assert_same(rmtkd.resume(tmp_path / "run", model, **rows), whole)
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once(model: torch.nn.Module, rows: dict[str, TokenRows], tmp_path: Path):
+    def press(event: Mapping[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == 2:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    stopped = run(model, rows, tmp_path / "run", on_event=press)
+    assert stopped.record["stop_reason"] == "interrupted after 0 rounds"
+
+
+def test_a_run_without_a_folder_can_be_interrupted_too(model: torch.nn.Module, rows: dict[str, TokenRows]):
+    def press(event: Mapping[str, Any]) -> None:
+        if event["event"] == "step":
+            signal.raise_signal(signal.SIGINT)
+
+    stopped = rmtkd.compress(model, **rows, **OPTIONS, on_event=press)
+    assert stopped.record["finished"] is False
+    assert stopped.record["stop_reason"].startswith("interrupted after step 1 of")
+
+
+def test_a_full_disk_is_told_and_the_older_state_stays(
+    model: torch.nn.Module, rows: dict[str, TokenRows], whole: Compressed, tmp_path: Path
+):
+    out, written = tmp_path / "run", []
+
+    def no_room(descriptor: int) -> None:
+        written.append(descriptor)
+        if len(written) == 9:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint.os, "fsync", no_room)
+        with pytest.raises(RunError, match=r"No space left on device.*stays.*rmtkd resume"):
+            run(model, rows, out, control=True)
+    assert not list(out.rglob("*.partial"))
+    assert_same(rmtkd.resume(out, model, **rows), whole)
+
+
+@pytest.fixture
+def stopped(model: torch.nn.Module, rows: dict[str, TokenRows], tmp_path: Path) -> Path:
+    """The folder of a run that was killed in its second round."""
+    with pytest.raises(Killed):
+        run(model, rows, tmp_path / "stopped", control=True, on_event=killing_at(17))
+    return tmp_path / "stopped"
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "text"])
+@pytest.mark.parametrize("name", ["step", "round"])
+def test_a_damaged_state_is_named_and_everything_stays(
+    model: torch.nn.Module, rows: dict[str, TokenRows], whole: Compressed, stopped: Path, name: str, damage: str
+):
+    state = stopped / "last" / f"{name}.safetensors"
+    content = bytearray(state.read_bytes())
+    content[-7] ^= 1
+    spoiled = {"flip": bytes(content), "cut": content[: len(content) // 2], "empty": b"", "text": b"{}"}[damage]
+    state.write_bytes(spoiled)
+    before = files(stopped)
+    with pytest.raises(RunError, match=f"{name}.safetensors must be as it was written.*remove it"):
+        rmtkd.resume(stopped, model, **rows)
+    after = files(stopped)
+    assert {key: value for key, value in after.items() if key != "record.jsonl"} == {
+        key: value for key, value in before.items() if key != "record.jsonl"
+    }
+    state.unlink()  # what the message says
+    assert_same(rmtkd.resume(stopped, model, **rows), whole)
+
+
+def test_a_read_only_folder_is_refused(
+    model: torch.nn.Module, rows: dict[str, TokenRows], stopped: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # as root every folder can be written
+    with pytest.raises(RunError, match="must be writable"):
+        rmtkd.resume(stopped, model, **rows)
+
+
+def test_a_finished_run_says_so_and_gives_its_result(
+    model: torch.nn.Module, rows: dict[str, TokenRows], tmp_path: Path
+):
+    first = run(model, rows, tmp_path / "run")
+    before, told = files(tmp_path / "run"), []
+    again = rmtkd.resume(tmp_path / "run", model, **rows, on_event=told.append)
+    assert [event["event"] for event in told] == ["finished"]
+    assert_same(again, first)
+    assert files(tmp_path / "run") == before
+
+
+def test_another_model_or_other_rows_are_refused(model: torch.nn.Module, rows: dict[str, TokenRows], stopped: Path):
+    with pytest.raises(RunError, match="goes on with the model that it began with"):
+        rmtkd.resume(stopped, tiny_bert(seed=5), **rows)
+    with pytest.raises(RunError, match="goes on with the training rows that it began with"):
+        rmtkd.resume(stopped, model, **{**rows, "train": random_rows(160, seed=4, shuffle=True)})
+
+
+def test_two_processes_cannot_work_on_one_run(model: torch.nn.Module, rows: dict[str, TokenRows], stopped: Path):
+    busy = RunFolder.open(stopped)
+    try:
+        with pytest.raises(RunError, match="one process at a time"):
+            rmtkd.resume(stopped, model, **rows)
+    finally:
+        busy.release()
+
+
+def test_a_folder_without_a_run_says_what_to_do(model: torch.nn.Module, rows: dict[str, TokenRows], tmp_path: Path):
+    with pytest.raises(RunError, match=r"must hold config.json.*rmtkd compress"):
+        rmtkd.resume(tmp_path, model, **rows)
+
+
+def test_starting_again_in_the_folder_of_a_run_names_resume(
+    model: torch.nn.Module, rows: dict[str, TokenRows], stopped: Path
+):
+    before = files(stopped)
+    with pytest.raises(RunError, match="Go on with it: rmtkd resume"):
+        run(model, rows, stopped)
+    assert files(stopped) == before
+
+
+class Loader:
+    """A loader that shuffles by the global random numbers, as users' loaders do."""
+
+    def __init__(self, rows: TokenRows):
+        self.loader = DataLoader(list(rows), batch_size=None, shuffle=True)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.loader)
+
+
+@pytest.mark.parametrize("moment", [7, 12, 18])
+def test_a_loader_with_a_random_order_of_its_own_goes_on_in_that_order(
+    model: torch.nn.Module, rows: dict[str, TokenRows], tmp_path: Path, moment: int
+):
+    loaded = {**rows, "train": Loader(rows["train"])}
+    expected = run(model, loaded, tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(model, loaded, tmp_path / "run", on_event=killing_at(moment))
+    assert_same(rmtkd.resume(tmp_path / "run", model, **loaded), expected)
+
+
+def test_a_half_written_line_of_the_record_is_dropped(
+    model: torch.nn.Module, rows: dict[str, TokenRows], stopped: Path
+):
+    with (stopped / "record.jsonl").open("a") as file:
+        file.write('{"event": "rou')
+    rmtkd.resume(stopped, model, **rows)
+    events = [json.loads(line) for line in (stopped / "record.jsonl").read_text().splitlines()]
+    assert events[-1]["event"] == "done"
+
+
+def test_what_a_killed_session_left_half_written_is_cleared_away(
+    model: torch.nn.Module, rows: dict[str, TokenRows], stopped: Path
+):
+    (stopped / ".summary.json.partial").write_bytes(b"{")
+    (stopped / "last" / ".calls-x.partial").mkdir()
+    shutil.copytree(stopped / "last", stopped / "model")  # a model without its summary is not a result
+    rmtkd.resume(stopped, model, **rows)
+    assert not [path for path in stopped.rglob("*") if path.name.startswith(".")]
+    assert rmtkd.load(stopped / "model") is not None
