@@ -226,6 +226,18 @@ def test_a_short_table_describes_a_model_of_one_s_own() -> None:
     assert moments["block.ffn"][0].count == 2 * moments["embeddings.word"][0].count
 
 
+def test_rows_may_be_numbers_of_their_own_precision() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 12), nn.Linear(12, 3))
+    sites = [
+        feed_forward_site(model, "units", writers=["0"], reader="2", activation="1"),
+        linear_site(model, "bottleneck", writer="2", reader="3"),
+    ]
+    verdicts = rmtkd.check(model, [(torch.randn(64, 6), torch.zeros(64))], sites)
+    assert failed(verdicts) == {}
+    assert [verdict.keep for verdict in verdicts] == [8, 6]
+
+
 def test_a_table_that_is_wrong_fails_at_the_site_that_is_wrong() -> None:
     model = own_model()
     words, query_key, value, bottleneck, ffn = own_sites(model)

@@ -246,4 +246,4 @@ def _tolerance(model: nn.Module) -> float:
 
 def _outputs(model: nn.Module, batch: Batch) -> Tensor:
     with evaluation(model):
-        return batching.logits(model, batch)
+        return batching.logits(model, batching.double(batch))

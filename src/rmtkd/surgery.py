@@ -141,10 +141,11 @@ def check_cut(
     """
     dtype = next(student.parameters()).dtype
     reference, student = (copy.deepcopy(m).double().cpu() for m in (reference, student))
+    batch = batching.double(batching.to(batch, "cpu"))
     expected = projected_logits(reference, sites, bases, batch)
     try:
         with evaluation(student):
-            got = batching.logits(student, batching.to(batch, "cpu"))
+            got = batching.logits(student, batch)
         error = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
         found = f"It differs by {error:.1e}"
     except RuntimeError as failure:  # shapes that do not fit
