@@ -2,8 +2,9 @@
 # make test   set everything up and run the tests
 PYTHON ?= python3
 BIN    := .venv/bin
+OLDEST := $(shell sed -n 's/^text = \["transformers>=\([0-9.]*\).*/\1/p' pyproject.toml)
 
-.PHONY: setup demo test lint types format clean
+.PHONY: setup demo test test-oldest lint types format clean
 
 setup: .venv/ready
 
@@ -24,6 +25,20 @@ demo: setup
 test: setup
 	$(BIN)/pytest
 
+# What touches transformers, against the oldest that pyproject.toml declares.
+test-oldest: .oldest/ready
+	.oldest/bin/python -m pytest -q $(addprefix tests/test_,$(addsuffix .py,families sites surgery artifact conformance))
+
+# Laid over .venv, so that only what differs is fetched: torch is not.
+.oldest/ready: .venv/ready
+	rm -rf .oldest
+	$(PYTHON) -m venv --without-pip .oldest
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> $$(.oldest/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
+	.oldest/bin/python -m pip install --quiet transformers==$(OLDEST)
+	.oldest/bin/python -c 'import transformers as t; assert (t.__version__ + ".").startswith("$(OLDEST)."), t.__version__'
+	@touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -36,4 +51,4 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .oldest runs

@@ -3,39 +3,73 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from transformers import BertForSequenceClassification, PreTrainedTokenizerFast
 
 from rmtkd import recipes
+from rmtkd.families import FAMILIES
 from rmtkd.recipes.rows import TokenRows
 from rmtkd.teaching import train_teacher
 
 
 def tiny_bert(*, seed: int = 0, labels: int = 3, layers: int = 2, **config: object) -> BertForSequenceClassification:
     """A BERT of width 32 with two heads of 16, random but far from its small initial values."""
+    return tiny("bert", seed=seed, num_labels=labels, num_hidden_layers=layers, **config)
+
+
+FAMILY_NAMES = [family.name for family in FAMILIES if hasattr(transformers, family.model_class)]
+"""Families that this version of transformers has."""
+
+_SMALL: dict[str, Any] = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 24,
+    "pad_token_id": 0,
+    "num_labels": 3,
+}
+_OWN: dict[str, dict[str, Any]] = {
+    "roberta": {"pad_token_id": 1, "type_vocab_size": 1, "max_position_embeddings": 26},
+    "electra": {"embedding_size": 16},
+    "distilbert": {"hidden_dim": 48},
+    "albert": {"embedding_size": 16, "num_hidden_layers": 3},
+    "modernbert": {"local_attention": 8, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2},
+    "eurobert": {"num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 2, "mask_token_id": 3},
+}
+"""Where a family differs: what is typical of it, at small size."""
+_OWN |= {"xlm-roberta": _OWN["roberta"], "camembert": _OWN["roberta"]}
+
+
+def tiny(name: str, *, seed: int = 0, **config: Any) -> Any:
+    """A model of a family, of width 32 with two heads of 16, random but far from its small initial values."""
+    model_class = getattr(transformers, next(family.model_class for family in FAMILIES if family.name == name))
     torch.manual_seed(seed)
-    model = BertForSequenceClassification(
-        BertConfig(
-            **{
-                "vocab_size": 50,
-                "hidden_size": 32,
-                "num_hidden_layers": layers,
-                "num_attention_heads": 2,
-                "intermediate_size": 48,
-                "max_position_embeddings": 24,
-                "num_labels": labels,
-                "hidden_dropout_prob": 0.1,
-                **config,
-            }
-        )
-    ).eval()
-    for name, parameter in model.named_parameters():
-        if "LayerNorm" not in name:
+    model = model_class(model_class.config_class(**{**_SMALL, **_OWN.get(name, {}), **config})).eval()
+    for parameter_name, parameter in model.named_parameters():
+        if "norm" not in parameter_name.lower():
             torch.nn.init.normal_(parameter, std=0.3)
     return model
+
+
+def pair_batches(model: Any, count: int = 20, *, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    """Rows of two sequences in padded batches, with the second's token types where the model knows any."""
+    config = model.config
+    batches = []
+    for batch in random_rows(count, seed=seed, batch_size=10):
+        mask = batch["attention_mask"]
+        ids = batch["input_ids"].clamp_min(2).masked_fill(mask == 0, config.pad_token_id)
+        if getattr(config, "type_vocab_size", 0) > 1:
+            second = torch.arange(ids.shape[1]) >= mask.sum(1, keepdim=True) // 2
+            batch = {**batch, "token_type_ids": second.long() * mask}
+        batches.append({**batch, "input_ids": ids})
+    return batches
 
 
 def random_rows(

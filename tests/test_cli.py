@@ -262,3 +262,31 @@ def test_choices_are_refused_with_the_nearest(tmp_path: Path):
     for answer, message in zip(answers, CHOICES.values(), strict=True):
         assert message in answer and answer.endswith("\n2\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_check_gives_a_verdict_for_every_site(sentiment: Sentiment, command: Command):
+    code, told, _ = command("check", sentiment.teacher)
+    assert code == 0 and "layer.0.query_key" in told and "all 7 ok" in told
+    code, told, _ = command("check", sentiment.teacher, "--recipe", "sst2", "--data", sentiment.data, "--json")
+    assert code == 0
+    verdicts = json.loads(told)
+    assert [verdict["ok"] for verdict in verdicts] == [True] * 7
+    assert all(verdict["full_width_error"] < 1e-10 for verdict in verdicts)
+
+
+def test_check_tells_a_fault_by_its_exit_code(command: Command, tmp_path: Path):
+    tiny_bert(chunk_size_feed_forward=4).save_pretrained(tmp_path / "chunks")
+    code, told, _ = command("check", tmp_path / "chunks", "--json")
+    assert code == 1
+    faults = {verdict["site"]: verdict["why"] for verdict in json.loads(told) if not verdict["ok"]}
+    assert set(faults) == {"layer.0.ffn", "layer.1.ffn"}
+    assert "chunk_size_feed_forward must be 0" in faults["layer.0.ffn"]
+    code, told, _ = command("check", tmp_path / "chunks")
+    assert code == 1 and "2 of 7 failed" in told
+    code, _, log = command("check", tmp_path / "nothing")
+    assert code == 2 and "There is no folder" in log
+    tiny_bert(labels=1).save_pretrained(tmp_path / "regression")
+    code, _, log = command("check", tmp_path / "regression")
+    assert code == 2 and "UnsupportedModelError" in log and "regression" in log
+    code, _, log = command("check", tmp_path / "chunks", "--data", tmp_path)
+    assert code == 2 and "--recipe" in log

@@ -41,6 +41,7 @@ ORDER = [
     "dry_run",
     "run",
     "compression",
+    "conformance",
     "recipes",
     "teaching",
     "cli",

@@ -311,8 +311,11 @@ def test_a_start_has_a_fresh_head_of_the_labels_by_its_seed(tmp_path: Path):
 
 
 def test_a_start_that_could_not_be_narrowed_later_is_refused_at_once(tmp_path: Path):
-    from transformers import DistilBertConfig, DistilBertModel
+    from transformers import ConvBertConfig, ConvBertModel
 
-    save(DistilBertModel(DistilBertConfig(vocab_size=50, dim=32, n_layers=1, n_heads=2, hidden_dim=48)), tmp_path / "d")
-    with pytest.raises(UnsupportedModelError, match="DistilBertForSequenceClassification"):
-        start_classifier(str(tmp_path / "d"), TWO, 0)
+    save(
+        ConvBertModel(ConvBertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)),
+        tmp_path / "c",
+    )
+    with pytest.raises(UnsupportedModelError, match="ConvBertForSequenceClassification"):
+        start_classifier(str(tmp_path / "c"), TWO, 0)

@@ -6,6 +6,8 @@ from rmtkd.compression import compress as compress
 from rmtkd.compression import narrow as narrow
 from rmtkd.compression import plan as plan
 from rmtkd.compression import resume as resume
+from rmtkd.conformance import Verdict as Verdict
+from rmtkd.conformance import check as check
 from rmtkd.distillation import Recovery as Recovery
 from rmtkd.measurement import Footprint as Footprint
 from rmtkd.measurement import measure as measure

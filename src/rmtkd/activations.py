@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from rmtkd import batches as batching
 from rmtkd.batches import Batch
 from rmtkd.covariance import Covariance
-from rmtkd.errors import DataError
+from rmtkd.errors import DataError, UnsupportedModelError
 from rmtkd.measurement import evaluation
 from rmtkd.memory import Pieces
 from rmtkd.sites import Site, Stream
@@ -48,11 +48,12 @@ def collect(
 ) -> dict[str, tuple[Covariance, ...]]:
     """Moments of every stream of the sites, over the real positions of all batches, in one pass.
 
-    Held at once are the moments and the streams of one batch.
+    A module that is called several times in a forward pass is seen at each call. Held at once are the moments and the
+    streams of one batch.
 
     Args:
-        model: the model, run in evaluation mode without gradients, each forward pass only as deep as the deepest
-            site.
+        model: the model, run in evaluation mode without gradients. The first batch goes all the way, which tells how
+            often each module is called; the others only as deep as the deepest site.
         sites: sites of this model.
         batches: calibration batches.
         pieces: in how many pieces a batch is run, should memory run out.
@@ -62,6 +63,7 @@ def collect(
 
     Raises:
         DataError: if there are no real positions, fewer than a site is wide, or if activations are not finite.
+        UnsupportedModelError: if a forward pass does not come by a site.
     """
     moments = {site.name: tuple(Covariance(site.width, groups=site.groups) for _ in site.streams) for site in sites}
     pieces = pieces or Pieces()
@@ -72,6 +74,7 @@ def collect(
         for stream, moment in zip(site.streams, moments[site.name], strict=True)
     ]
     seen: list[tuple[Site, Covariance, Tensor]] = []
+    calls: int | None = None  # of all streams' modules in a whole forward pass
     pending = 0
     mask: Tensor | None = None
 
@@ -85,13 +88,17 @@ def collect(
 
     def run(parts: Sequence[Batch]) -> None:
         """See all streams of one batch. A second attempt, in smaller parts, sees them from the start."""
-        nonlocal mask, pending
+        nonlocal mask, pending, calls
         seen.clear()
         for part in parts:
             part = batching.to(part, device)
-            mask, pending = batching.real_positions(part), len(streams)
+            mask, before = batching.real_positions(part), len(seen)
+            pending = calls or 0  # counting down from 0 never gets there
             with suppress(Enough):
                 batching.logits(model, part)
+            if calls is None:
+                calls = len(seen) - before
+                _check_seen(streams, seen)
 
     handles: list[RemovableHandle] = []
     try:
@@ -108,6 +115,18 @@ def collect(
     for site in sites:
         _check_count(site, min(moment.count for moment in moments[site.name]))
     return moments
+
+
+def _check_seen(
+    streams: Sequence[tuple[Site, Stream, Covariance]], seen: Sequence[tuple[Site, Covariance, Tensor]]
+) -> None:
+    found = {id(moment) for _, moment, _ in seen}
+    for site, stream, moment in streams:
+        if id(moment) not in found:
+            raise UnsupportedModelError(
+                f"a forward pass must call {stream.module} for the site {site.name}. It did not. Describe the module "
+                "that is called, or leave the site out; nothing was changed."
+            )
 
 
 def _update(site: Site, moment: Covariance, vectors: Tensor) -> None:

@@ -22,7 +22,7 @@ from rmtkd.errors import ArtifactError
 from rmtkd.families import FAMILIES
 from rmtkd.measurement import evaluation
 from rmtkd.modules import FactorizedEmbedding
-from rmtkd.sites import find_sites
+from rmtkd.sites import find_family, find_sites
 from rmtkd.surgery import factorize_embedding, fill, resize
 
 FORMAT = 1
@@ -44,6 +44,8 @@ FIELDS: Mapping[str, type] = {
     "checksum": str,
 }
 """What `rmtkd.json` holds."""
+MOST_LAYERS = 200
+"""As many layers are built before it is known whether there are weights for them all."""
 SELF_TEST_TOLERANCE = 1e-3
 """Largest difference of self-test outputs, relative to the largest output: other processors round differently."""
 
@@ -249,7 +251,9 @@ def _build(manifest: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> 
     config = model_class.config_class.from_dict({k: v for k, v in manifest["config"].items() if k in stock})
     # Anything that would take time or memory before it fails must agree with the weights that are really there.
     shapes = {name: list(tensors[name].shape) for name in manifest["shapes"] if name in tensors}
-    if manifest["shapes"] != shapes or config.num_hidden_layers > len(shapes):
+    # (Layers that are called again and again may be more than the parameters, but not by much.)
+    numbers = [getattr(config, name, 0) for name in ("num_hidden_layers", "num_hidden_groups", "inner_group_num")]
+    if manifest["shapes"] != shapes or max(numbers) > max(len(shapes), MOST_LAYERS):
         raise ArtifactError(f"{MANIFEST} and {WEIGHTS} must agree on shapes. They do not. Fetch the folder again.")
     with torch.device("meta"):
         model = model_class(config)
@@ -311,7 +315,7 @@ def _assign(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
 def _make_self_test(model: nn.Module) -> dict[str, Any]:
     """A tiny synthetic batch – never a user's row – and what the model answers."""
     config: Any = model.config
-    length = min(8, config.max_position_embeddings)
+    length = min(8, find_family(model).longest_input(config))
     ids = torch.randint(0, config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, length // 2 :] = 0

@@ -94,6 +94,8 @@ def select_units(covariance: Float[Tensor, "width width"], reader: Float[Tensor,
         Indices of the chosen units in ascending order, shape `(keep,)`.
     """
     width = len(covariance)
+    if keep == width:
+        return torch.arange(width)
     diagonal = covariance.diagonal().clone()
     unseen = reader @ covariance  # W R, out × width
     factor = covariance.new_zeros(keep, width)

@@ -325,6 +325,37 @@ def evaluate(
         out_console.print(reporting.quality_line(result, len(source.labels)), highlight=False, soft_wrap=True)
 
 
+@app.command()
+def check(
+    model: Annotated[str, typer.Argument(help="Model folder, or a name on the hub.")],
+    recipe: Annotated[str | None, typer.Option(help="The task whose rows are used; random tokens by default.")] = None,
+    data: Data = None,
+    as_json: AsJson = False,
+) -> None:
+    """Try on a model what a compression would do to it, site by site. Exit code 1 if a site fails.
+
+    \b
+    rmtkd check MY_CHECKPOINT
+    rmtkd check MY_CHECKPOINT --recipe sst2 --data DIR --json
+    """
+    from rmtkd import conformance
+    from rmtkd.recipes.checkpoints import load_any_classifier
+
+    if recipe is None and data is not None:
+        raise typer.BadParameter("--data needs --recipe NAME, which says what the rows mean.")
+    if recipe is None:
+        verdicts = conformance.check(load_any_classifier(model))
+    else:
+        task = _recipe(recipe)
+        source = task.load(model)
+        verdicts = conformance.check(source.model, task.rows(data, source.tokenizer, 0).train)
+    if as_json:
+        sys.stdout.write(json.dumps([asdict(verdict) for verdict in verdicts], indent=1) + "\n")
+    else:
+        out_console.print(conformance.verdict_table(verdicts))
+    raise typer.Exit(0 if all(verdict.ok for verdict in verdicts) else 1)
+
+
 @app.command("ls")
 def list_recipes() -> None:
     """The tasks that come with rmtkd.

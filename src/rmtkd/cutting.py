@@ -34,6 +34,8 @@ def fit_bases(model: nn.Module, site: Site, moments: Sequence[Covariance], keep:
         return bilinear_bases(queries.second_moment(), keys.covariance(), keep)
     form = {"linear": linear_basis, "pointwise": unit_basis}[site.kind]
     (moment,) = moments
+    if not site.is_centred:
+        return (form(moment.second_moment(), torch.zeros_like(moment.mean), readers(model, site), keep),)
     return (form(moment.covariance(), moment.mean, readers(model, site), keep),)
 
 

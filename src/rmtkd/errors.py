@@ -5,6 +5,7 @@ Messages follow one grammar: *what must hold — what came — what to do*. Each
 """
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
@@ -29,7 +30,14 @@ class PlanError(RmtkdError, ValueError):
 
 
 class SurgeryError(RmtkdError, RuntimeError):
-    """A cut model disagrees with its full-width reference."""
+    """A cut model disagrees with its full-width reference.
+
+    `error` is by how much, relative to the largest output; NaN if it does not run, or gives no numbers.
+    """
+
+    def __init__(self, message: str, *, error: float = math.nan):
+        super().__init__(message)
+        self.error = error
 
 
 class ArtifactError(RmtkdError, ValueError):

@@ -48,8 +48,11 @@ def randomize(model: nn.Module, *, seed: int) -> None:
         for module in model.modules():
             if isinstance(module, nn.Linear):
                 module.weight.copy_(nn.init.xavier_uniform_(torch.empty(module.weight.shape), generator=generator))
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 module.weight.copy_(torch.empty(module.weight.shape).normal_(std=0.02, generator=generator))
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
+            elif (gain := module._parameters.get("weight")) is not None and gain.ndim == 1:  # a norm of its own kind
+                nn.init.ones_(gain)

@@ -47,7 +47,7 @@ def fold(model: nn.Module, sites: Sequence[Site], bases: Mapping[str, Sequence[B
     for site in sites:
         _prepare(student, site)
         for i, (stream, basis) in enumerate(zip(site.streams, bases[site.name], strict=True)):
-            _fold_stream(student, site, stream, basis, rescale=site.kind == "bilinear" and i == 0)
+            _fold_stream(student, stream, basis, rescale=site.scaled and i == 0)
         _set_attributes(student, site, bases[site.name][0].reduce.shape[1])
     return student
 
@@ -72,7 +72,7 @@ def skeleton(model: nn.Module, sites: Sequence[Site], widths: Mapping[str, int])
             for axis in (*stream.writers, *stream.readers):
                 parameter = student.get_parameter(axis.parameter)
                 shape = list(parameter.shape)
-                shape[axis.dim] = site.groups * width
+                shape[axis.dim] = axis.copies * site.groups * width
                 _replace(student, axis.parameter, torch.empty(shape, dtype=parameter.dtype, device="meta"))
         _set_attributes(student, site, width)
     return student
@@ -141,10 +141,11 @@ def check_cut(
     """
     dtype = next(student.parameters()).dtype
     reference, student = (copy.deepcopy(m).double().cpu() for m in (reference, student))
+    batch = batching.double(batching.to(batch, "cpu"))
     expected = projected_logits(reference, sites, bases, batch)
     try:
         with evaluation(student):
-            got = batching.logits(student, batching.to(batch, "cpu"))
+            got = batching.logits(student, batch)
         error = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
         found = f"It differs by {error:.1e}"
     except RuntimeError as failure:  # shapes that do not fit
@@ -154,7 +155,8 @@ def check_cut(
         raise SurgeryError(
             f"a cut model must compute what its projected full-width reference computes, to {allowed:.1e}. {found} "
             f"after cutting {', '.join(site.name for site in sites)}. This is a fault of rmtkd or an unusual forward "
-            "of the model: keep these sites whole in the plan, and report it."
+            "of the model: keep these sites whole in the plan, and report it.",
+            error=error,
         )
     return error
 
@@ -198,9 +200,9 @@ def _prepare(model: nn.Module, site: Site) -> None:
         factorize_embedding(model, site.factorizes)
 
 
-def _fold_stream(model: nn.Module, site: Site, stream: Stream, basis: Basis, *, rescale: bool) -> None:
+def _fold_stream(model: nn.Module, stream: Stream, basis: Basis, *, rescale: bool) -> None:
     reduce = basis.reduce
-    if rescale and any(attribute.quantity == "scaling" for attribute in site.attributes):
+    if rescale:
         # The module divides the product by the square root of the new width; the old one was meant.
         kept, width = reduce.shape[-2:]
         reduce = reduce * (kept / width) ** 0.5
@@ -222,7 +224,8 @@ def _weight(model: nn.Module, axis: Axis) -> Float[Tensor, "out total"]:
 
 
 def _apply(model: nn.Module, axis: Axis, maps: Float[Tensor, "groups kept width"]) -> None:
-    """Multiply one dimension of a parameter, group by group, in float64."""
+    """Multiply one dimension of a parameter, group by group, in float64; each copy of the width alike."""
+    maps = maps.repeat(axis.copies, 1, 1)
     weight = model.get_parameter(axis.parameter).detach().double().cpu().movedim(axis.dim, -1)
     mapped = torch.einsum("...gw,gkw->...gk", in_groups(weight, len(maps)), maps).flatten(-2)
     _replace(model, axis.parameter, mapped.movedim(-1, axis.dim))

@@ -10,7 +10,7 @@ from torch import nn
 from rmtkd import artifact
 from rmtkd.errors import DataError
 from rmtkd.recipes.recipe import Source
-from rmtkd.sites import find_sites
+from rmtkd.sites import find_sites, longest_input
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 
@@ -46,6 +46,16 @@ def load_classifier(path: str, labels: Sequence[str] | None) -> Source:
             f"--model must have a head of at least two classes. {path!r} has {config.num_labels}. Choose a classifier."
         )
     return Source(model=model, tokenizer=load_tokenizer(path, model))
+
+
+def load_any_classifier(path: str) -> nn.Module:
+    """A classifier with whatever classes it has, trained or not: our folder, transformers' folder, or a hub name.
+
+    Raises:
+        DataError: if there is none.
+        ArtifactError: if our folder was altered.
+    """
+    return artifact.load(path) if artifact.is_artifact(Path(path)) else _from_pretrained(path)[0]
 
 
 def start_classifier(path: str, labels: Sequence[str], seed: int) -> Source:
@@ -98,7 +108,7 @@ def load_tokenizer(path: str, model: nn.Module) -> Any:
             f"the tokenizer in {path!r} must be the model's, of at most {config.vocab_size} tokens. It has "
             f"{len(tokenizer)}. Save the right one beside the model."
         )
-    longest = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
+    longest = longest_input(model) or tokenizer.model_max_length
     tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
     return tokenizer
 

@@ -1,0 +1,41 @@
+"""Sites: the widths of a network that may be narrowed, as data.
+
+A *site* names the parameters that write a width, those that read it, where its activations are seen, and the *kind*
+of algebra that the network allows there:
+
+| kind | what lies between writer and reader | exact | cut |
+|---|---|---|---|
+| `linear` | nothing, or a map that acts on other axes | any change of basis | best low rank for the reader |
+| `pointwise` | a pointwise non-linearity, gated or not | permutation, scaling | units; least squares into the reader |
+| `bilinear` | two streams meet in a scalar product | paired change of basis | best low rank of the product |
+
+Sites that must keep one common width (query/key and value/output of a layer, so that the stock forward and the fused
+attention kernel survive) carry the same `shares`.
+
+`find_sites` knows the sites of the families' models; `parts` has the functions that describe those of any other.
+"""
+
+from rmtkd.sites.parts import attention_sites, embedding_site, feed_forward_site, linear_site
+from rmtkd.sites.search import check_parameters, find_family, find_sites, longest_input, search
+from rmtkd.sites.site import Attribute, Axis, Kind, Quantity, Site, Stream, blocks_of, by_width, check_names
+
+__all__ = [
+    "Attribute",
+    "Axis",
+    "Kind",
+    "Quantity",
+    "Site",
+    "Stream",
+    "attention_sites",
+    "blocks_of",
+    "by_width",
+    "check_names",
+    "check_parameters",
+    "embedding_site",
+    "feed_forward_site",
+    "find_family",
+    "find_sites",
+    "linear_site",
+    "longest_input",
+    "search",
+]

@@ -1,0 +1,185 @@
+"""From a model of a known family to its sites."""
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+
+import torch
+from torch import nn
+
+from rmtkd.errors import UnsupportedModelError
+from rmtkd.families import FAMILIES, Attention, EncoderFamily, FeedForward
+from rmtkd.sites.parts import attention_sites, embedding_site, expect, feed_forward_site, linear
+from rmtkd.sites.site import Quantity, Site
+
+
+def find_family(model: nn.Module) -> EncoderFamily:
+    """The family whose table describes this model.
+
+    Raises:
+        UnsupportedModelError: if there is none, or if the model's head is of another kind than single-label
+            classification.
+    """
+    class_name = type(model).__name__
+    supported = ", ".join(family.model_class for family in FAMILIES)
+    for family in FAMILIES:
+        if class_name in family.refused_classes:
+            raise UnsupportedModelError(
+                f"the model must have a single-label classification head. {class_name} has "
+                f"{family.refused_classes[class_name]}. Use {family.model_class}; nothing was changed."
+            )
+        if class_name == family.model_class:
+            _check_config(model, class_name)
+            return family
+    raise UnsupportedModelError(
+        f"the model must be one of: {supported}. Got {class_name}, whose widths rmtkd does not know. Nothing was "
+        "changed."
+    )
+
+
+def find_sites(model: nn.Module) -> tuple[Site, ...]:
+    """Every width of the model that may be narrowed, shallow to deep.
+
+    Args:
+        model: a supported model, also one that was compressed before.
+
+    Raises:
+        UnsupportedModelError: naming the class, the head, the part or the precision that is not understood.
+    """
+    sites = tuple(site for _, describe in search(model) for site in describe())
+    check_parameters(model, sites)
+    return sites
+
+
+def longest_input(model: nn.Module) -> int | None:
+    """The longest input of a model in tokens, supported or not; None if its configuration does not say."""
+    config = getattr(model, "config", None)
+    for family in FAMILIES:
+        if type(model).__name__ == family.model_class:
+            return family.longest_input(config)
+    return getattr(config, "max_position_embeddings", None)
+
+
+def search(model: nn.Module) -> Iterator[tuple[str, Callable[[], tuple[Site, ...]]]]:
+    """Where the sites of a supported model are: parts of the network, shallow to deep, each with a function that
+    describes its sites or raises `UnsupportedModelError`."""
+    family = find_family(model)
+    yield "embeddings.word", lambda: (embedding_site(model, family.word_embeddings),)
+    for i, layer in enumerate(_expand(model, family.layers)):
+        scope = None if family.repeats_layers else layer
+        if family.attention is not None:
+            yield f"layer.{i}.attention", partial(_attention, model, family.attention, f"layer.{i}", layer, scope)
+        yield f"layer.{i}.ffn", partial(_feed_forward, model, family.feed_forward, f"layer.{i}", layer, scope)
+
+
+def check_parameters(model: nn.Module, sites: Iterable[Site]) -> None:
+    """Raise `UnsupportedModelError` for parameters in half precision, or tied around a site."""
+    _check_precision(model)
+    _check_untied(model, sites)
+
+
+def _expand(model: nn.Module, pattern: str) -> list[str]:
+    """The paths that a pattern with `*` for the indices of module lists stands for, in order."""
+    head, star, tail = pattern.partition(".*")
+    if not star:
+        return [pattern]
+    count = len(expect(model, head, nn.ModuleList))
+    return [path for i in range(count) for path in _expand(model, f"{head}.{i}{tail}")]
+
+
+def _attention(model: nn.Module, names: Attention, block: str, layer: str, scope: str | None) -> tuple[Site, ...]:
+    query, key, value, output = (f"{layer}.{name}" for name in (names.query, names.key, names.value, names.output))
+    for path in (query, key, value, output):
+        linear(model, path)
+    attention = f"{layer}.{names.module}"
+    _check_stock(model, attention, names.module_class)
+    attributes: dict[str, Quantity] = {f"{attention}.{names.head_size}": "width"}
+    if names.all_head_size is not None:
+        attributes[f"{attention}.{names.all_head_size}"] = "total"
+    attributes[f"{attention}.{names.scaling}"] = "scaling"
+    return attention_sites(
+        model,
+        block,
+        query=query,
+        key=key,
+        value=value,
+        output=output,
+        heads=getattr(model.get_submodule(attention), names.heads),
+        attributes=attributes,
+        scope=scope,
+    )
+
+
+def _feed_forward(model: nn.Module, names: FeedForward, block: str, layer: str, scope: str | None) -> tuple[Site, ...]:
+    writers, reader = [f"{layer}.{name}" for name in names.writers], f"{layer}.{names.reader}"
+    for path in (*writers, reader):
+        linear(model, path)
+    for part, stock in names.stock.items():
+        _check_stock(model, f"{layer}.{part}" if part else layer, stock)
+    if names.chunk_size is not None:
+        owner, _, name = f"{layer}.{names.chunk_size}".rpartition(".")
+        if getattr(model.get_submodule(owner), name, 0):
+            raise UnsupportedModelError(
+                f"{owner}.{name} must be 0, else activations come in pieces. Set it to 0, the outputs stay the same; "
+                "nothing was changed."
+            )
+    site = feed_forward_site(
+        model,
+        f"{block}.ffn",
+        writers=writers,
+        reader=reader,
+        copies=names.copies,
+        activation=f"{layer}.{names.activation}",
+        block=block,
+        scope=scope,
+    )
+    return (site,)
+
+
+def _check_stock(model: nn.Module, path: str, stock: str) -> None:
+    """What lies between the parts is code, which a table cannot describe: only that of the stock classes is known."""
+    found = type(model.get_submodule(path)).__name__
+    if found != stock:
+        raise UnsupportedModelError(
+            f"{path} must be {stock}. Got {found}, which may compute something else. Replace it by its plain form "
+            "first; nothing was changed."
+        )
+
+
+def _check_config(model: nn.Module, class_name: str) -> None:
+    config = getattr(model, "config", None)
+    problem = getattr(config, "problem_type", None)
+    if problem in ("regression", "multi_label_classification") or getattr(config, "num_labels", None) == 1:
+        head = problem or "regression (one output)"
+        raise UnsupportedModelError(
+            f"the head must be single-label classification. This {class_name} has problem type {head}, for which "
+            "recovery has no loss. Nothing was changed."
+        )
+    if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
+        raise UnsupportedModelError(
+            f"the encoder must be bidirectional without cross-attention. This {class_name} is a decoder. Nothing was "
+            "changed."
+        )
+
+
+def _check_precision(model: nn.Module) -> None:
+    """Half precision drowns the small eigenvalues, the check of a cut and the small steps of recovery in rounding."""
+    for name, parameter in model.named_parameters():
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise UnsupportedModelError(
+                f"parameters must be float32 or float64. {name} is {parameter.dtype}. Call `model.float()` first: "
+                "recovery uses bfloat16 by itself where that is faster. Nothing was changed."
+            )
+
+
+def _check_untied(model: nn.Module, sites: Iterable[Site]) -> None:
+    """A parameter with two names (layers that share their weights) would be folded twice."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    touched = {axis.parameter for site in sites for stream in site.streams for axis in stream.writers + stream.readers}
+    for tied in names.values():
+        if len(tied) > 1 and touched.intersection(tied):
+            raise UnsupportedModelError(
+                f"a parameter around a site must belong to one module. {' and '.join(tied)} are the same. Give each "
+                "its own copy; nothing was changed."
+            )
