@@ -45,7 +45,7 @@ def own_recipe(columns: str | None, label: str | None, max_length: int | None) -
     Raises:
         OptionError: if there are no or more than two columns.
     """
-    names = [name.strip() for name in (columns or "text").split(",")]
+    names = [name.strip() for name in ("text" if columns is None else columns).split(",")]
     if not all(names) or len(names) > 2:
         raise OptionError(f"--columns must name one column of texts or two. Got {columns!r}. Write --columns a,b.")
     longest = max_length or MAX_LENGTH
