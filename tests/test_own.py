@@ -212,13 +212,13 @@ def having(rows: dict[str, Any]) -> Callable[[Path], Path]:
         (having({"text": ["a"], "topic": ["plot"]}), "must have a column 'body'. It has text, topic"),
         (having({"body": ["a"], "label": ["plot"]}), "must have a column 'topic'. It has body, label"),
         (
-            empty({"body": ["a", " "], "topic": ["plot", "music"]}),
+            having({"body": ["a", " "], "topic": ["plot", "music"]}),
             "body of .* Row 2 holds an empty text",
         ),
         (having({"body": ["a", None], "topic": ["plot", "music"]}), "'body' of .* must be filled. 1 rows are empty"),
         (having({"body": [1.5], "topic": ["plot"]}), "must hold texts. Got 1.5"),
         (
-            empty({"body": pa.array([], pa.string()), "topic": pa.array([], pa.string())}),
+            having({"body": pa.array([], pa.string()), "topic": pa.array([], pa.string())}),
             "must hold rows. It holds none",
         ),
         (having({"body": ["a", "b"], "topic": ["plot", "film"]}), r"\(music, plot, story\) .* Got 'film'"),
