@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from pyarrow import csv
 
 import rmtkd
 from conftest import Sentiment, make_tokenizer, tiny_bert, write_sentiment_rows
@@ -87,6 +89,31 @@ def test_from_training_to_evaluation(sentiment: Sentiment, command: Command, tmp
     assert code == 0
     first, again = contents(out / "model"), contents(tmp_path / "again" / "model")
     assert first["model.safetensors"] == again["model.safetensors"]
+
+
+def test_texts_of_the_user_s_own_from_training_to_evaluation(command: Command, sentiment: Sentiment, tmp_path: Path):
+    """A CSV file and nothing else: the same rows have the same roles in every command."""
+    table = pq.read_table(write_sentiment_rows(tmp_path / "rows.parquet", 500, seed=3))
+    names = pa.array([("bad", "good")[label] for label in table["label"].to_pylist()])
+    csv.write_csv(pa.table({"review": table["text"], "verdict": names}), tmp_path / "rows.csv")
+    words = ("--data", tmp_path / "rows.csv", "--columns", "review", "--label", "verdict")
+    teacher, out = tmp_path / "teacher", tmp_path / "run"
+    train = ("train", "text", "--model", sentiment.start, "--out", teacher, *words)
+    code, told, log = command(*train, "--epochs", 8, "--lr", 3e-3, "--precision", "fp32")
+    assert code == 0 and "F1" in told and "report rows of one file, divided by a hash" in log
+    common = ("text", "--model", teacher, "--out", out, *words, *QUICK)
+    assert command("plan", *common)[0] == 0
+    code, _, log = command("compress", *common, "--epochs", 0.5, "--lr", 1e-3, "--precision", "fp32")
+    assert code == 0 and "report rows of one file, divided by a hash" in log
+    record = json.loads((out / "summary.json").read_text())
+    assert rmtkd.load(out / "model").config.id2label == {0: "bad", 1: "good"}
+    code, told, _ = command("evaluate", out / "model", "--recipe", "text", *words, "--json")
+    assert code == 0 and json.loads(told)["accuracy"] == record["compressed"]["accuracy"]
+    evaluate = ("evaluate", out / "model", "--recipe", "text", "--file", tmp_path / "rows.csv", *words[2:])
+    code, told, _ = command(*evaluate)
+    assert code == 0 and "accuracy" in told and "F1" in told and "(n = 500)" in told
+    code, _, log = command(*evaluate[:-2])
+    assert code == 2 and "Got no --label" in log
 
 
 def expected_accuracy(model: Path, rows: Path) -> float:
@@ -176,6 +203,10 @@ def test_env_tells_versions_and_machine(command: Command):
         (["train", "sst2", "--out", "OUT"], "Pass --model"),
         (["train", "sst2", "--out", "OUT", "--model", "START", "--data", "/nowhere"], "There is no such file"),
         (["evaluate", "./nowhere", "--recipe", "sst2"], "There is no folder"),
+        (["compress", "sst2", "--out", "OUT", "--columns", "text"], "Got --columns for sst2"),
+        (["plan", "qqp", "--out", "OUT", "--label", "label"], "Got --label for qqp"),
+        (["train", "text", "--out", "OUT", "--label", "label"], "must have rows. Got none"),
+        (["compress", "text", "--out", "OUT", "--model", "TEACHER"], "must have rows. Got none"),
         (["evaluate", "TEACHER", "--recipe", "digits"], "head of the 10 classes"),
         (["evaluate", "TEACHER", "--recipe", "sst2", "--file", "/nowhere.parquet"], "There is no such file"),
     ],

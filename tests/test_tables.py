@@ -19,10 +19,9 @@ LABELS = ["bad", "good", "bad", "bad", "good", "good"]
 def write_csv(path: Path, texts: list[str], labels: list[Any]) -> None:
     import csv
 
+    rows = [[text, label, 0.5] for text, label in zip(texts, labels, strict=True)]
     with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(
-            [["text", "label", "other"], *([*row, 0.5] for row in zip(texts, labels, strict=True))]
-        )
+        csv.writer(file).writerows([["text", "label", "other"], *rows])
 
 
 def write_tsv(path: Path, texts: list[str], labels: list[Any]) -> None:
@@ -90,7 +89,7 @@ def test_what_is_no_table_of_these_columns_is_refused(tmp_path: Path, name: str,
 
 def test_a_column_is_named_once(tmp_path: Path) -> None:
     write_csv(tmp_path / "rows.csv", ["a"], [0])
-    with pytest.raises(DataError, match="every column must be named once. Got text, text"):
+    with pytest.raises(DataError, match=r"every column must be named once\. Got text, text"):
         read_columns(tmp_path / "rows.csv", ["text"], "text")
 
 

@@ -45,7 +45,7 @@ def own_recipe(columns: str | None, label: str | None, max_length: int | None) -
     Raises:
         OptionError: if there are no or more than two columns.
     """
-    names = [name.strip() for name in (columns or "text").split(",")]
+    names = [name.strip() for name in ("text" if columns is None else columns).split(",")]
     if not all(names) or len(names) > 2:
         raise OptionError(f"--columns must name one column of texts or two. Got {columns!r}. Write --columns a,b.")
     longest = max_length or MAX_LENGTH
@@ -87,8 +87,10 @@ def find_files(data: Path | None) -> dict[str, Path]:
             f"{data} must hold train.* and one of test.*, validation.*, dev.* ({', '.join(KINDS)}). It holds "
             f"{', '.join(sorted(path.name for path in data.iterdir())[:10]) or 'nothing'}. Rename them, or pass a file."
         )
-    dev = {"selection" if "test" in found else "report": found.pop("dev")} if "dev" in found else {}
-    return {"train": found["train"], **dev, **({"report": found["test"]} if "test" in found else {})}
+    if "test" not in found:
+        return {"train": found["train"], "report": found["dev"]}
+    roles = {"train": "train", "dev": "selection", "test": "report"}
+    return {roles[name]: path for name, path in found.items()}
 
 
 def load_rows(
