@@ -3,6 +3,7 @@
 import json
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -13,6 +14,7 @@ from rich.console import Console
 from rmtkd.errors import RmtkdError
 
 if TYPE_CHECKING:
+    from rmtkd.planning import Plan
     from rmtkd.recipes import Recipe
 
 app = typer.Typer(
@@ -24,6 +26,8 @@ app = typer.Typer(
 )
 EXTRAS = frozenset({"transformers", "datasets", "pyarrow", "sklearn"})
 """Packages that come with the extras."""
+PLAN_OPTIONS = ("target", "rule", "tau", "multiple_of", "min_share", "exclude", "keep")
+"""What shapes a plan."""
 out_console = Console(width=None if sys.stdout.isatty() else 120)  # a pipe has no width
 log_console = Console(stderr=True)
 
@@ -39,6 +43,16 @@ Tau = Annotated[float, typer.Option(help="Quantile that starts the noise level; 
 Rule = Annotated[str, typer.Option(help="Spectral rule.")]
 MultipleOf = Annotated[int, typer.Option(help="Kept widths are multiples of this.")]
 MinShare = Annotated[float, typer.Option(help="No width below this share of its full size.")]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--exclude", metavar="SITE", help="Leave this site whole; a pattern such as 'layer.*.ffn'; repeatable."
+    ),
+]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option("--keep", metavar="SITE=WIDTH", help="Give this site, or pattern, this width; repeatable."),
+]
 Calibration = Annotated[float, typer.Option(help="Share of the training batches whose activations are seen.")]
 
 
@@ -88,8 +102,20 @@ def train(
 
 @app.command()
 def plan(
-    recipe: RecipeName,
-    out: Annotated[Path, typer.Option(help="Folder for plan.json and spectra.npz; new, or holding only a plan.")],
+    context: typer.Context,
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE|FOLDER",
+            help="The task (`rmtkd ls`), or a folder with a plan to make anew without the model.",
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for plan.json and spectra.npz; new, or holding only a plan. A given FOLDER by default."
+        ),
+    ] = None,
     model: Model = None,
     data: Data = None,
     target: Target = None,
@@ -97,6 +123,8 @@ def plan(
     tau: Tau = 0.5,
     multiple_of: MultipleOf = 8,
     min_share: MinShare = 0.0,
+    exclude: Exclude = None,
+    keep: Keep = None,
     calibration_share: Calibration = 0.1,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -104,20 +132,33 @@ def plan(
 ) -> None:
     """Dry run: look at the spectra and choose the widths. Nothing is trained, no run is touched.
 
+    With a FOLDER that holds a plan, choose them anew from its spectra: no model, no data, seconds. What is not given
+    stays as it was, widths changed by hand too.
+
     \b
     rmtkd plan sst2 --model teacher --data DIR --out runs/sst2 --target 25%params
+    rmtkd plan runs/sst2 --target 20%params --keep layer.0.ffn=160
     """
-    from rmtkd import compression, reporting
+    from rmtkd import compression, recipes
     from rmtkd.checkpoint import RunFolder
+    from rmtkd.planning import parse_keep
     from rmtkd.schedule import Options
 
+    if recipe not in recipes.names() and Path(recipe).is_dir():
+        chosen = {name: value for name, value in context.params.items() if name in _given(context)}
+        _plan_anew(Path(recipe), out, chosen, as_json=as_json)
+        return
     task = _recipe(recipe)
+    if out is None:
+        raise typer.BadParameter("a folder for the plan is needed: pass --out FOLDER.")
     options = {
         "target": target or task.options.get("target"),
         "rule": rule,
         "tau": tau,
         "multiple_of": multiple_of,
         "min_share": min_share,
+        "exclude": tuple(exclude or ()),
+        "keep": parse_keep(keep or ()),
         "calibration_share": calibration_share,
         "seed": seed,
         "device": device,
@@ -133,21 +174,60 @@ def plan(
         **options,
     )
     RunFolder.for_plan(out).save_plan(made, spectrums)
+    _show_plan(made, out, as_json=as_json)
+
+
+def _plan_anew(folder: Path, out: Path | None, given: dict[str, Any], *, as_json: bool) -> None:
+    from rmtkd.checkpoint import RunFolder, read_planned
+    from rmtkd.errors import OptionError, RunError
+    from rmtkd.planning import parse_keep, retarget
+
+    wrong = [name for name in given if name not in (*PLAN_OPTIONS, "recipe", "out", "as_json")]
+    if wrong:
+        raise OptionError(
+            f"a plan made anew from a folder needs neither model nor data. Got {_flags(wrong)}. Leave them out, or "
+            "name the recipe instead of the folder."
+        )
+    made, spectrums = read_planned(folder)
+    if out is None:
+        try:
+            RunFolder.check_free(folder)
+        except RunError:
+            raise RunError(
+                f"--out must be given where the folder holds more than a plan. {folder} does. Pass --out NEW_FOLDER."
+            ) from None
+        out = folder
+    RunFolder.check_free(out)
+    options = {name: value for name, value in given.items() if name in PLAN_OPTIONS}
+    options["keep"] = parse_keep(options.get("keep", ()))
+    made = retarget(made, spectrums, **options)
+    RunFolder.for_plan(out).save_plan(made, spectrums)
+    _show_plan(made, out, as_json=as_json)
+
+
+def _show_plan(made: "Plan", out: Path, *, as_json: bool) -> None:
+    from rmtkd import reporting
+
     if as_json:
         sys.stdout.write(made.to_json() + "\n")
         return
     out_console.print(reporting.plan_table(made, out_console.width))
-    if note := reporting.misfit_note(made):
-        out_console.print(note, highlight=False, soft_wrap=True)
+    for note in reporting.plan_notes(made):
+        out_console.print(note, highlight=False, soft_wrap=True, markup=False)
     out_console.print(f"saved {out / 'plan.json'}", highlight=False, soft_wrap=True)
 
 
 @app.command()
 def compress(
+    context: typer.Context,
     recipe: RecipeName,
     out: Annotated[Path, typer.Option(help="Run folder; new, or holding only a plan.")],
     model: Model = None,
     data: Data = None,
+    plan_file: Annotated[
+        Path | None,
+        typer.Option("--plan", metavar="FILE", help="Apply this plan.json, edited or not, instead of making a plan."),
+    ] = None,
     target: Target = None,
     rule: Rule = "mp",
     tau: Tau = 0.5,
@@ -166,6 +246,8 @@ def compress(
     max_rounds: Annotated[int | None, typer.Option(help="Stop after as many rounds.")] = None,
     multiple_of: MultipleOf = 8,
     min_share: MinShare = 0.0,
+    exclude: Exclude = None,
+    keep: Keep = None,
     calibration_share: Calibration = 0.1,
     control: Annotated[bool, typer.Option("--control", help="Also train the same shape from a random start.")] = False,
     precision: Precision = "auto",
@@ -177,12 +259,16 @@ def compress(
 
     \b
     rmtkd compress sst2 --model teacher --data DIR --out runs/sst2 --epochs 2
+    rmtkd compress sst2 --model teacher --data DIR --out runs/sst2 --plan runs/sst2/plan.json
     rmtkd compress digits --out runs/digits   (trains its own teacher first)
     """
     from rmtkd import compression, reporting
     from rmtkd.checkpoint import RunFolder
+    from rmtkd.errors import OptionError
+    from rmtkd.planning import Plan, parse_keep
     from rmtkd.progress import watcher
     from rmtkd.schedule import Options
+    from rmtkd.sites import find_sites
     from rmtkd.teaching import train_teacher
 
     task = _recipe(recipe)
@@ -204,12 +290,24 @@ def compress(
         "tau": tau,
         "multiple_of": multiple_of,
         "min_share": min_share,
+        "exclude": tuple(exclude or ()),
+        "keep": parse_keep(keep or ()),
         "calibration_share": calibration_share,
         "precision": precision,
         "seed": seed,
         "device": device,
     }
     options["recovery"] = replace(options.get("recovery", Options().recovery), **steps)
+    if plan_file is not None:
+        if wrong := sorted(_given(context) & set(PLAN_OPTIONS)):
+            raise OptionError(
+                f"with --plan the plan decides. Got {_flags(wrong)} too. Make the plan anew with them first: "
+                "`rmtkd plan FOLDER`, which takes seconds; or leave out --plan."
+            )
+        options = {name: value for name, value in options.items() if name not in PLAN_OPTIONS}
+    elif (out / "plan.json").exists():
+        note = f"{out / 'plan.json'} is not applied: a new plan is made. To apply it: --plan {out / 'plan.json'}"
+        log_console.print(note, highlight=False, soft_wrap=True, markup=False)
     Options(**options)  # before anything takes time
     RunFolder.check_free(out)
     if model is None and task.needs_no_checkpoint:
@@ -217,11 +315,14 @@ def compress(
         if teacher_folder.exists():
             log_console.print(f"no --model: using the teacher in {teacher_folder}", highlight=False, soft_wrap=True)
         else:
+            if plan_file is not None:
+                Plan.read(plan_file)  # a broken one is not worth a teacher
             log_console.print(f"no --model: training a teacher into {teacher_folder}", highlight=False, soft_wrap=True)
             with watcher(log_console) as on_event:
                 train_teacher(task, out=teacher_folder, seed=seed, device=device, on_event=on_event)
         model = str(teacher_folder)
     source = task.load(_needed(model))
+    made = None if plan_file is None else Plan.read(plan_file, sites=find_sites(source.model))
     rows = task.rows(data, source.tokenizer, seed)
     with tempfile.TemporaryDirectory() as written, watcher(log_console) as on_event:
         if source.tokenizer is not None:
@@ -232,6 +333,7 @@ def compress(
             selection=rows.selection,
             report=rows.report,
             example=task.example(source.model),
+            plan=made,
             control=control,
             out=out,
             extra_files=sorted(Path(written).iterdir()),
@@ -242,8 +344,8 @@ def compress(
         sys.stdout.write(json.dumps(result.record, indent=1) + "\n")
         return
     out_console.print(reporting.plan_table(result.plan, out_console.width))
-    if note := reporting.misfit_note(result.plan):
-        out_console.print(note, highlight=False, soft_wrap=True)
+    for note in reporting.plan_notes(result.plan):
+        out_console.print(note, highlight=False, soft_wrap=True, markup=False)
     out_console.print(reporting.summary(result.record))
     out_console.print(
         f"{out}/summary.json holds the record, {out}/model the model: rmtkd.load({str(out / 'model')!r})",
@@ -326,6 +428,16 @@ def _fail(kind: str, message: str) -> NoReturn:
     log_console.print(f"[bold red]error:[/] {kind}", highlight=False)
     log_console.print(message, markup=False, highlight=False, soft_wrap=True)
     sys.exit(2)
+
+
+def _given(context: typer.Context) -> set[str]:
+    """Names of the parameters that stand on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
+def _flags(names: Iterable[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
 def _recipe(name: str) -> "Recipe":

@@ -20,7 +20,7 @@ from rmtkd.checkpoint import RunFolder
 from rmtkd.covariance import Covariance
 from rmtkd.distillation import Precision, Recovery, train
 from rmtkd.environment import versions
-from rmtkd.errors import DataError, PlanError
+from rmtkd.errors import DataError
 from rmtkd.measurement import (
     Estimate,
     accuracy,
@@ -33,7 +33,7 @@ from rmtkd.measurement import (
     time_forward,
 )
 from rmtkd.modules import randomize
-from rmtkd.planning import Plan, Spectrum, Target, make_plan, spectra_of
+from rmtkd.planning import Plan, Spectrum, Target, make_plan, settle, spectra_of
 from rmtkd.schedule import History, Options, Round, stop_reason, too_much_lost
 from rmtkd.sites import Site, by_width, find_family, find_sites
 from rmtkd.surgery import check_cut, fold
@@ -86,7 +86,8 @@ def compress(
         report: labelled rows for the result; read once, at the end.
         calibration: batches whose activations are seen; a share of `train` by default.
         example: the batch whose FLOPs and latency are measured; the first selection batch by default.
-        plan: use this plan instead of making one.
+        plan: use the widths of this plan, which may have been changed by hand. What else it says is derived anew, and
+            its target, rule, tau, multiple_of and min_share stand for those options.
         control: also train the same final shape from a random start for the same number of steps.
         out: run folder to write: configuration, plan, spectra, record, summary, model.
         extra_files: files to copy into the model folder (a tokenizer's).
@@ -100,6 +101,8 @@ def compress(
         RmtkdError: see `rmtkd.errors`; nothing that existed before is changed.
     """
     chosen = Options(**options)
+    if plan is not None:
+        chosen = chosen.follow(plan, given=options)
     if out is not None:
         RunFolder.check_free(Path(out))
     extra_files = artifact.check_extra_files(extra_files)
@@ -118,6 +121,7 @@ def plan(
     *,
     calibration: Iterable[Batch],
     example: Batch | None = None,
+    given: Plan | None = None,
     **options: Any,
 ) -> tuple[Plan, dict[str, tuple[Spectrum, ...]]]:
     """The dry run: collect activations, look at the spectra, choose the widths. Trains and changes nothing.
@@ -126,6 +130,7 @@ def plan(
         model: the untouched model.
         calibration: batches whose activations are seen.
         example: the batch whose FLOPs are predicted; the first calibration batch by default.
+        given: a plan whose widths are used instead of chosen ones.
         options: the fields of `Options`.
 
     Returns:
@@ -133,9 +138,13 @@ def plan(
     """
     chosen = Options(**options)
     sites = find_sites(model)
+    if given is not None:
+        given.check_fits(sites)
     spectrums = spectra_of(collect(model, sites, calibration))
     if example is None:
         example = batching.first(calibration, "calibration")
+    if given is not None:
+        return settle(given, model, sites, spectrums, example), spectrums
     made = make_plan(
         model,
         sites,
@@ -146,6 +155,8 @@ def plan(
         target=None if chosen.target is None else Target.parse(chosen.target),
         multiple_of=chosen.multiple_of,
         min_share=chosen.min_share,
+        exclude=chosen.exclude,
+        keep=chosen.keep,
     )
     return made, spectrums
 
@@ -202,13 +213,7 @@ def narrow(model: nn.Module, plan: Plan, *, calibration: Iterable[Batch]) -> nn.
 
 def _narrowed(sites: Sequence[Site], plan: Plan) -> tuple[Site, ...]:
     """The sites of the model that the plan narrows."""
-    planned = {(site.name, site.width, site.groups) for site in plan.sites}
-    strangers = planned ^ {(site.name, site.width, site.groups) for site in sites}
-    if strangers:
-        raise PlanError(
-            "a plan must name exactly the sites of the model, at their full widths. They differ in "
-            f"{', '.join(sorted({name for name, _, _ in strangers}))}. Make the plan from this model."
-        )
+    plan.check_fits(sites)
     return tuple(site for site in sites if plan.widths[site.name] < site.width)
 
 
@@ -247,8 +252,9 @@ class _Run:
         started = time.monotonic()
         baseline = check_teacher(self.model, self.selection)
         emit("start", options=options.to_dict(), selection_accuracy=asdict(baseline))
-        made, spectrums = plan(self.model, calibration=self.calibration, example=self.example, **_fields(options))
-        made = given or made
+        made, spectrums = plan(
+            self.model, calibration=self.calibration, example=self.example, given=given, **_fields(options)
+        )
         emit("plan", predicted=made.predicted, widths=made.widths)
         queue = self.rounds_of(made)
         if out is not None:  # not before all input has proved good: a refused run leaves nothing behind
@@ -262,7 +268,13 @@ class _Run:
 
         steps = self.steps_of(len(queue))
         student, rounds = self.model, ()
-        history = History(options=options, baseline_accuracy=baseline.value, rounds=(), pending=len(queue))
+        history = History(
+            options=options,
+            baseline_accuracy=baseline.value,
+            rounds=(),
+            pending=len(queue),
+            meets_target=made.meets_target,
+        )
         while (reason := stop_reason(history)) is None:
             sites = queue.pop(0)
             candidate, done = self.round(student, sites, made, len(rounds) + 1, steps[len(rounds)])

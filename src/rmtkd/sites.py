@@ -13,7 +13,7 @@ Sites that must keep one common width (query/key and value/output of a layer, so
 attention kernel survive) carry the same `shares`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -140,16 +140,6 @@ def by_width(sites: Iterable[Site]) -> dict[str, tuple[Site, ...]]:
     for site in sites:
         groups[site.shares] = (*groups.get(site.shares, ()), site)
     return groups
-
-
-def check_names(names: Iterable[str], sites: Sequence[Site]) -> None:
-    """Raise `UnsupportedModelError` for the first name that no site has."""
-    known = {site.name for site in sites}
-    for name in names:
-        if name not in known:
-            raise UnsupportedModelError(
-                f"a site of this model must be one of {', '.join(sorted(known))}. Got {name!r}."
-            )
 
 
 def _check_config(model: nn.Module, class_name: str) -> None:

@@ -86,14 +86,9 @@ class _ZeroProducts(TorchDispatchMode):
         kwargs = kwargs or {}
         if func._overloadpacket not in flop_registry:
             return func(*args, **kwargs)
-        devices: list[torch.device] = []
-
-        def shape_of(tensor: torch.Tensor) -> torch.Tensor:
-            devices.append(tensor.device)
-            return tensor.to("meta")
-
-        args, kwargs = tree_map_only(torch.Tensor, shape_of, (args, kwargs))
-        return tree_map_only(torch.Tensor, lambda out: torch.zeros_like(out, device=devices[0]), func(*args, **kwargs))
+        device = next(part.device for part in args if isinstance(part, torch.Tensor))
+        on_meta, named = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+        return tree_map_only(torch.Tensor, lambda out: torch.zeros_like(out, device=device), func(*on_meta, **named))
 
 
 COSTS: Mapping[str, Callable[[nn.Module, Sequence[Site], Mapping[str, int], Batch], int]] = {
@@ -126,8 +121,10 @@ class CostTable:
     together: dict[str, dict[str, int]]
 
     @classmethod
-    def measure(cls, model: nn.Module, sites: Sequence[Site], batch: Batch) -> "CostTable | None":
-        """Find the coefficients by counting on skeletons; None where the formula does not hold for this model.
+    def measure(
+        cls, model: nn.Module, sites: Sequence[Site], batch: Batch
+    ) -> tuple[dict[str, int], "CostTable | None"]:
+        """The cost at full width, and the coefficients, all counted on skeletons.
 
         That it holds is checked at all least widths, where any product that is missing would show, as products only
         add, and half way, where any curve would.
@@ -156,8 +153,8 @@ class CostTable:
             dropped = {shares: full[shares] - width for shares, width in kept.items()}
             counted = count(kept)
             if any(whole[cost] + table.change(cost, dropped) != counted[cost] for cost in COSTS):
-                return None
-        return table
+                return whole, None
+        return whole, table
 
     def change(self, cost: str, dropped: Mapping[str, int]) -> int:
         """What is added to a cost, mostly a negative number, when so many units are dropped of these shared widths."""

@@ -41,7 +41,7 @@ def misfits(listed: Sequence[Mapping[str, Any]], sites: Sequence[Site]) -> Itera
         if site is None:
             yield (
                 i,
-                f"{show(planned['name'])}: the model must have this site. It has none.{nearest(planned['name'], known)}",
+                f"{show(planned['name'])}: the model has no such site.{nearest(planned['name'], known)}",
             )
             continue
         for key in SHAPE:
