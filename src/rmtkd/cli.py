@@ -3,7 +3,6 @@
 import json
 import sys
 import tempfile
-from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -26,8 +25,6 @@ app = typer.Typer(
 )
 EXTRAS = frozenset({"transformers", "datasets", "pyarrow", "sklearn"})
 """Packages that come with the extras."""
-PLAN_OPTIONS = ("target", "rule", "tau", "multiple_of", "min_share", "exclude", "keep")
-"""What shapes a plan."""
 out_console = Console(width=None if sys.stdout.isatty() else 120)  # a pipe has no width
 log_console = Console(stderr=True)
 
@@ -39,10 +36,12 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 Precision = Annotated[str, typer.Option(help="Of training: auto (tries once which is faster), fp32 or bf16.")]
 Target = Annotated[str | None, typer.Option(help="What remains: 25%params, 40%flops, 5M. Tied weights count once.")]
-Tau = Annotated[float, typer.Option(help="Quantile that starts the noise level; larger cuts more.")]
-Rule = Annotated[str, typer.Option(help="Spectral rule.")]
-MultipleOf = Annotated[int, typer.Option(help="Kept widths are multiples of this.")]
-MinShare = Annotated[float, typer.Option(help="No width below this share of its full size.")]
+Tau = Annotated[
+    float | None, typer.Option(help="Quantile that starts the noise level; larger cuts more; 0.5 by default.")
+]
+Rule = Annotated[str | None, typer.Option(help="Spectral rule; mp by default.")]
+MultipleOf = Annotated[int | None, typer.Option(help="Kept widths are multiples of this; 8 by default.")]
+MinShare = Annotated[float | None, typer.Option(help="No width below this share of its full size; 0 by default.")]
 Exclude = Annotated[
     list[str] | None,
     typer.Option(
@@ -53,7 +52,9 @@ Keep = Annotated[
     list[str] | None,
     typer.Option("--keep", metavar="SITE=WIDTH", help="Give this site, or pattern, this width; repeatable."),
 ]
-Calibration = Annotated[float, typer.Option(help="Share of the training batches whose activations are seen.")]
+Calibration = Annotated[
+    float | None, typer.Option(help="Share of the training batches whose activations are seen; 0.1 by default.")
+]
 
 
 @app.command()
@@ -102,7 +103,6 @@ def train(
 
 @app.command()
 def plan(
-    context: typer.Context,
     recipe: Annotated[
         str,
         typer.Argument(
@@ -119,13 +119,13 @@ def plan(
     model: Model = None,
     data: Data = None,
     target: Target = None,
-    rule: Rule = "mp",
-    tau: Tau = 0.5,
-    multiple_of: MultipleOf = 8,
-    min_share: MinShare = 0.0,
+    rule: Rule = None,
+    tau: Tau = None,
+    multiple_of: MultipleOf = None,
+    min_share: MinShare = None,
     exclude: Exclude = None,
     keep: Keep = None,
-    calibration_share: Calibration = 0.1,
+    calibration_share: Calibration = None,
     seed: Seed = 0,
     device: Device = "cpu",
     as_json: AsJson = False,
@@ -141,35 +141,26 @@ def plan(
     """
     from rmtkd import compression, recipes
     from rmtkd.checkpoint import RunFolder
-    from rmtkd.planning import parse_keep
     from rmtkd.schedule import Options
 
+    shape = _plan_options(target, rule, tau, multiple_of, min_share, exclude, keep)
     if recipe not in recipes.names() and Path(recipe).is_dir():
-        chosen = {name: value for name, value in context.params.items() if name in _given(context)}
-        _plan_anew(Path(recipe), out, chosen, as_json=as_json)
+        unused = {"--model": model, "--data": data, "--calibration-share": calibration_share}
+        _plan_anew(Path(recipe), out, shape, [name for name, value in unused.items() if value is not None], as_json)
         return
     task = _recipe(recipe)
     if out is None:
         raise typer.BadParameter("a folder for the plan is needed: pass --out FOLDER.")
-    options = {
-        "target": target or task.options.get("target"),
-        "rule": rule,
-        "tau": tau,
-        "multiple_of": multiple_of,
-        "min_share": min_share,
-        "exclude": tuple(exclude or ()),
-        "keep": parse_keep(keep or ()),
-        "calibration_share": calibration_share,
-        "seed": seed,
-        "device": device,
-    }
+    options: dict[str, Any] = {"target": task.options.get("target"), **shape, "seed": seed, "device": device}
+    if calibration_share is not None:
+        options["calibration_share"] = calibration_share
     Options(**options)  # before anything takes time
     RunFolder.check_free(out)
     source = task.load(_needed(model))
     rows = task.rows(data, source.tokenizer, seed)
     made, spectrums = compression.plan(
         source.model.to(device),
-        calibration=compression.share_of(rows.train, calibration_share),
+        calibration=compression.share_of(rows.train, Options(**options).calibration_share),
         example=task.example(source.model),
         **options,
     )
@@ -177,18 +168,17 @@ def plan(
     _show_plan(made, out, as_json=as_json)
 
 
-def _plan_anew(folder: Path, out: Path | None, given: dict[str, Any], *, as_json: bool) -> None:
+def _plan_anew(folder: Path, out: Path | None, shape: dict[str, Any], unused: list[str], as_json: bool) -> None:
     from rmtkd.checkpoint import RunFolder, read_planned
     from rmtkd.errors import OptionError, RunError
-    from rmtkd.planning import parse_keep, retarget
+    from rmtkd.planning import retarget
 
-    wrong = [name for name in given if name not in (*PLAN_OPTIONS, "recipe", "out", "as_json")]
-    if wrong:
+    if unused:
         raise OptionError(
-            f"a plan made anew from a folder needs neither model nor data. Got {_flags(wrong)}. Leave them out, or "
+            f"a plan made anew from a folder needs neither model nor data. Got {', '.join(unused)}. Leave them out, or "
             "name the recipe instead of the folder."
         )
-    made, spectrums = read_planned(folder)
+    earlier, spectrums = read_planned(folder)
     if out is None:
         try:
             RunFolder.check_free(folder)
@@ -196,13 +186,11 @@ def _plan_anew(folder: Path, out: Path | None, given: dict[str, Any], *, as_json
             raise RunError(
                 f"--out must be given where the folder holds more than a plan. {folder} does. Pass --out NEW_FOLDER."
             ) from None
-        out = folder
-    RunFolder.check_free(out)
-    options = {name: value for name, value in given.items() if name in PLAN_OPTIONS}
-    options["keep"] = parse_keep(options.get("keep", ()))
-    made = retarget(made, spectrums, **options)
-    RunFolder.for_plan(out).save_plan(made, spectrums)
-    _show_plan(made, out, as_json=as_json)
+    place = out or folder
+    RunFolder.check_free(place)
+    made = retarget(earlier, spectrums, **shape)
+    RunFolder.for_plan(place).save_plan(made, spectrums)
+    _show_plan(made, place, as_json=as_json)
 
 
 def _show_plan(made: "Plan", out: Path, *, as_json: bool) -> None:
@@ -219,18 +207,23 @@ def _show_plan(made: "Plan", out: Path, *, as_json: bool) -> None:
 
 @app.command()
 def compress(
-    context: typer.Context,
     recipe: RecipeName,
     out: Annotated[Path, typer.Option(help="Run folder; new, or holding only a plan.")],
     model: Model = None,
     data: Data = None,
     plan_file: Annotated[
         Path | None,
-        typer.Option("--plan", metavar="FILE", help="Apply this plan.json, edited or not, instead of making a plan."),
+        typer.Option(
+            "--plan",
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="Apply this plan.json, edited or not, instead of making a plan.",
+        ),
     ] = None,
     target: Target = None,
-    rule: Rule = "mp",
-    tau: Tau = 0.5,
+    rule: Rule = None,
+    tau: Tau = None,
     granularity: Annotated[
         str | None, typer.Option(help="What is cut between recoveries: site, layer or round.")
     ] = None,
@@ -244,11 +237,11 @@ def compress(
         typer.Option(help="Largest loss of selection accuracy (0.02 is two points); else roll back."),
     ] = None,
     max_rounds: Annotated[int | None, typer.Option(help="Stop after as many rounds.")] = None,
-    multiple_of: MultipleOf = 8,
-    min_share: MinShare = 0.0,
+    multiple_of: MultipleOf = None,
+    min_share: MinShare = None,
     exclude: Exclude = None,
     keep: Keep = None,
-    calibration_share: Calibration = 0.1,
+    calibration_share: Calibration = None,
     control: Annotated[bool, typer.Option("--control", help="Also train the same shape from a random start.")] = False,
     precision: Precision = "auto",
     seed: Seed = 0,
@@ -265,15 +258,16 @@ def compress(
     from rmtkd import compression, reporting
     from rmtkd.checkpoint import RunFolder
     from rmtkd.errors import OptionError
-    from rmtkd.planning import Plan, parse_keep
+    from rmtkd.planning import Plan
     from rmtkd.progress import watcher
     from rmtkd.schedule import Options
     from rmtkd.sites import find_sites
     from rmtkd.teaching import train_teacher
 
     task = _recipe(recipe)
+    shape = _plan_options(target, rule, tau, multiple_of, min_share, exclude, keep)
     given = {
-        "target": target,
+        "calibration_share": calibration_share,
         "granularity": granularity,
         "epochs": epochs,
         "teacher": teacher,
@@ -285,26 +279,21 @@ def compress(
     }
     options: dict[str, Any] = {
         **task.options,
+        **shape,
         **{name: value for name, value in given.items() if value is not None},
-        "rule": rule,
-        "tau": tau,
-        "multiple_of": multiple_of,
-        "min_share": min_share,
-        "exclude": tuple(exclude or ()),
-        "keep": parse_keep(keep or ()),
-        "calibration_share": calibration_share,
         "precision": precision,
         "seed": seed,
         "device": device,
     }
     options["recovery"] = replace(options.get("recovery", Options().recovery), **steps)
     if plan_file is not None:
-        if wrong := sorted(_given(context) & set(PLAN_OPTIONS)):
+        if shape:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in shape)
             raise OptionError(
-                f"with --plan the plan decides. Got {_flags(wrong)} too. Make the plan anew with them first: "
+                f"with --plan the plan decides. Got {flags} too. Make the plan anew with them first: "
                 "`rmtkd plan FOLDER`, which takes seconds; or leave out --plan."
             )
-        options = {name: value for name, value in options.items() if name not in PLAN_OPTIONS}
+        options.pop("target", None)  # the recipe's
     elif (out / "plan.json").exists():
         note = f"{out / 'plan.json'} is not applied: a new plan is made. To apply it: --plan {out / 'plan.json'}"
         log_console.print(note, highlight=False, soft_wrap=True, markup=False)
@@ -430,14 +419,28 @@ def _fail(kind: str, message: str) -> NoReturn:
     sys.exit(2)
 
 
-def _given(context: typer.Context) -> set[str]:
-    """Names of the parameters that stand on the command line."""
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+def _plan_options(
+    target: str | None,
+    rule: str | None,
+    tau: float | None,
+    multiple_of: int | None,
+    min_share: float | None,
+    exclude: list[str] | None,
+    keep: list[str] | None,
+) -> dict[str, Any]:
+    """What shapes a plan, as far as it is given."""
+    from rmtkd.planning import parse_keep
 
-
-def _flags(names: Iterable[str]) -> str:
-    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
+    given = {
+        "target": target,
+        "rule": rule,
+        "tau": tau,
+        "multiple_of": multiple_of,
+        "min_share": min_share,
+        "exclude": tuple(exclude) if exclude else None,
+        "keep": parse_keep(keep) if keep else None,
+    }
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _recipe(name: str) -> "Recipe":

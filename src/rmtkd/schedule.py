@@ -84,7 +84,7 @@ class Options:
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain JSON values."""
-        return asdict(self)
+        return {**asdict(self), "exclude": list(self.exclude), "keep": [list(pair) for pair in self.keep]}
 
     def follow(self, plan: Plan, given: Iterable[str]) -> "Options":
         """These options with the choices that a plan has already made.
