@@ -156,7 +156,7 @@ def plan(
         multiple_of=chosen.multiple_of,
         min_share=chosen.min_share,
         exclude=chosen.exclude,
-        keep=chosen.keep,
+        keep=chosen.pairs,
     )
     return made, spectrums
 

@@ -1,7 +1,7 @@
 """What a run is asked to do, what it did, and when it stops: options, records, and rules that read only records."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ class Options:
         multiple_of: kept widths are multiples of this.
         min_share: no width below this share of its full size (the method's ρ_min).
         exclude: sites that stay whole: names, or shell-style patterns such as `layer.*.ffn`.
-        keep: sites, or patterns, with the width that they are given; a mapping, or pairs.
+        keep: sites, or patterns, with the width that they are given; a mapping, or pairs, which it becomes.
         calibration_share: share of the training batches whose activations are seen.
         recovery: the training after each cut.
         precision: of training; `auto` tries once whether bf16 is faster on this machine. Name one of `fp32` and `bf16`
@@ -50,8 +50,8 @@ class Options:
     max_rounds: int | None = None
     multiple_of: int = 8
     min_share: float = 0.0
-    exclude: tuple[str, ...] = ()
-    keep: tuple[tuple[str, int], ...] = ()
+    exclude: Sequence[str] = ()
+    keep: Mapping[str, int] | Sequence[Sequence[Any]] = ()
     calibration_share: float = 0.1
     recovery: Recovery = field(default_factory=Recovery)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -86,6 +86,11 @@ class Options:
         """The options as plain JSON values."""
         return {**asdict(self), "exclude": list(self.exclude), "keep": [list(pair) for pair in self.keep]}
 
+    @property
+    def pairs(self) -> tuple[tuple[str, int], ...]:
+        """`keep` as pairs of name and width."""
+        return tuple((pair[0], pair[1]) for pair in self.keep)  # type: ignore[index]
+
     def follow(self, plan: Plan, given: Iterable[str]) -> "Options":
         """These options with the choices that a plan has already made.
 
@@ -101,7 +106,7 @@ class Options:
             mine["target"] = str(Target.parse(self.target))
         theirs = {name: getattr(plan, name) for name in mine}
         kept = {site.shares: site.keep for site in plan.sites}
-        asked = fixed_widths([site.outline for site in plan.sites], self.exclude, self.keep)
+        asked = fixed_widths([site.outline for site in plan.sites], self.exclude, self.pairs)
         wrong = [
             f"{name} {mine[name]}, not {theirs[name]}" for name in mine if name in given and mine[name] != theirs[name]
         ]

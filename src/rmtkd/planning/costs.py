@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from rmtkd import batches as batching
 from rmtkd.batches import Batch
 from rmtkd.errors import OptionError, check_choice
 from rmtkd.measurement import count_flops, count_parameters
@@ -132,26 +133,35 @@ class CostTable:
         groups = by_width(sites)
         full = {shares: group[0].width for shares, group in groups.items()}
 
-        def count(kept: Mapping[str, int]) -> dict[str, int]:
+        def count(kept: Mapping[str, int], rows: Batch) -> dict[str, int]:
             widths = {site.name: kept[shares] for shares in kept for site in groups[shares]}
-            return predict_cost(model, sites, widths, batch)
+            return predict_cost(model, sites, widths, rows)
 
-        whole = count({})
+        whole, row = count({}, batch), batching.head(batch, 1)
+        small = count({}, row)
+        # Lines are found on one row, which is fast, and have as many times the slope on all of them.
+        scale = {cost: whole[cost] // max(small[cost], 1) for cost in COSTS}
         table = cls(**{name: {cost: {} for cost in COSTS} for name in ("once", "per_unit", "together")})
         least = {shares: 1 for shares, width in full.items() if width > 1}
         for shares in full:
-            table._fit_line(whole, count, shares, full[shares], any(site.factorizes for site in groups[shares]))
+            has_step = any(site.factorizes for site in groups[shares])
+            low = count({shares: 1}, row) if shares in least else small
+            high = count({shares: full[shares] - 1}, row) if has_step and shares in least else None
+            table._fit_line(small, low, high, shares, full[shares])
         for pair in _meeting(groups):
             if all(shares in least for shares in pair):
-                both = count(dict.fromkeys(pair, 1))
+                both = count(dict.fromkeys(pair, 1), row)
                 dropped = {shares: full[shares] - 1 for shares in pair}
                 for cost in COSTS:
-                    missing = both[cost] - whole[cost] - table.change(cost, dropped)
+                    missing = both[cost] - small[cost] - table.change(cost, dropped)
                     if missing:
                         table.together[cost][PAIR.join(pair)] = missing // (dropped[pair[0]] * dropped[pair[1]])
+        for cost, times in scale.items():
+            for part in (table.once, table.per_unit, table.together):
+                part[cost] = {name: times * value for name, value in part[cost].items()}
         for kept in (least, {shares: (1 + width) // 2 for shares, width in full.items() if width > 1}):
             dropped = {shares: full[shares] - width for shares, width in kept.items()}
-            counted = count(kept)
+            counted = count(kept, batch)
             if any(whole[cost] + table.change(cost, dropped) != counted[cost] for cost in COSTS):
                 return whole, None
         return whole, table
@@ -166,24 +176,15 @@ class CostTable:
             products += each * dropped.get(a, 0) * dropped.get(b, 0)
         return lines + products
 
-    def _fit_line(
-        self,
-        whole: Cost,
-        count: Callable[[Mapping[str, int]], Cost],
-        shares: str,
-        width: int,
-        has_step: bool,
-    ) -> None:
-        low = count({shares: 1}) if width > 1 else whole
-        high = count({shares: width - 1}) if has_step and width > 2 else None
+    def _fit_line(self, whole: Cost, low: Cost, high: Cost | None, shares: str, width: int) -> None:
+        """The line through the costs at widths 1 (`low`) and full; or, with a step there, through 1 and `width - 1`."""
         for cost in COSTS:
-            slope = (
-                (whole[cost] - low[cost]) // max(width - 1, 1)
-                if high is None
-                else (high[cost] - low[cost]) // (width - 2)
-            )
-            self.per_unit[cost][shares] = slope
-            self.once[cost][shares] = 0 if high is None else high[cost] - whole[cost] + slope
+            if high is None:
+                slope, step = (whole[cost] - low[cost]) // max(width - 1, 1), 0
+            else:
+                slope = (high[cost] - low[cost]) // max(width - 2, 1)
+                step = high[cost] - whole[cost] + slope
+            self.per_unit[cost][shares], self.once[cost][shares] = slope, step
 
 
 def _meeting(groups: Mapping[str, Sequence[Site]]) -> Iterator[tuple[str, str]]:
