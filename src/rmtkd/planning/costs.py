@@ -114,7 +114,7 @@ class CostTable:
     Attributes:
         once: by cost and name of a shared width: what the first cut adds, such as the factors of an embedding.
         per_unit: by cost and name of a shared width: what every unit is worth.
-        together: by cost and pair of names: counted twice above for every pair of units.
+        together: by cost and pair of names: what every pair of units is worth, which the two lines count twice.
     """
 
     once: dict[str, dict[str, int]]
@@ -127,8 +127,8 @@ class CostTable:
     ) -> tuple[dict[str, int], "CostTable | None"]:
         """The cost at full width, and the coefficients, all counted on skeletons.
 
-        That it holds is checked at all least widths, where any product that is missing would show, as products only
-        add, and half way, where any curve would.
+        The formula is held against counts of the whole batch at all least widths, where a product that is missing
+        would show, as products only add, and half way, where a curve would. Where it fails there is no table.
         """
         groups = by_width(sites)
         full = {shares: group[0].width for shares, group in groups.items()}
