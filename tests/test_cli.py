@@ -126,6 +126,69 @@ def expected_accuracy(model: Path, rows: Path) -> float:
     return hits / len(table)
 
 
+def test_a_plan_is_made_anew_edited_and_applied(sentiment: Sentiment, command: Command, tmp_path: Path):
+    """The plan is the user's."""
+    run, common = tmp_path / "run", ("--model", sentiment.teacher, "--data", sentiment.data)
+    code, *_ = command("plan", "sst2", *common, "--out", run, *QUICK, "--exclude", "embeddings.word")
+    assert code == 0
+
+    code, told, _ = command("plan", run, "--target", "60%params", "--keep", "layer.0.ffn=20", "--json")
+    made = json.loads(told)
+    kept = {site["name"]: site["keep"] for site in made["sites"]}
+    assert code == 0 and made["target"] == "60%params" and made["multiple_of"] == 4
+    assert made["fixed"] == {"embeddings.word": 32, "layer.0.ffn": 20}
+    assert kept["layer.0.ffn"] == 20 and kept["embeddings.word"] == 32
+    assert made["predicted"]["params"] <= 0.6 * made["baseline"]["params"]
+    assert sorted(path.name for path in run.iterdir()) == ["plan.1.json", "plan.json", "spectra.1.npz", "spectra.npz"]
+
+    site = next(site for site in made["sites"] if site["name"] == "layer.1.ffn")
+    site["keep"], planned = 47, site["keep"]
+    (run / "plan.json").write_text(json.dumps(made, indent=1))
+    compress = ("compress", "sst2", *common, "--out", run, "--plan", run / "plan.json", "--epochs", 0)
+    code, _, log = command(*compress, "--tau", 0.4)
+    assert code == 2 and "the plan decides. Got --tau too" in log
+    code, told, log = command(*compress)
+    assert code == 0
+    assert "47*" in told and f"changed by hand: layer.1.ffn {planned} → 47." in told
+    assert "the target 60%params is not met" in told.replace("The", "the") and "reached" not in told + log
+
+    record = json.loads((run / "summary.json").read_text())
+    applied = json.loads((run / "plan.json").read_text())
+    assert record["stop_reason"] == "plan: every cut is made; its widths do not meet the target 60%params"
+    assert record["compressed"]["parameters"] == applied["predicted"]["params"] > made["predicted"]["params"]
+    assert record["rounds"][0]["widths"]["layer.1.ffn"] == [48, 47]
+    assert record["config"]["target"] == "60%params" and record["config"]["multiple_of"] == 4
+    assert f"changed by hand: {planned} → 47" in (run / "model" / "README.md").read_text()
+
+    code, _, log = command("plan", run, "--target", "50%params")
+    assert code == 2 and "--out must be given" in log and "Pass --out" in log
+    code, told, _ = command("plan", run, "--target", "85%params", "--out", tmp_path / "next", "--json")
+    assert code == 0 and json.loads(told)["fixed"]["layer.1.ffn"] == 47
+    code, _, log = command("plan", run, "--model", sentiment.teacher, "--out", tmp_path / "other")
+    assert code == 2 and "needs neither model nor data. Got --model" in log
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_broken_plan_is_refused_line_by_line_and_leaves_nothing_behind(
+    sentiment: Sentiment, command: Command, tmp_path: Path
+):
+    common = ("--model", sentiment.teacher, "--data", sentiment.data)
+    command("plan", "sst2", *common, "--out", tmp_path / "planned", *QUICK)
+    path = tmp_path / "planned" / "plan.json"
+    text = path.read_text().replace('"layer.0.ffn"', '"layer.0.fnn"', 1).replace('"tau": 0.5', '"tau": "half"')
+    path.write_text(text)
+    site, tau = (text[: text.index(word)].count("\n") + 1 for word in ('"layer.0.fnn"', '"half"'))
+    before = contents(tmp_path)
+    code, told, log = command("compress", "sst2", *common, "--out", tmp_path / "run", "--plan", path)
+    assert code == 2 and told == "" and "PlanError" in log
+    assert f"{path}:{site}: layer.0.fnn: the model has no such site. Did you mean layer.0.ffn?" in log
+    assert f"{path}:{tau}: tau must be a finite number. Got 'half'." in log
+    assert contents(tmp_path) == before
+    code, _, log = command("plan", tmp_path / "planned", "--target", "50%params")
+    assert code == 2 and f"{path}:{tau}: tau must be" in log
+    assert contents(tmp_path) == before
+
+
 def test_digits_train_their_own_teacher_once(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from rmtkd import teaching
 
@@ -186,6 +249,14 @@ def test_env_tells_versions_and_machine(command: Command):
         (["evaluate", "m", "--recipes", "sst2"], "--recipe"),
         (["compress", "digitz", "--out", "OUT"], "Did you mean 'digits'"),
         (["plan", "sst2", "--out", "OUT", "--rule", "mpp"], "Did you mean 'mp'"),
+        (["plan", "sst2", "--out", "OUT", "--keep", "layer.0.ffn"], "--keep must be SITE=WIDTH"),
+        (["plan", "sst2"], "pass --out FOLDER"),
+        (["plan", "DATA"], "has no plan.json and no spectra.npz"),
+        (["compress", "sst2", "--out", "OUT", "--plan", "nowhere.json"], "nowhere.json"),
+        (
+            ["plan", "sst2", "--out", "OUT", "--model", "TEACHER", "--data", "DATA", "--exclude", "layer.0.fnn"],
+            "Did you mean layer.0.ffn?",
+        ),
         (["plan", "sst2", "--out", "OUT", "--target", "25%parms"], "Did you mean 'params'"),
         (["plan", "sst2", "--out", "OUT", "--tau", "2"], "tau must be within (0, 1). Got 2.0"),
         (["compress", "sst2", "--out", "OUT", "--epochs", "-1"], "epochs must be at least 0. Got -1.0"),

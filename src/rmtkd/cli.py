@@ -16,6 +16,7 @@ from rich.console import Console
 from rmtkd.errors import DataError, RmtkdError
 
 if TYPE_CHECKING:
+    from rmtkd.planning import Plan
     from rmtkd.progress import Listener
     from rmtkd.run import Compressed
 
@@ -46,11 +47,25 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 Precision = Annotated[str, typer.Option(help="Of training: auto (bf16 where the machine has it), fp32 or bf16.")]
 Target = Annotated[str | None, typer.Option(help="What remains: 25%params, 40%flops, 5M. Tied weights count once.")]
-Tau = Annotated[float, typer.Option(help="Quantile that starts the noise level; larger cuts more.")]
-Rule = Annotated[str, typer.Option(help="Spectral rule.")]
-MultipleOf = Annotated[int, typer.Option(help="Kept widths are multiples of this.")]
-MinShare = Annotated[float, typer.Option(help="No width below this share of its full size.")]
-Calibration = Annotated[float, typer.Option(help="Share of the training batches whose activations are seen.")]
+Tau = Annotated[
+    float | None, typer.Option(help="Quantile that starts the noise level; larger cuts more; 0.5 by default.")
+]
+Rule = Annotated[str | None, typer.Option(help="Spectral rule; mp by default.")]
+MultipleOf = Annotated[int | None, typer.Option(help="Kept widths are multiples of this; 8 by default.")]
+MinShare = Annotated[float | None, typer.Option(help="No width below this share of its full size; 0 by default.")]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--exclude", metavar="SITE", help="Leave this site whole; a pattern such as 'layer.*.ffn'; repeatable."
+    ),
+]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option("--keep", metavar="SITE=WIDTH", help="Give this site, or pattern, this width; repeatable."),
+]
+Calibration = Annotated[
+    float | None, typer.Option(help="Share of the training batches whose activations are seen; 0.1 by default.")
+]
 
 
 @app.command()
@@ -100,43 +115,67 @@ def train(
 
 @app.command()
 def plan(
-    recipe: RecipeName,
-    out: Annotated[Path, typer.Option(help="Folder for plan.json and spectra.npz; new, or holding only a plan.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE|FOLDER",
+            help="The task (`rmtkd ls`), or a folder with a plan to make anew without the model.",
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for plan.json and spectra.npz; new, or holding only a plan. A given FOLDER by default."
+        ),
+    ] = None,
     model: Model = None,
     data: Data = None,
     columns: Columns = None,
     label: Label = None,
     max_length: MaxLength = None,
     target: Target = None,
-    rule: Rule = "mp",
-    tau: Tau = 0.5,
-    multiple_of: MultipleOf = 8,
-    min_share: MinShare = 0.0,
-    calibration_share: Calibration = 0.1,
+    rule: Rule = None,
+    tau: Tau = None,
+    multiple_of: MultipleOf = None,
+    min_share: MinShare = None,
+    exclude: Exclude = None,
+    keep: Keep = None,
+    calibration_share: Calibration = None,
     seed: Seed = 0,
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Dry run: look at the spectra and choose the widths. Nothing is trained, no run is touched.
 
+    With a FOLDER that holds a plan, choose them anew from its spectra: no model, no data, seconds. What is not given
+    stays as it was, widths changed by hand too.
+
     \b
     rmtkd plan sst2 --model teacher --data DIR --out runs/sst2 --target 25%params
+    rmtkd plan runs/sst2 --target 20%params --keep layer.0.ffn=160
     """
-    from rmtkd import compression, recipes, reporting
+    from rmtkd import compression, recipes
     from rmtkd.checkpoint import RunFolder
     from rmtkd.schedule import Options
 
+    shape = _plan_options(target, rule, tau, multiple_of, min_share, exclude, keep)
+    if recipe not in recipes.names() and Path(recipe).is_dir():
+        unused = {
+            "--model": model,
+            "--data": data,
+            "--columns": columns,
+            "--label": label,
+            "--max-length": max_length,
+            "--calibration-share": calibration_share,
+        }
+        _plan_anew(Path(recipe), out, shape, [name for name, value in unused.items() if value is not None], as_json)
+        return
     task = recipes.get(recipe, columns=columns, label=label, max_length=max_length)
-    options = {
-        "target": target or task.options.get("target"),
-        "rule": rule,
-        "tau": tau,
-        "multiple_of": multiple_of,
-        "min_share": min_share,
-        "calibration_share": calibration_share,
-        "seed": seed,
-        "device": device,
-    }
+    if out is None:
+        raise typer.BadParameter("a folder for the plan is needed: pass --out FOLDER.")
+    options: dict[str, Any] = {"target": task.options.get("target"), **shape, "seed": seed, "device": device}
+    if calibration_share is not None:
+        options["calibration_share"] = calibration_share
     Options(**options)  # before anything takes time
     RunFolder.check_free(out)
     source = task.load(_needed(model))
@@ -144,17 +183,48 @@ def plan(
     log_console.print(rows.note, highlight=False, soft_wrap=True)
     made, spectrums = compression.plan(
         source.model.to(device),
-        calibration=compression.share_of(rows.train, calibration_share),
+        calibration=compression.share_of(rows.train, Options(**options).calibration_share),
         example=task.example(source.model, rows),
         **options,
     )
     RunFolder.for_plan(out).save_plan(made, spectrums)
+    _show_plan(made, out, as_json=as_json)
+
+
+def _plan_anew(folder: Path, out: Path | None, shape: dict[str, Any], unused: list[str], as_json: bool) -> None:
+    from rmtkd.checkpoint import RunFolder, read_planned
+    from rmtkd.errors import OptionError, RunError
+    from rmtkd.planning import retarget
+
+    if unused:
+        raise OptionError(
+            f"a plan made anew from a folder needs neither model nor data. Got {', '.join(unused)}. Leave them out, or "
+            "name the recipe instead of the folder."
+        )
+    earlier, spectrums = read_planned(folder)
+    if out is None:
+        try:
+            RunFolder.check_free(folder)
+        except RunError:
+            raise RunError(
+                f"--out must be given where the folder holds more than a plan. {folder} does. Pass --out NEW_FOLDER."
+            ) from None
+    place = out or folder
+    RunFolder.check_free(place)
+    made = retarget(earlier, spectrums, **shape)
+    RunFolder.for_plan(place).save_plan(made, spectrums)
+    _show_plan(made, place, as_json=as_json)
+
+
+def _show_plan(made: "Plan", out: Path, *, as_json: bool) -> None:
+    from rmtkd import reporting
+
     if as_json:
         sys.stdout.write(made.to_json() + "\n")
         return
     out_console.print(reporting.plan_table(made, out_console.width))
-    if note := reporting.misfit_note(made):
-        out_console.print(note, highlight=False, soft_wrap=True)
+    for note in reporting.plan_notes(made):
+        out_console.print(note, highlight=False, soft_wrap=True, markup=False)
     out_console.print(f"saved {out / 'plan.json'}", highlight=False, soft_wrap=True)
 
 
@@ -167,9 +237,19 @@ def compress(
     columns: Columns = None,
     label: Label = None,
     max_length: MaxLength = None,
+    plan_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--plan",
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="Apply this plan.json, edited or not, instead of making a plan.",
+        ),
+    ] = None,
     target: Target = None,
-    rule: Rule = "mp",
-    tau: Tau = 0.5,
+    rule: Rule = None,
+    tau: Tau = None,
     granularity: Annotated[
         str | None, typer.Option(help="What is cut between recoveries: site, layer or round.")
     ] = None,
@@ -183,9 +263,11 @@ def compress(
         typer.Option(help="Largest loss of selection accuracy (0.02 is two points); else roll back."),
     ] = None,
     max_rounds: Annotated[int | None, typer.Option(help="Stop after as many rounds.")] = None,
-    multiple_of: MultipleOf = 8,
-    min_share: MinShare = 0.0,
-    calibration_share: Calibration = 0.1,
+    multiple_of: MultipleOf = None,
+    min_share: MinShare = None,
+    exclude: Exclude = None,
+    keep: Keep = None,
+    calibration_share: Calibration = None,
     control: Annotated[bool, typer.Option("--control", help="Also train the same shape from a random start.")] = False,
     precision: Precision = "auto",
     seed: Seed = 0,
@@ -196,18 +278,23 @@ def compress(
 
     \b
     rmtkd compress sst2 --model teacher --data DIR --out runs/sst2 --epochs 2
+    rmtkd compress sst2 --model teacher --data DIR --out runs/sst2 --plan runs/sst2/plan.json
     rmtkd compress digits --out runs/digits   (trains its own teacher first)
     rmtkd compress text --model MY_CHECKPOINT --data rows.csv --columns text --label label --out runs/mine
     """
     from rmtkd import compression, recipes
     from rmtkd.checkpoint import RunFolder
+    from rmtkd.errors import OptionError
+    from rmtkd.planning import Plan
     from rmtkd.progress import watcher
     from rmtkd.schedule import Options
+    from rmtkd.sites import find_sites
     from rmtkd.teaching import train_teacher
 
     task = recipes.get(recipe, columns=columns, label=label, max_length=max_length)
+    shape = _plan_options(target, rule, tau, multiple_of, min_share, exclude, keep)
     given = {
-        "target": target,
+        "calibration_share": calibration_share,
         "granularity": granularity,
         "epochs": epochs,
         "teacher": teacher,
@@ -219,17 +306,24 @@ def compress(
     }
     options: dict[str, Any] = {
         **task.options,
+        **shape,
         **{name: value for name, value in given.items() if value is not None},
-        "rule": rule,
-        "tau": tau,
-        "multiple_of": multiple_of,
-        "min_share": min_share,
-        "calibration_share": calibration_share,
         "precision": precision,
         "seed": seed,
         "device": device,
     }
     options["recovery"] = replace(options.get("recovery", Options().recovery), **steps)
+    if plan_file is not None:
+        if shape:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in shape)
+            raise OptionError(
+                f"with --plan the plan decides. Got {flags} too. Make the plan anew with them first: "
+                "`rmtkd plan FOLDER`, which takes seconds; or leave out --plan."
+            )
+        options.pop("target", None)  # the recipe's
+    elif (out / "plan.json").exists():
+        note = f"{out / 'plan.json'} is not applied: a new plan is made. To apply it: --plan {out / 'plan.json'}"
+        log_console.print(note, highlight=False, soft_wrap=True, markup=False)
     Options(**options)  # before anything takes time
     RunFolder.check_free(out)
     if model is None and task.needs_no_checkpoint:
@@ -237,6 +331,8 @@ def compress(
         if teacher_folder.exists():
             log_console.print(f"no --model: using the teacher in {teacher_folder}", highlight=False, soft_wrap=True)
         else:
+            if plan_file is not None:
+                Plan.read(plan_file)  # a broken one is not worth a teacher
             log_console.print(f"no --model: training a teacher into {teacher_folder}", highlight=False, soft_wrap=True)
             with watcher(log_console) as on_event:
                 train_teacher(task, out=teacher_folder, seed=seed, device=device, on_event=on_event)
@@ -251,8 +347,9 @@ def compress(
         "max_length": max_length,
     }
     with _prepared(command, seed) as (given_to_run, on_event):
+        made = None if plan_file is None else Plan.read(plan_file, sites=find_sites(given_to_run["model"]))
         result = compression.compress(
-            **given_to_run, control=control, out=out, command=command, on_event=on_event, **options
+            **given_to_run, plan=made, control=control, out=out, command=command, on_event=on_event, **options
         )
     _show_result(result, out, as_json=as_json)
 
@@ -330,6 +427,7 @@ def check(
     model: Annotated[str, typer.Argument(help="Model folder, or a name on the hub.")],
     recipe: Annotated[str | None, typer.Option(help="The task whose rows are used; random tokens by default.")] = None,
     data: Data = None,
+    columns: Columns = None,
     as_json: AsJson = False,
 ) -> None:
     """Try on a model what a compression would do to it, site by site. Exit code 1 if a site fails.
@@ -338,7 +436,7 @@ def check(
     rmtkd check MY_CHECKPOINT
     rmtkd check MY_CHECKPOINT --recipe sst2 --data DIR --json
     """
-    from rmtkd import conformance
+    from rmtkd import conformance, recipes
     from rmtkd.recipes.checkpoints import load_any_classifier
 
     if recipe is None and data is not None:
@@ -346,9 +444,9 @@ def check(
     if recipe is None:
         verdicts = conformance.check(load_any_classifier(model))
     else:
-        task = _recipe(recipe)
+        task = recipes.get(recipe, columns=columns)
         source = task.load(model)
-        verdicts = conformance.check(source.model, task.rows(data, source.tokenizer, 0).train)
+        verdicts = conformance.check(source.model, task.rows(data, source, 0).train)
     if as_json:
         sys.stdout.write(json.dumps([asdict(verdict) for verdict in verdicts], indent=1) + "\n")
     else:
@@ -402,6 +500,30 @@ def _fail(kind: str, message: str) -> NoReturn:
     sys.exit(2)
 
 
+def _plan_options(
+    target: str | None,
+    rule: str | None,
+    tau: float | None,
+    multiple_of: int | None,
+    min_share: float | None,
+    exclude: list[str] | None,
+    keep: list[str] | None,
+) -> dict[str, Any]:
+    """What shapes a plan, as far as it is given."""
+    from rmtkd.planning import parse_keep
+
+    given = {
+        "target": target,
+        "rule": rule,
+        "tau": tau,
+        "multiple_of": multiple_of,
+        "min_share": min_share,
+        "exclude": tuple(exclude) if exclude else None,
+        "keep": parse_keep(keep) if keep else None,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
 @contextmanager
 def _prepared(command: Mapping[str, Any], seed: int) -> Iterator[tuple[dict[str, Any], "Listener"]]:
     """Model, rows and extra files of a run, and who watches it."""
@@ -438,8 +560,8 @@ def _show_result(result: "Compressed", out: Path, *, as_json: bool) -> None:
         sys.stdout.write(json.dumps(result.record, indent=1) + "\n")
     else:
         out_console.print(reporting.plan_table(result.plan, out_console.width))
-        if note := reporting.misfit_note(result.plan):
-            out_console.print(note, highlight=False, soft_wrap=True)
+        for note in reporting.plan_notes(result.plan):
+            out_console.print(note, highlight=False, soft_wrap=True, markup=False)
         out_console.print(reporting.summary(result.record))
     if not result.record["finished"]:
         log_console.print(f"the model as it is: {out}/model-so-far", highlight=False, soft_wrap=True)

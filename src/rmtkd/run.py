@@ -225,17 +225,16 @@ class Run:
         baseline = check_teacher(self.model, self.selection, pieces=self.pieces)
         self.emit("start", options=self.options.to_dict(), selection_accuracy=asdict(baseline))
         began = time.monotonic()
-        if given is None or folder is not None:
-            made, spectrums = plan(
-                self.model,
-                calibration=self.calibration,
-                example=self.example,
-                sites=self.sites,
-                pieces=self.pieces,
-                **fields_of(self.options),
-            )
-        standing = Standing(plan=given or made, baseline=baseline, student=self.model)
-        self.portions(standing.plan)  # a plan of another model is refused now
+        made, spectrums = plan(
+            self.model,
+            calibration=self.calibration,
+            example=self.example,
+            given=given,
+            sites=self.sites,
+            pieces=self.pieces,
+            **fields_of(self.options),
+        )
+        standing = Standing(plan=made, baseline=baseline, student=self.model)
         self.emit("plan", predicted=standing.plan.predicted, widths=standing.plan.widths)
         self.emit("forecast", **asdict(self.forecast(standing.plan, time.monotonic() - began)))
         if folder is not None:
@@ -458,6 +457,7 @@ class Run:
             baseline_accuracy=standing.baseline.value,
             rounds=standing.rounds,
             pending=portions - len(standing.rounds),
+            meets_target=standing.plan.meets_target,
         )
 
     def portions(self, made: Plan) -> list[tuple[Site, ...]]:
