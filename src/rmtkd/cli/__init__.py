@@ -1,0 +1,25 @@
+"""The command line: the same words as in Python."""
+
+from rmtkd.cli import facts, models, plans, runs
+from rmtkd.cli.console import app, fail, log_console, out_console
+from rmtkd.errors import RmtkdError
+
+EXTRAS = frozenset({"transformers", "datasets", "pyarrow", "sklearn"})
+"""Packages that come with the extras."""
+
+
+def main() -> None:
+    """Run the command line; errors of rmtkd are one message, not a traceback."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        fail("interrupted", "stopped at once. A run that had begun goes on with: rmtkd resume RUN")
+    except RmtkdError as error:
+        fail(type(error).__name__, str(error))
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in EXTRAS:
+            raise
+        fail("missing package", f"{error.name} must be installed for this. Run: pip install 'rmtkd[text,demo]'.")
+
+
+__all__ = ["app", "facts", "log_console", "main", "models", "out_console", "plans", "runs"]

@@ -1,0 +1,128 @@
+"""Commands on single models: train, evaluate, check."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rmtkd.cli.console import app, log, log_console, out_console, say
+from rmtkd.cli.options import AsJson, Columns, Data, Device, Label, MaxLength, Model, Precision, RecipeName, Seed
+from rmtkd.errors import DataError
+
+
+@app.command()
+def train(
+    recipe: RecipeName,
+    out: Annotated[Path, typer.Option(help="Folder for the trained model; must be new.")],
+    model: Model = None,
+    data: Data = None,
+    columns: Columns = None,
+    label: Label = None,
+    max_length: MaxLength = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over the training rows; the recipe's by default.")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate; the recipe's by default.")] = None,
+    precision: Precision = "auto",
+    seed: Seed = 0,
+    device: Device = "cpu",
+) -> None:
+    """Train a teacher.
+
+    \b
+    rmtkd train sst2 --model PATH_OR_HUB_NAME --data DIR --out teacher
+    """
+    from rmtkd import recipes, reporting
+    from rmtkd.progress import watcher
+    from rmtkd.teaching import train_teacher
+
+    with watcher(log_console) as on_event:
+        record = train_teacher(
+            recipes.get(recipe, columns=columns, label=label, max_length=max_length),
+            model=model,
+            data=data,
+            out=out,
+            epochs=epochs,
+            lr=lr,
+            precision=precision,  # type: ignore[arg-type]
+            seed=seed,
+            device=device,
+            on_event=on_event,
+        )
+    told = reporting.quality_line(record, record["classes"])
+    say(f"{out}: {record['parameters']:,} parameters, {told} on report rows")
+
+
+@app.command()
+def evaluate(
+    model_dir: Annotated[str, typer.Argument(help="Model folder, compressed or not.")],
+    recipe: Annotated[str, typer.Option(help="The task whose columns the rows have.")],
+    file: Annotated[Path | None, typer.Option(help="File of labelled rows; the report rows by default.")] = None,
+    data: Data = None,
+    columns: Columns = None,
+    label: Label = None,
+    max_length: MaxLength = None,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Accuracy and F1 of a model on labelled rows.
+
+    \b
+    rmtkd evaluate runs/sst2/model --recipe sst2 --file rows.parquet --json
+    rmtkd evaluate runs/mine/model --recipe text --file rows.csv --columns text --label label
+    """
+    from rmtkd import recipes, reporting
+    from rmtkd.environment import check_device
+    from rmtkd.measurement import quality
+
+    task = recipes.get(recipe, columns=columns, label=label, max_length=max_length)
+    check_device(device)
+    source = task.load(model_dir)
+    if file is None:
+        everything = task.rows(data, source, 0)
+        log(everything.note)
+        rows = everything.report
+    else:
+        rows = task.file_rows(file, source)
+    if rows.labels is None:
+        raise DataError("rows that are evaluated must have labels. Got no --label. Name the column of labels.")
+    result = {name: asdict(estimate) for name, estimate in quality(source.model.to(device), rows).items()}
+    if as_json:
+        sys.stdout.write(json.dumps(result) + "\n")
+    else:
+        say(reporting.quality_line(result, len(source.labels)))
+
+
+@app.command()
+def check(
+    model: Annotated[str, typer.Argument(help="Model folder, or a name on the hub.")],
+    recipe: Annotated[str | None, typer.Option(help="The task whose rows are used; random tokens by default.")] = None,
+    data: Data = None,
+    columns: Columns = None,
+    as_json: AsJson = False,
+) -> None:
+    """Try on a model what a compression would do to it, site by site. Exit code 1 if a site fails.
+
+    \b
+    rmtkd check MY_CHECKPOINT
+    rmtkd check MY_CHECKPOINT --recipe sst2 --data DIR --json
+    """
+    from rmtkd import conformance, recipes
+    from rmtkd.recipes.checkpoints import load_any_classifier
+
+    if recipe is None and data is not None:
+        raise typer.BadParameter("--data needs --recipe NAME, which says what the rows mean.")
+    if recipe is None:
+        verdicts = conformance.check(load_any_classifier(model))
+    else:
+        task = recipes.get(recipe, columns=columns)
+        source = task.load(model)
+        verdicts = conformance.check(source.model, task.rows(data, source, 0).train)
+    if as_json:
+        sys.stdout.write(json.dumps([asdict(verdict) for verdict in verdicts], indent=1) + "\n")
+    else:
+        out_console.print(conformance.verdict_table(verdicts))
+    raise typer.Exit(0 if all(verdict.ok for verdict in verdicts) else 1)

@@ -1,0 +1,72 @@
+"""Options that several commands have."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+RecipeName = Annotated[str, typer.Argument(help="The task: see `rmtkd ls`.")]
+Model = Annotated[str | None, typer.Option("--model", help="Model folder, or a name on the hub.")]
+Data = Annotated[
+    Path | None, typer.Option("--data", help="Folder of parquet files; the hub by default. For text: a file or folder.")
+]
+Columns = Annotated[
+    str | None, typer.Option("--columns", help="Recipe text: column of texts, or two as FIRST,SECOND; text by default.")
+]
+Label = Annotated[str | None, typer.Option("--label", help="Recipe text: column of labels; without it no row has one.")]
+MaxLength = Annotated[int | None, typer.Option("--max-length", help="Longest row of text in tokens; 128 by default.")]
+Seed = Annotated[int, typer.Option(help="Of everything random.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
+Precision = Annotated[str, typer.Option(help="Of training: auto (bf16 where the machine has it), fp32 or bf16.")]
+Target = Annotated[str | None, typer.Option(help="What remains: 25%params, 40%flops, 5M. Tied weights count once.")]
+Tau = Annotated[
+    float | None, typer.Option(help="Quantile that starts the noise level; larger cuts more; 0.5 by default.")
+]
+Rule = Annotated[str | None, typer.Option(help="Spectral rule; mp by default.")]
+MultipleOf = Annotated[int | None, typer.Option(help="Kept widths are multiples of this; 8 by default.")]
+MinShare = Annotated[float | None, typer.Option(help="No width below this share of its full size; 0 by default.")]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--exclude", metavar="SITE", help="Leave this site whole; a pattern such as 'layer.*.ffn'; repeatable."
+    ),
+]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option("--keep", metavar="SITE=WIDTH", help="Give this site, or pattern, this width; repeatable."),
+]
+Calibration = Annotated[
+    float | None, typer.Option(help="Share of the training batches whose activations are seen; 0.1 by default.")
+]
+
+
+def plan_options(
+    target: str | None,
+    rule: str | None,
+    tau: float | None,
+    multiple_of: int | None,
+    min_share: float | None,
+    exclude: list[str] | None,
+    keep: list[str] | None,
+) -> dict[str, Any]:
+    """What shapes a plan, as far as it is given."""
+    from rmtkd.planning import parse_keep
+
+    given = {
+        "target": target,
+        "rule": rule,
+        "tau": tau,
+        "multiple_of": multiple_of,
+        "min_share": min_share,
+        "exclude": tuple(exclude) if exclude else None,
+        "keep": parse_keep(keep) if keep else None,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def needed(model: str | None) -> str:
+    """The model, which this command cannot do without."""
+    if model is None:
+        raise typer.BadParameter("this recipe needs a trained model: pass --model PATH_OR_HUB_NAME.")
+    return model

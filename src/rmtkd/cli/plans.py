@@ -1,0 +1,172 @@
+"""The dry run: `rmtkd plan`."""
+
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rmtkd.cli.console import app, log, out_console, say
+from rmtkd.cli.options import (
+    AsJson,
+    Calibration,
+    Columns,
+    Data,
+    Device,
+    Exclude,
+    Keep,
+    Label,
+    MaxLength,
+    MinShare,
+    Model,
+    MultipleOf,
+    Rule,
+    Seed,
+    Target,
+    Tau,
+    needed,
+    plan_options,
+)
+
+if TYPE_CHECKING:
+    from rmtkd.planning import Plan
+
+
+@app.command()
+def plan(
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE|FOLDER",
+            help="The task (`rmtkd ls`), or a folder with a plan to make anew without the model.",
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for plan.json and spectra.npz; new, or holding only a plan. A given FOLDER by default."
+        ),
+    ] = None,
+    model: Model = None,
+    data: Data = None,
+    columns: Columns = None,
+    label: Label = None,
+    max_length: MaxLength = None,
+    target: Target = None,
+    rule: Rule = None,
+    tau: Tau = None,
+    multiple_of: MultipleOf = None,
+    min_share: MinShare = None,
+    exclude: Exclude = None,
+    keep: Keep = None,
+    calibration_share: Calibration = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="Recovery that the forecast counts; the recipe's by default.")
+    ] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Dry run: look at the spectra and choose the widths. Nothing is trained, no run is touched.
+
+    With a FOLDER that holds a plan, choose them anew from its spectra: no model, no data, seconds. What is not given
+    stays as it was, widths changed by hand too.
+
+    \b
+    rmtkd plan sst2 --model teacher --data DIR --out runs/sst2 --target 25%params
+    rmtkd plan runs/sst2 --target 20%params --keep layer.0.ffn=160
+    """
+    from rmtkd import compression, recipes
+    from rmtkd.checkpoint import RunFolder
+    from rmtkd.environment import has_bf16
+    from rmtkd.forecast import forecast
+    from rmtkd.progress import forecast_line
+    from rmtkd.schedule import Options
+    from rmtkd.sites import find_sites
+
+    shape = plan_options(target, rule, tau, multiple_of, min_share, exclude, keep)
+    if recipe not in recipes.names() and Path(recipe).is_dir():
+        unused = {
+            "--model": model,
+            "--data": data,
+            "--columns": columns,
+            "--label": label,
+            "--max-length": max_length,
+            "--calibration-share": calibration_share,
+            "--epochs": epochs,
+        }
+        _plan_anew(Path(recipe), out, shape, [name for name, value in unused.items() if value is not None], as_json)
+        return
+    task = recipes.get(recipe, columns=columns, label=label, max_length=max_length)
+    if out is None:
+        raise typer.BadParameter("a folder for the plan is needed: pass --out FOLDER.")
+    options: dict[str, Any] = {**task.options, **shape, "seed": seed, "device": device}
+    given = {"calibration_share": calibration_share, "epochs": epochs}
+    options |= {name: value for name, value in given.items() if value is not None}
+    chosen = Options(**options)  # before anything takes time
+    RunFolder.check_free(out)
+    source = task.load(needed(model))
+    rows = task.rows(data, source, seed)
+    log(rows.note)
+    began, model_on_device = time.monotonic(), source.model.to(device)
+    calibration = compression.share_of(rows.train, chosen.calibration_share)
+    made, spectrums = compression.plan(
+        model_on_device,
+        calibration=calibration,
+        example=task.example(source.model, rows),
+        **options,
+    )
+    seconds_plan = time.monotonic() - began
+    RunFolder.for_plan(out).save_plan(made, spectrums)
+    show_plan(made, out, as_json=as_json)
+    expected = forecast(
+        model_on_device,
+        find_sites(model_on_device),
+        made.widths,
+        rows.train,
+        steps=round(chosen.epochs * len(rows.train)),
+        recovery=chosen.recovery,
+        precision="bf16" if has_bf16(device) else "fp32",
+        calibration_batches=sum(1 for _ in calibration),
+        seconds_plan=seconds_plan,
+    )
+    log(f"`rmtkd compress` will take {forecast_line(asdict(expected))}")
+
+
+def _plan_anew(folder: Path, out: Path | None, shape: dict[str, Any], unused: list[str], as_json: bool) -> None:
+    from rmtkd.checkpoint import RunFolder, read_planned
+    from rmtkd.errors import OptionError, RunError
+    from rmtkd.planning import retarget
+
+    if unused:
+        raise OptionError(
+            f"a plan made anew from a folder needs neither model nor data. Got {', '.join(unused)}. Leave them out, or "
+            "name the recipe instead of the folder."
+        )
+    earlier, spectrums = read_planned(folder)
+    if out is None:
+        try:
+            RunFolder.check_free(folder)
+        except RunError:
+            raise RunError(
+                f"--out must be given where the folder holds more than a plan. {folder} does. Pass --out NEW_FOLDER."
+            ) from None
+    place = out or folder
+    RunFolder.check_free(place)
+    made = retarget(earlier, spectrums, **shape)
+    RunFolder.for_plan(place).save_plan(made, spectrums)
+    show_plan(made, place, as_json=as_json)
+
+
+def show_plan(made: "Plan", out: Path, *, as_json: bool) -> None:
+    from rmtkd import reporting
+
+    if as_json:
+        sys.stdout.write(made.to_json() + "\n")
+        return
+    out_console.print(reporting.plan_table(made, out_console.width))
+    for note in reporting.plan_notes(made):
+        say(note)
+    say(f"saved {out / 'plan.json'}")

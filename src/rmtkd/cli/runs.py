@@ -1,0 +1,249 @@
+"""Runs: `rmtkd compress` and `rmtkd resume`."""
+
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rmtkd.cli.console import app, log, log_console, out_console, say
+from rmtkd.cli.options import (
+    AsJson,
+    Calibration,
+    Columns,
+    Data,
+    Device,
+    Exclude,
+    Keep,
+    Label,
+    MaxLength,
+    MinShare,
+    Model,
+    MultipleOf,
+    Precision,
+    RecipeName,
+    Rule,
+    Seed,
+    Target,
+    Tau,
+    needed,
+    plan_options,
+)
+
+if TYPE_CHECKING:
+    from rmtkd.progress import Listener
+    from rmtkd.run import Compressed
+
+
+@app.command()
+def compress(
+    recipe: RecipeName,
+    out: Annotated[Path, typer.Option(help="Run folder; new, or holding only a plan.")],
+    model: Model = None,
+    data: Data = None,
+    columns: Columns = None,
+    label: Label = None,
+    max_length: MaxLength = None,
+    plan_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--plan",
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="Apply this plan.json, edited or not, instead of making a plan.",
+        ),
+    ] = None,
+    target: Target = None,
+    rule: Rule = None,
+    tau: Tau = None,
+    granularity: Annotated[
+        str | None, typer.Option(help="What is cut between recoveries: site, layer or round.")
+    ] = None,
+    epochs: Annotated[float | None, typer.Option(help="Recovery of the whole run, in epochs; 0 cuts only.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate of recovery.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Weight of the labels against the teacher.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of both softmaxes.")] = None,
+    hidden: Annotated[float | None, typer.Option(help="Weight of the difference of hidden states.")] = None,
+    average: Annotated[
+        float | None, typer.Option(help="Decay of a moving average of the weights; 0 keeps the last weights.")
+    ] = None,
+    teacher: Annotated[str | None, typer.Option(help="previous (before the cut) or original.")] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Largest loss of selection accuracy (0.02 is two points); else roll back."),
+    ] = None,
+    max_rounds: Annotated[int | None, typer.Option(help="Stop after as many rounds.")] = None,
+    multiple_of: MultipleOf = None,
+    min_share: MinShare = None,
+    exclude: Exclude = None,
+    keep: Keep = None,
+    calibration_share: Calibration = None,
+    control: Annotated[bool, typer.Option("--control", help="Also train the same shape from a random start.")] = False,
+    precision: Precision = "auto",
+    seed: Seed = 0,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Narrow a trained model and let it recover by self-distillation.
+
+    \b
+    rmtkd compress sst2 --model teacher --data DIR --out runs/sst2 --epochs 2
+    rmtkd compress sst2 --model teacher --data DIR --out runs/sst2 --plan runs/sst2/plan.json
+    rmtkd compress digits --out runs/digits   (trains its own teacher first)
+    rmtkd compress text --model MY_CHECKPOINT --data rows.csv --columns text --label label --out runs/mine
+    """
+    from rmtkd import compression, recipes
+    from rmtkd.checkpoint import RunFolder
+    from rmtkd.errors import OptionError
+    from rmtkd.planning import Plan
+    from rmtkd.progress import watcher
+    from rmtkd.schedule import Options
+    from rmtkd.sites import find_sites
+    from rmtkd.teaching import train_teacher
+
+    task = recipes.get(recipe, columns=columns, label=label, max_length=max_length)
+    shape = plan_options(target, rule, tau, multiple_of, min_share, exclude, keep)
+    given = {
+        "calibration_share": calibration_share,
+        "granularity": granularity,
+        "epochs": epochs,
+        "teacher": teacher,
+        "tolerance": tolerance,
+        "max_rounds": max_rounds,
+    }
+    steps = {"lr": lr, "alpha": alpha, "temperature": temperature, "hidden": hidden, "average": average}
+    options: dict[str, Any] = {
+        **task.options,
+        **shape,
+        **_given(given),
+        "precision": precision,
+        "seed": seed,
+        "device": device,
+    }
+    options["recovery"] = replace(options.get("recovery", Options().recovery), **_given(steps))
+    if plan_file is not None:
+        if shape:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in shape)
+            raise OptionError(
+                f"with --plan the plan decides. Got {flags} too. Make the plan anew with them first: "
+                "`rmtkd plan FOLDER`, which takes seconds; or leave out --plan."
+            )
+        options.pop("target", None)  # the recipe's
+    elif (out / "plan.json").exists():
+        note = f"{out / 'plan.json'} is not applied: a new plan is made. To apply it: --plan {out / 'plan.json'}"
+        log(note)
+    Options(**options)  # before anything takes time
+    RunFolder.check_free(out)
+    if model is None and task.needs_no_checkpoint:
+        teacher_folder = out.absolute().with_name(f"{out.absolute().name}-teacher")
+        if teacher_folder.exists():
+            log(f"no --model: using the teacher in {teacher_folder}")
+        else:
+            if plan_file is not None:
+                Plan.read(plan_file)  # a broken one is not worth a teacher
+            log(f"no --model: training a teacher into {teacher_folder}")
+            with watcher(log_console) as on_event:
+                train_teacher(task, out=teacher_folder, seed=seed, device=device, on_event=on_event)
+        model = str(teacher_folder)
+    model = needed(model)
+    command = {
+        "recipe": recipe,
+        "model": str(Path(model).absolute()) if Path(model).exists() else model,
+        "data": None if data is None else str(data.absolute()),
+        "columns": columns,
+        "label": label,
+        "max_length": max_length,
+    }
+    with prepared(command, seed) as (given_to_run, on_event):
+        made = None if plan_file is None else Plan.read(plan_file, sites=find_sites(given_to_run["model"]))
+        result = compression.compress(
+            **given_to_run, plan=made, control=control, out=out, command=command, on_event=on_event, **options
+        )
+        show_result(result, out, given_to_run["extra_files"], as_json=as_json)
+
+
+@app.command()
+def resume(
+    run: Annotated[Path, typer.Argument(help="Run folder of `rmtkd compress` that was stopped.")],
+    model: Annotated[str | None, typer.Option(help="Where the model is now, if it was moved.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Where the rows are now, if they were moved.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Go on with a run that was stopped anywhere, to the same result.
+
+    \b
+    rmtkd resume runs/sst2
+    """
+    from rmtkd import compression
+    from rmtkd.checkpoint import RunFolder
+    from rmtkd.errors import RunError
+
+    config = RunFolder(run).config()
+    command = dict(config.get("command") or {})
+    if not command:
+        raise RunError(
+            f"the command line goes on with what it began. {run} was begun from Python. Go on with rmtkd.resume there."
+        )
+    command |= {key: str(value) for key, value in _given({"model": model, "data": data}).items()}
+    with prepared(command, config["options"]["seed"]) as (given_to_run, on_event):
+        result = compression.resume(run, **given_to_run, on_event=on_event)
+        show_result(result, run, given_to_run["extra_files"], as_json=as_json)
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that stand on the command line."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+@contextmanager
+def prepared(command: Mapping[str, Any], seed: int) -> Iterator[tuple[dict[str, Any], "Listener"]]:
+    """Model, rows and extra files of a run, and who watches it."""
+    from rmtkd import recipes
+    from rmtkd.progress import watcher
+
+    task = recipes.get(command["recipe"], **{name: command[name] for name in ("columns", "label", "max_length")})
+    source = task.load(command["model"])
+    rows = task.rows(None if command["data"] is None else Path(command["data"]), source, seed)
+    log(rows.note)
+    with tempfile.TemporaryDirectory() as written, watcher(log_console) as on_event:
+        if source.tokenizer is not None:
+            source.tokenizer.save_pretrained(written)
+        given = {
+            "model": source.model,
+            "train": rows.train,
+            "selection": rows.selection,
+            "report": rows.report,
+            "example": task.example(source.model, rows),
+            "extra_files": sorted(Path(written).iterdir()),
+        }
+        yield given, on_event
+
+
+def show_result(result: "Compressed", out: Path, extra_files: Iterable[Path], *, as_json: bool) -> None:
+    """The result, or what there is of it and how to go on."""
+    from rmtkd import reporting
+
+    if not result.record["finished"]:
+        so_far = out / "model-so-far"
+        shutil.rmtree(so_far, ignore_errors=True)
+        result.save(so_far, extra_files=extra_files)
+    if as_json:
+        sys.stdout.write(json.dumps(result.record, indent=1) + "\n")
+    else:
+        out_console.print(reporting.plan_table(result.plan, out_console.width))
+        for note in reporting.plan_notes(result.plan):
+            say(note)
+        out_console.print(reporting.summary(result.record))
+    if not result.record["finished"]:
+        log(f"the model as it is: {out}/model-so-far")
+        log(f"continue with:  rmtkd resume {out}")
+        sys.exit(130)
+    if not as_json:
+        say(f"{out}/summary.json holds the record, {out}/model the model: rmtkd.load({str(out / 'model')!r})")
