@@ -19,9 +19,8 @@ from rmtkd.errors import ArtifactError, DataError, PlanError, RunError, Unsuppor
 from rmtkd.recipes import TokenRows
 from rmtkd.recipes.checkpoints import load_classifier
 from rmtkd.recipes.recipe import Rows
-from rmtkd.run import check_teacher
+from rmtkd.run import Run, check_teacher
 from rmtkd.sites import by_width, find_sites
-from rmtkd.training import Phase
 
 QUICK: dict[str, Any] = {
     "target": "70%params",
@@ -137,7 +136,7 @@ def test_the_record_tells_the_events_in_order_without_steps(finished):
     out, _, events, _ = finished
     kinds = [event["event"] for event in events if event["event"] != "step"]
     rounds = ["cut", "check", "round"]
-    assert kinds == ["start", "plan", *rounds * kinds.count("round"), "measure", "done"]
+    assert kinds == ["start", "plan", "forecast", *rounds * kinds.count("round"), "measure", "done"]
     lines = [json.loads(line) for line in (out / "record.jsonl").read_text().splitlines()]
     assert lines == [json.loads(json.dumps(event)) for event in events if event["event"] != "step"]
     assert [event["seconds"] for event in events] == sorted(event["seconds"] for event in events)
@@ -191,14 +190,13 @@ def test_a_round_that_breaks_the_tolerance_is_taken_back_and_ends_the_run(
 ):
     calls = []
 
-    def spoil(phase: Phase, _: object) -> list[float]:
-        calls.append(phase.student)
+    def spoil(_: Run, student: torch.nn.Module, *__: object) -> tuple[list[float], float]:
+        calls.append(student)
         if len(calls) == spoiled:
-            phase.student.get_parameter("classifier.weight").data.mul_(-1)
-        phase.losses.append(1.0)
-        return phase.losses
+            student.get_parameter("classifier.weight").data.mul_(-1)
+        return [1.0], 0.0
 
-    monkeypatch.setattr(Phase, "run", spoil)
+    monkeypatch.setattr(Run, "recover", spoil)
     result = run(teacher, task, granularity="site", tolerance=0.1)
     assert [done.rolled_back for done in result.rounds] == [False] * (spoiled - 1) + [True]
     assert result.record["stop_reason"].startswith(f"tolerance: round {spoiled} lost")

@@ -169,22 +169,27 @@ def predict(
 ) -> tuple[Float[Tensor, "rows classes"], Int[Tensor, " rows"]]:
     """Scores and labels of all rows, on the CPU, computed in the model's own precision."""
     pieces = pieces or Pieces()
+    scores, labels = [], []
+    for batch in rows:
+        batch_labels = batching.labels(batch)
+        if batch_labels is None:
+            raise DataError("rows that are evaluated must have labels. Got a batch without. Add `labels`.")
+        scores.append(answers(model, batch, pieces))
+        labels.append(batch_labels.cpu())
+    if not scores:
+        raise DataError("at least one labelled row is needed to measure accuracy. Got none. Pass more rows.")
+    return torch.cat(scores), torch.cat(labels)
+
+
+def answers(model: nn.Module, batch: Batch, pieces: Pieces) -> Float[Tensor, "rows classes"]:
+    """Scores of the rows of one batch, on the CPU."""
+    device = next(model.parameters()).device
 
     def answer(parts: Sequence[Batch]) -> Tensor:
         return torch.cat([batching.logits(model, batching.to(part, device)).float().cpu() for part in parts])
 
-    device = next(model.parameters()).device
-    scores, labels = [], []
     with evaluation(model):
-        for batch in rows:
-            batch_labels = batching.labels(batch)
-            if batch_labels is None:
-                raise DataError("rows that are evaluated must have labels. Got a batch without. Add `labels`.")
-            scores.append(pieces(batch, answer))
-            labels.append(batch_labels.cpu())
-    if not scores:
-        raise DataError("at least one labelled row is needed to measure accuracy. Got none. Pass more rows.")
-    return torch.cat(scores), torch.cat(labels)
+        return pieces(batch, answer)
 
 
 def accuracy(model: nn.Module, rows: Iterable[Batch], *, pieces: Pieces | None = None) -> Estimate:

@@ -30,6 +30,7 @@ from rmtkd.interruption import Interrupted, interruptible
 from rmtkd.measurement import (
     Estimate,
     accuracy,
+    answers,
     chance_level,
     check_labels,
     count_parameters,
@@ -96,15 +97,12 @@ class Roles:
 class Answered:
     """Rows without labels, labelled with a model's answers: accuracy then is agreement with it."""
 
-    def __init__(self, batches: Iterable[Batch], model: nn.Module):
-        self.batches, self.model = batches, model
+    def __init__(self, batches: Iterable[Batch], model: nn.Module, pieces: Pieces):
+        self.batches, self.model, self.pieces = batches, model, pieces
 
     def __iter__(self) -> Iterator[Batch]:
-        device = next(self.model.parameters()).device
         for batch in self.batches:
-            with torch.no_grad():
-                answers = batching.logits(self.model, batching.to(batch, device)).argmax(-1).cpu()
-            yield batching.labelled(batch, answers)
+            yield batching.labelled(batch, answers(self.model, batch, self.pieces).argmax(-1))
 
 
 @contextmanager
@@ -151,6 +149,8 @@ class Run:
         self.sites = tuple(sites) if sites is not None else find_sites(model)
         self.blocks = blocks_of(self.sites)
         self.options, self.with_control = options, control
+        self.emit = progress.Emitter([on_event] if on_event else [])
+        self.pieces = Pieces(lambda count: self.emit("memory", pieces=count))
         self.train_rows = rows.train
         self.calibration = (
             share_of(rows.train, options.calibration_share) if rows.calibration is None else rows.calibration
@@ -165,8 +165,6 @@ class Run:
         self.precision: Precision = "fp32"
         if options.precision == "bf16" or (options.precision == "auto" and has_bf16(options.device)):
             self.precision = "bf16"
-        self.emit = progress.Emitter([on_event] if on_event else [])
-        self.pieces = Pieces(lambda count: self.emit("memory", pieces=count))
         self.folder: RunFolder | None = None
 
     def config(self) -> dict[str, Any]:
@@ -524,7 +522,7 @@ class Run:
         """Rows with labels: their own, or else the teacher's answers."""
         has_labels = batching.labels(batching.first(rows, role)) is not None
         self.measured_against[role] = "labels" if has_labels else "teacher"
-        return rows if has_labels else Answered(rows, self.model)
+        return rows if has_labels else Answered(rows, self.model, self.pieces)
 
 
 def check_teacher(model: nn.Module, selection: Iterable[Batch], *, pieces: Pieces | None = None) -> Estimate:

@@ -1,0 +1,73 @@
+"""What a run will take is told before it is spent, and leaves no trace."""
+
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from conftest import assert_untouched, random_rows, snapshot, tiny_bert
+from rmtkd.distillation import Recovery
+from rmtkd.forecast import Forecast, forecast
+from rmtkd.measurement import count_parameters
+from rmtkd.memory import held_bytes
+from rmtkd.progress import describe
+from rmtkd.sites import find_sites
+
+
+def look(model: torch.nn.Module, **options) -> Forecast:
+    sites = find_sites(model)
+    widths = {site.name: max(2, site.width // 4) for site in sites}
+    given = {
+        "steps": 100,
+        "recovery": Recovery(),
+        "precision": "fp32",
+        "calibration_batches": 10,
+        "seconds_plan": 2.0,
+        **options,
+    }
+    return forecast(model, sites, widths, random_rows(96), **given)
+
+
+def test_the_model_and_the_random_numbers_are_left_alone():
+    model = tiny_bert()
+    before, state = snapshot(model), torch.get_rng_state()
+    look(model)
+    assert_untouched(model, before)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_time_is_steps_times_the_time_of_a_step_and_cuts():
+    seen = look(tiny_bert())
+    assert seen.steps == 100
+    assert seen.seconds_recovery == pytest.approx(100 * seen.seconds_step)
+    assert seen.seconds_step > 0
+    assert seen.seconds == seen.seconds_cut + seen.seconds_recovery
+    assert look(tiny_bert(), seconds_plan=4.0).seconds_cut == pytest.approx(2 * seen.seconds_cut)
+
+
+def test_without_recovery_no_step_is_timed():
+    assert look(tiny_bert(), steps=0).seconds_recovery == 0
+
+
+def test_memory_grows_with_what_must_be_held():
+    small = look(tiny_bert()).memory_bytes - held_bytes()
+    large = look(tiny_bert(hidden_size=256, intermediate_size=1024)).memory_bytes - held_bytes()
+    assert 0 < small < large
+    # moments alone: two streams of 128 x 2 heads, one of 1024 and one of 256, in each of two layers
+    assert large > 2 * 8 * (1024**2 + 3 * 2 * 128**2)
+
+
+def test_disk_holds_the_teacher_the_state_and_the_kept_calls():
+    model = tiny_bert()
+    batches = {n: look(model, calibration_batches=n).disk_bytes for n in (0, 10)}
+    assert batches[0] > 4 * count_parameters(model)
+    assert (batches[10] - batches[0]) % (10 * 16 * 32 * 4) == 0  # ten batches of 16 rows of width 32, of some length
+    assert batches[10] > batches[0]
+
+
+def test_a_forecast_is_told_in_words_and_warns_of_too_little_memory():
+    seen = {**asdict(look(tiny_bert())), "event": "forecast", "seconds": 0.0}
+    line = describe({**seen, "free_bytes": None, "memory_bytes": 2_000_000_000})
+    assert line is not None and "100 steps" in line and "2.0 GB of memory and" in line
+    line = describe({**seen, "free_bytes": 1_000_000_000, "memory_bytes": 2_000_000_000})
+    assert line is not None and "only 1.0 GB are free" in line

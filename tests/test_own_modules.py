@@ -1,0 +1,166 @@
+"""From Python: any module whose widths are described, any iterable of batches, any call, with or without labels."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import rmtkd
+from conftest import assert_untouched, random_rows, snapshot, tiny_bert
+from rmtkd.errors import DataError, UnsupportedModelError
+from rmtkd.sites import feed_forward_site, linear_site
+
+
+class Classifier(nn.Module):
+    """Of points in the plane: not of any family, and with two inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.out = nn.Linear(6, 64), nn.Linear(64, 32), nn.Linear(32, 3)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return self.out(self.down(torch.relu(self.up(x * scale))))
+
+
+@pytest.fixture(scope="module")
+def points() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(600, 6, generator=generator)
+    return x, (x[:, 0] > 0).long() + (x[:, 1] * x[:, 2] > 0).long()
+
+
+@pytest.fixture(scope="module")
+def model(points: tuple[Tensor, Tensor]) -> Classifier:
+    torch.manual_seed(0)
+    model = Classifier()
+    x, labels = points
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(150):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def sites(model: nn.Module) -> tuple[Any, ...]:
+    return (
+        feed_forward_site(model, "inner", writers=["up"], reader="down"),
+        linear_site(model, "bottleneck", writer="down", reader="out"),
+    )
+
+
+OPTIONS: dict[str, Any] = {"target": "40%params", "multiple_of": 1, "epochs": 3.0, "calibration_share": 1.0}
+
+
+def parts(points: tuple[Tensor, Tensor]) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    pairs = list(zip(*(part.split(50) for part in points), strict=True))
+    return {"train": pairs[:8], "selection": pairs[8:10], "report": pairs[10:]}
+
+
+def test_a_module_of_ones_own_is_compressed_and_resumed(
+    model: Classifier, points: tuple[Tensor, Tensor], tmp_path: Path
+):
+    before = snapshot(model)
+    small = rmtkd.compress(model, **parts(points), sites=sites(model), out=tmp_path / "run", **OPTIONS)  # type: ignore
+    assert_untouched(model, before)
+    assert small.record["compressed"]["parameters"] <= 0.4 * small.record["baseline"]["parameters"]
+    assert small.record["compressed"]["accuracy"]["value"] > small.record["baseline"]["accuracy"]["value"] - 0.05
+    assert small.model.up.out_features == small.plan.widths["inner"] < 64
+    assert small.record["baseline"]["parameters_encoder"] is None
+    again = rmtkd.resume(tmp_path / "run", model, **parts(points), sites=sites(model))  # type: ignore
+    assert_untouched(again.model, snapshot(small.model))
+
+
+def test_without_sites_it_is_refused(model: Classifier, points: tuple[Tensor, Tensor]):
+    with pytest.raises(UnsupportedModelError, match="Classifier"):
+        rmtkd.compress(model, **parts(points), **OPTIONS)  # type: ignore
+
+
+def test_a_data_loader_will_do(model: Classifier, points: tuple[Tensor, Tensor]):
+    data = TensorDataset(*points)
+    loaders = {"train": DataLoader(data, batch_size=50, shuffle=True), "selection": DataLoader(data, batch_size=100)}
+    small = rmtkd.compress(model, **loaders, sites=sites(model), **OPTIONS)  # type: ignore
+    assert small.record["compressed"]["accuracy_selection"]["value"] > 0.9
+
+
+def test_an_unusual_call_is_the_users(model: Classifier, points: tuple[Tensor, Tensor]):
+    """Batches are mappings that the module is not called with."""
+
+    class Unusual(nn.Module):
+        def __init__(self, inner: nn.Module):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, payload: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {"scores": self.inner(payload["points"])}
+
+    whole = Unusual(model)
+    described = (
+        feed_forward_site(whole, "inner", writers=["inner.up"], reader="inner.down"),
+        linear_site(whole, "bottleneck", writer="inner.down", reader="inner.out"),
+    )
+    rows = {role: [{"points": x, "labels": labels} for x, labels in batches] for role, batches in parts(points).items()}
+    small = rmtkd.compress(
+        whole,
+        **rows,  # type: ignore
+        sites=described,
+        forward=lambda module, batch: module({"points": batch["points"]})["scores"],
+        **OPTIONS,
+    )
+    assert small.record["compressed"]["parameters"] <= 0.4 * small.record["baseline"]["parameters"]
+    assert small.record["compressed"]["accuracy"]["value"] > small.record["baseline"]["accuracy"]["value"] - 0.05
+    assert small.record["compressed"]["latency_ms"]["batch"] == 50
+
+
+class Unlabelled:
+    def __init__(self, batches: list[Any]):
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+
+def test_without_labels_the_teacher_is_all_there_is_to_learn(model: Classifier, points: tuple[Tensor, Tensor]):
+    rows = {role: Unlabelled([(x,) for x, _ in batches]) for role, batches in parts(points).items()}
+    small = rmtkd.compress(model, **rows, sites=sites(model), **OPTIONS)  # type: ignore
+    record = small.record
+    assert record["measured_against"] == {"selection": "teacher", "report": "teacher"}
+    assert record["baseline"]["accuracy"]["value"] == 1
+    assert 0.85 < record["compressed"]["accuracy"]["value"] <= 1
+    assert "agreement with the teacher, report rows" in small.summary()
+    assert "accuracy" not in small.summary()
+
+
+def test_labels_of_some_roles_are_used_where_they_are(model: Classifier, points: tuple[Tensor, Tensor]):
+    rows: dict[str, Any] = parts(points)
+    rows["train"] = [(x,) for x, _ in rows["train"]]
+    rows["selection"] = [(x,) for x, _ in rows["selection"]]
+    small = rmtkd.compress(model, **rows, sites=sites(model), **OPTIONS)
+    assert small.record["measured_against"] == {"selection": "teacher", "report": "labels"}
+    assert small.record["baseline"]["accuracy"]["value"] < 1
+    assert "accuracy, report rows" in small.summary()
+
+
+def test_a_teacher_with_a_single_answer_is_refused_without_labels_too():
+    model = tiny_bert()
+    with torch.no_grad():
+        model.classifier.bias[1] += 1000
+    rows = random_rows(64)
+    rows.labels = None
+    with pytest.raises(DataError, match="better than chance"):
+        rmtkd.compress(model, train=rows, selection=rows, multiple_of=2, target="70%params")
+
+
+def test_report_labels_are_checked_before_anything_takes_time():
+    model, rows, report = tiny_bert(), random_rows(64), random_rows(32)
+    rows.labels = None
+    assert report.labels is not None
+    report.labels[3] = 7
+    events: list[Any] = []
+    with pytest.raises(DataError, match=r"labels must be within 0\.\.2"):
+        rmtkd.compress(model, train=rows, selection=rows, report=report, on_event=events.append, multiple_of=2)
+    assert events == []

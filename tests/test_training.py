@@ -1,0 +1,152 @@
+"""A phase of training: what it learns from, what it ends with, and that it goes on where it was left."""
+
+import copy
+
+import pytest
+import torch
+
+from conftest import assert_untouched, random_rows, snapshot, tiny_bert
+from rmtkd.distillation import Recovery, Teacher, WeightAverage, hidden_loss, outputs_of
+from rmtkd.errors import OptionError
+from rmtkd.training import Phase, PhaseState
+
+BLOCKS = ["bert.encoder.layer.0", "bert.encoder.layer.1"]
+
+
+def phase(student: torch.nn.Module, teacher: torch.nn.Module | None = None, **given) -> Phase:
+    options = {"steps": 9, "recovery": Recovery(lr=1e-3, hidden=0.5, average=0.8), "blocks": BLOCKS, **given}
+    cache = options["recovery"].cache_teacher
+    return Phase(
+        student,
+        random_rows(64, shuffle=True),
+        teacher=None if teacher is None else Teacher(teacher, cache=cache),
+        **options,
+    )
+
+
+@pytest.mark.parametrize("hidden", [0.0, 0.5])
+@pytest.mark.parametrize("left_at", [1, 4, 6, 8])
+def test_a_phase_goes_on_where_it_was_left(left_at: int, hidden: float):
+    recovery = Recovery(lr=1e-3, hidden=hidden, average=0.8)
+    teacher, start = tiny_bert(), tiny_bert(seed=1)
+    torch.manual_seed(3)
+    whole = copy.deepcopy(start)
+    losses = phase(whole, teacher, recovery=recovery).run()
+
+    class Left(Exception):
+        pass
+
+    kept = []
+
+    def leave(running: Phase) -> None:
+        if len(running.losses) == left_at:
+            state = running.state()
+            kept.append(PhaseState(tensors={k: v.clone() for k, v in state.tensors.items()}, facts=state.facts))
+            raise Left
+
+    torch.manual_seed(3)
+    with pytest.raises(Left):
+        phase(copy.deepcopy(start), teacher, recovery=recovery).run(leave)
+    torch.manual_seed(99)  # another session draws other numbers before it goes on
+    again = copy.deepcopy(start)
+    second = phase(again, teacher, recovery=recovery)
+    second.restore(kept[0])
+    assert second.run() == losses
+    assert_untouched(again, snapshot(whole))
+
+
+def test_the_hidden_term_is_the_mean_share_of_the_real_positions_that_differs():
+    teacher = [torch.tensor([[[3.0, 4.0], [100.0, 0.0]]]), torch.tensor([[[1.0, 0.0], [9.0, 9.0]]])]
+    student = [torch.tensor([[[3.0, 3.0], [0.0, 0.0]]]), torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])]
+    mask = torch.tensor([[True, False]])
+    assert float(hidden_loss(student, teacher, mask)) == pytest.approx((1 / 25 + 0) / 2)
+    assert float(hidden_loss(student, teacher, None)) == pytest.approx(((1 + 10_000) / 10_025 + 162 / 163) / 2)
+
+
+def test_the_hidden_term_brings_hidden_states_nearer():
+    batch = next(iter(random_rows()))
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    distances = {}
+    for hidden in (0.0, 5.0):
+        teacher, student = tiny_bert(), tiny_bert(seed=1)
+        torch.manual_seed(0)
+        phase(student, teacher, recovery=Recovery(lr=3e-3, hidden=hidden), steps=40).run()
+        with torch.no_grad(), outputs_of(teacher, BLOCKS) as theirs, outputs_of(student, BLOCKS) as mine:
+            teacher(**inputs)
+            student(**inputs)
+        distances[hidden] = float(hidden_loss(mine, theirs, batch["attention_mask"].bool()))
+    assert distances[5.0] < 0.8 * distances[0.0]
+
+
+def test_outputs_are_seen_only_within():
+    model = tiny_bert()
+    batch = {"input_ids": torch.ones(2, 5, dtype=torch.long)}
+    with outputs_of(model, BLOCKS) as seen:
+        model(**batch)
+        assert [list(state.shape) for state in seen] == [[2, 5, 32]] * 2
+    model(**batch)
+    assert len(seen) == 2
+
+
+def test_a_phase_ends_with_the_average_of_its_weights():
+    student = tiny_bert()
+    averages = []
+
+    def watch(running: Phase) -> None:
+        assert running.average is not None
+        averages.append({name: value.clone() for name, value in running.average.average.items()})
+
+    running = phase(student, recovery=Recovery(lr=1e-2, average=0.8))
+    start = WeightAverage(student, 0.8)
+    running.run(watch)
+    last = dict(student.named_parameters())
+    assert all(torch.equal(value, averages[-1][name]) for name, value in last.items())
+    assert any(not torch.equal(value, start.average[name]) for name, value in last.items())
+
+
+class Counting(torch.nn.Module):
+    """Counts the rows that it answers."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.inner, self.rows = model, 0
+
+    def forward(self, **inputs: torch.Tensor):
+        self.rows += len(inputs["input_ids"])
+        return self.inner(**inputs)
+
+
+def test_a_teacher_answers_every_row_once_and_its_answers_are_kept():
+    losses = {}
+    for cache in (False, True):
+        teacher = Counting(tiny_bert())
+        torch.manual_seed(0)
+        running = phase(tiny_bert(seed=1), teacher, recovery=Recovery(cache_teacher=cache), steps=12)  # three passes
+        losses[cache] = running.run()
+        assert teacher.rows == (64 if cache else 3 * 64)
+    assert losses[True] == pytest.approx(losses[False], rel=1e-4)
+
+
+def test_rows_without_numbers_are_answered_every_time():
+    teacher = Counting(tiny_bert())
+    batches = [{k: v for k, v in batch.items() if k != "row_ids"} for batch in random_rows(32)]
+    Phase(tiny_bert(), batches, steps=4, recovery=Recovery(), teacher=Teacher(teacher, cache=True)).run()
+    assert teacher.rows == 64
+
+
+def test_an_answer_is_that_of_its_row():
+    teacher = Teacher(tiny_bert(), cache=True)
+    rows = random_rows(64, shuffle=True)
+    for batch in rows:
+        teacher.logits(batch)
+    rows.set_epoch(1)
+    for batch in rows:
+        with torch.no_grad():
+            fresh = teacher.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        torch.testing.assert_close(teacher.logits(batch), fresh, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("option", [{"hidden": -1.0}, {"average": 1.0}, {"average": -0.1}])
+def test_impossible_options_are_refused(option: dict[str, float]):
+    with pytest.raises(OptionError, match=f"{next(iter(option))} must be"):
+        Recovery(**option)
