@@ -63,7 +63,7 @@ def run_cell(
     """Recover the same cut model in one way, and compare with the teacher on selection rows."""
     task = recipes.get(task_name)
     source = task.load(teacher)
-    rows = task.rows(data, source.tokenizer, seed)
+    rows = task.rows(data, source, seed)
     given = dict(SETTINGS[setting])
     own = {name: given.pop(name) for name in list(given) if name not in Options.__dataclass_fields__}
     recovery = Recovery(**own)
@@ -72,7 +72,7 @@ def run_cell(
             source.model,
             train=rows.train,
             selection=rows.selection,
-            example=task.example(source.model),
+            example=task.example(source.model, rows),
             target=TARGET,
             epochs=epochs,
             recovery=recovery,
@@ -84,7 +84,7 @@ def run_cell(
         student, steps = result.model, sum(done.steps for done in result.rounds)
         seconds = sum(done.seconds_recovery for done in result.rounds)
     else:
-        student = cut_model(source.model, rows.train, task.example(source.model), work / f"{task_name}-{seed}")
+        student = cut_model(source.model, rows.train, task.example(source.model, rows), work / f"{task_name}-{seed}")
         steps = round(epochs * len(rows.train))
         started = time.monotonic()
         with torch.random.fork_rng(devices=[]):
@@ -139,8 +139,8 @@ def cut_cell(task_name: str, seed: int, teacher: str, data: Path, work: Path) ->
     """The cut model before recovery."""
     task = recipes.get(task_name)
     source = task.load(teacher)
-    rows = task.rows(data, source.tokenizer, seed)
-    student = cut_model(source.model, rows.train, task.example(source.model), work / f"{task_name}-{seed}")
+    rows = task.rows(data, source, seed)
+    student = cut_model(source.model, rows.train, task.example(source.model, rows), work / f"{task_name}-{seed}")
     return {"task": task_name, "setting": "cut", "steps": 0, **compare(source.model, student, rows.selection)}
 
 
@@ -170,9 +170,11 @@ def pace_cell(task_name: str, teacher: str, data: Path) -> dict[str, Any]:
     """What a step costs with and without the teacher's kept answers, and with hidden states."""
     task = recipes.get(task_name)
     source = task.load(teacher)
-    rows = task.rows(data, source.tokenizer, 0)
+    rows = task.rows(data, source, 0)
     calibration = compression.share_of(rows.train, 0.1)
-    plan, _ = compression.plan(source.model, calibration=calibration, example=task.example(source.model), target=TARGET)
+    plan, _ = compression.plan(
+        source.model, calibration=calibration, example=task.example(source.model, rows), target=TARGET
+    )
     return {
         "task": task_name,
         "pace": {

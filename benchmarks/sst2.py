@@ -44,13 +44,13 @@ def seed_cell(teacher: str, data: Path, seed: int, epochs: float, recovery: Reco
     """The tool as users run it; and the accuracy before recovery on the report rows."""
     task = recipes.get("sst2")
     source = task.load(teacher)
-    rows = task.rows(data, source.tokenizer, seed)
+    rows = task.rows(data, source, seed)
     result = compression.compress(
         source.model,
         train=rows.train,
         selection=rows.selection,
         report=rows.report,
-        example=task.example(source.model),
+        example=task.example(source.model, rows),
         target=TARGET,
         seed=seed,
         epochs=epochs,
@@ -67,7 +67,7 @@ def shape_cell(method: str, lr: float, widths: dict[str, int], teacher: str, dat
     """One way to the shape, one learning rate, one epoch of the same recovery."""
     task = recipes.get("sst2")
     source = task.load(teacher)
-    rows = task.rows(data, source.tokenizer, 0)
+    rows = task.rows(data, source, 0)
     student = START[method](source.model, widths, rows)
     torch.manual_seed(0)
     before = accuracy(student, rows.selection)
@@ -212,8 +212,10 @@ def plan_cell(teacher: str, data: Path) -> dict[str, Any]:
     """The shape that all methods share."""
     task = recipes.get("sst2")
     source = task.load(teacher)
-    calibration = compression.share_of(task.rows(data, source.tokenizer, 0).train, 0.1)
-    plan, _ = compression.plan(source.model, calibration=calibration, example=task.example(source.model), target=TARGET)
+    rows = task.rows(data, source, 0)
+    calibration = compression.share_of(rows.train, 0.1)
+    example = task.example(source.model, rows)
+    plan, _ = compression.plan(source.model, calibration=calibration, example=example, target=TARGET)
     return {"widths": plan.widths, "predicted": plan.predicted, "baseline": plan.baseline}
 
 

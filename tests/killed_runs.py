@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,9 +28,10 @@ def session(out: Path, sessions: int) -> None:
     """Start the run, or go on with it."""
     torch.set_num_threads(1)
     model, parts = tiny_bert(layers=3), {"train": 160, "selection": 96}
-    rows = {name: random_rows(count, seed=i, shuffle=name == "train") for i, (name, count) in enumerate(parts.items())}
-    for part in rows.values():
-        part.labels = None
+    rows: dict[str, Any] = {}
+    for i, (name, count) in enumerate(parts.items()):
+        rows[name] = random_rows(count, seed=i, shuffle=name == "train")
+        rows[name].labels = None
     if (out / "config.json").exists():
         rmtkd.resume(out, model, **rows)
         return

@@ -13,7 +13,7 @@ from rmtkd.errors import DataError
 
 IDS = torch.tensor([[5, 6, 0], [7, 0, 0]])
 MASK = torch.tensor([[1, 1, 0], [1, 0, 0]])
-MAPPING = {"input_ids": IDS, "attention_mask": MASK, "labels": torch.tensor([1, 0])}
+MAPPING = {"input_ids": IDS, "attention_mask": MASK, "labels": torch.tensor([1, 0]), "row_ids": torch.tensor([7, 3])}
 PAIR = (torch.arange(12.0).reshape(2, 6), torch.tensor([0, 2]))
 
 
@@ -25,7 +25,7 @@ class Recorder(nn.Module):
         return SequenceClassifierOutput(logits=torch.eye(2))
 
 
-def test_a_mapping_is_passed_by_name_and_without_its_labels() -> None:
+def test_a_mapping_is_passed_by_name_and_without_labels_and_row_numbers() -> None:
     model = Recorder()
     assert torch.equal(batching.logits(model, MAPPING), torch.eye(2))
     args, kwargs = model.seen
@@ -86,6 +86,7 @@ def test_the_head_of_a_batch_is_its_first_rows() -> None:
         "input_ids": [[5, 6, 0]],
         "attention_mask": [[1, 1, 0]],
         "labels": [1],
+        "row_ids": [7],
     }
     pair = batching.head(PAIR, 1)
     assert isinstance(pair, tuple)

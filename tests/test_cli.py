@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from pyarrow import csv
 
 import rmtkd
 from conftest import Sentiment, make_tokenizer, tiny_bert, write_sentiment_rows
@@ -50,7 +52,7 @@ def test_from_training_to_evaluation(sentiment: Sentiment, command: Command, tmp
     data, teacher, out = sentiment.data, tmp_path / "teacher", tmp_path / "run"
     train = ("train", "sst2", "--model", sentiment.start, "--data", data, "--out", teacher)
     code, told, log = command(*train, "--epochs", 6, "--lr", 3e-3, "--precision", "fp32", "--seed", 0)
-    assert code == 0 and "on 90 report rows" in told and "step 144/144" in log
+    assert code == 0 and "(n = 90) on report rows" in told and "step 144/144" in log
 
     common = ("sst2", "--model", teacher, "--data", data, "--out", out, *QUICK)
     code, told, _ = command("plan", *common, "--json")
@@ -73,7 +75,8 @@ def test_from_training_to_evaluation(sentiment: Sentiment, command: Command, tmp
     code, told, _ = command("evaluate", out / "model", "--recipe", "sst2", "--file", rows, "--json")
     assert code == 0
     accuracy = json.loads(told)
-    assert set(accuracy) == {"accuracy"} and set(accuracy["accuracy"]) == {"value", "n", "stderr"}
+    assert set(accuracy) == {"accuracy", "f1"}
+    assert all(set(estimate) == {"value", "n", "stderr"} for estimate in accuracy.values())
     assert accuracy["accuracy"]["n"] == 40
     assert accuracy["accuracy"]["value"] == pytest.approx(expected_accuracy(out / "model", rows))
 
@@ -88,6 +91,31 @@ def test_from_training_to_evaluation(sentiment: Sentiment, command: Command, tmp
     assert first["model.safetensors"] == again["model.safetensors"]
 
 
+def test_texts_of_the_user_s_own_from_training_to_evaluation(command: Command, sentiment: Sentiment, tmp_path: Path):
+    """A CSV file and nothing else: the same rows have the same roles in every command."""
+    table = pq.read_table(write_sentiment_rows(tmp_path / "rows.parquet", 500, seed=3))
+    names = pa.array([("bad", "good")[label] for label in table["label"].to_pylist()])
+    csv.write_csv(pa.table({"review": table["text"], "verdict": names}), tmp_path / "rows.csv")
+    words = ("--data", tmp_path / "rows.csv", "--columns", "review", "--label", "verdict")
+    teacher, out = tmp_path / "teacher", tmp_path / "run"
+    train = ("train", "text", "--model", sentiment.start, "--out", teacher, *words)
+    code, told, log = command(*train, "--epochs", 8, "--lr", 3e-3, "--precision", "fp32")
+    assert code == 0 and "F1" in told and "report rows of one file, divided by a hash" in log
+    common = ("text", "--model", teacher, "--out", out, *words, *QUICK)
+    assert command("plan", *common)[0] == 0
+    code, _, log = command("compress", *common, "--epochs", 0.5, "--lr", 1e-3, "--precision", "fp32")
+    assert code == 0 and "report rows of one file, divided by a hash" in log
+    record = json.loads((out / "summary.json").read_text())
+    assert rmtkd.load(out / "model").config.id2label == {0: "bad", 1: "good"}
+    code, told, _ = command("evaluate", out / "model", "--recipe", "text", *words, "--json")
+    assert code == 0 and json.loads(told)["accuracy"] == record["compressed"]["accuracy"]
+    evaluate = ("evaluate", out / "model", "--recipe", "text", "--file", tmp_path / "rows.csv", *words[2:])
+    code, told, _ = command(*evaluate)
+    assert code == 0 and "accuracy" in told and "F1" in told and "(n = 500)" in told
+    code, _, log = command(*evaluate[:-2])
+    assert code == 2 and "Got no --label" in log
+
+
 def expected_accuracy(model: Path, rows: Path) -> float:
     """The share of rows that the model has right, asked one by one."""
     loaded, tokenizer, table = rmtkd.load(model), make_tokenizer(), pq.read_table(rows).to_pylist()
@@ -96,6 +124,69 @@ def expected_accuracy(model: Path, rows: Path) -> float:
         with torch.no_grad():
             hits += int(loaded(**tokenizer(row["text"], return_tensors="pt")).logits.argmax()) == row["label"]
     return hits / len(table)
+
+
+def test_a_plan_is_made_anew_edited_and_applied(sentiment: Sentiment, command: Command, tmp_path: Path):
+    """The plan is the user's."""
+    run, common = tmp_path / "run", ("--model", sentiment.teacher, "--data", sentiment.data)
+    code, *_ = command("plan", "sst2", *common, "--out", run, *QUICK, "--exclude", "embeddings.word")
+    assert code == 0
+
+    code, told, _ = command("plan", run, "--target", "60%params", "--keep", "layer.0.ffn=20", "--json")
+    made = json.loads(told)
+    kept = {site["name"]: site["keep"] for site in made["sites"]}
+    assert code == 0 and made["target"] == "60%params" and made["multiple_of"] == 4
+    assert made["fixed"] == {"embeddings.word": 32, "layer.0.ffn": 20}
+    assert kept["layer.0.ffn"] == 20 and kept["embeddings.word"] == 32
+    assert made["predicted"]["params"] <= 0.6 * made["baseline"]["params"]
+    assert sorted(path.name for path in run.iterdir()) == ["plan.1.json", "plan.json", "spectra.1.npz", "spectra.npz"]
+
+    site = next(site for site in made["sites"] if site["name"] == "layer.1.ffn")
+    site["keep"], planned = 47, site["keep"]
+    (run / "plan.json").write_text(json.dumps(made, indent=1))
+    compress = ("compress", "sst2", *common, "--out", run, "--plan", run / "plan.json", "--epochs", 0)
+    code, _, log = command(*compress, "--tau", 0.4)
+    assert code == 2 and "the plan decides. Got --tau too" in log
+    code, told, log = command(*compress)
+    assert code == 0
+    assert "47*" in told and f"changed by hand: layer.1.ffn {planned} → 47." in told
+    assert "the target 60%params is not met" in told.replace("The", "the") and "reached" not in told + log
+
+    record = json.loads((run / "summary.json").read_text())
+    applied = json.loads((run / "plan.json").read_text())
+    assert record["stop_reason"] == "plan: every cut is made; its widths do not meet the target 60%params"
+    assert record["compressed"]["parameters"] == applied["predicted"]["params"] > made["predicted"]["params"]
+    assert record["rounds"][0]["widths"]["layer.1.ffn"] == [48, 47]
+    assert record["config"]["target"] == "60%params" and record["config"]["multiple_of"] == 4
+    assert f"changed by hand: {planned} → 47" in (run / "model" / "README.md").read_text()
+
+    code, _, log = command("plan", run, "--target", "50%params")
+    assert code == 2 and "--out must be given" in log and "Pass --out" in log
+    code, told, _ = command("plan", run, "--target", "85%params", "--out", tmp_path / "next", "--json")
+    assert code == 0 and json.loads(told)["fixed"]["layer.1.ffn"] == 47
+    code, _, log = command("plan", run, "--model", sentiment.teacher, "--out", tmp_path / "other")
+    assert code == 2 and "needs neither model nor data. Got --model" in log
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_broken_plan_is_refused_line_by_line_and_leaves_nothing_behind(
+    sentiment: Sentiment, command: Command, tmp_path: Path
+):
+    common = ("--model", sentiment.teacher, "--data", sentiment.data)
+    command("plan", "sst2", *common, "--out", tmp_path / "planned", *QUICK)
+    path = tmp_path / "planned" / "plan.json"
+    text = path.read_text().replace('"layer.0.ffn"', '"layer.0.fnn"', 1).replace('"tau": 0.5', '"tau": "half"')
+    path.write_text(text)
+    site, tau = (text[: text.index(word)].count("\n") + 1 for word in ('"layer.0.fnn"', '"half"'))
+    before = contents(tmp_path)
+    code, told, log = command("compress", "sst2", *common, "--out", tmp_path / "run", "--plan", path)
+    assert code == 2 and told == "" and "PlanError" in log
+    assert f"{path}:{site}: layer.0.fnn: the model has no such site. Did you mean layer.0.ffn?" in log
+    assert f"{path}:{tau}: tau must be a finite number. Got 'half'." in log
+    assert contents(tmp_path) == before
+    code, _, log = command("plan", tmp_path / "planned", "--target", "50%params")
+    assert code == 2 and f"{path}:{tau}: tau must be" in log
+    assert contents(tmp_path) == before
 
 
 def test_digits_train_their_own_teacher_once(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -138,7 +229,8 @@ def test_the_examples_of_the_help_are_commands_that_parse(command: Command):
 
 def test_ls_tells_every_recipe(command: Command):
     code, told, _ = command("ls")
-    assert code == 0 and [line.split()[0] for line in told.splitlines()] == ["digits", "sst2"]
+    assert code == 0 and [line.split()[0] for line in told.splitlines()] == list(recipes.names())
+    assert all("reported on" in line for line in told.splitlines())
 
 
 def test_env_tells_versions_and_machine(command: Command):
@@ -157,6 +249,14 @@ def test_env_tells_versions_and_machine(command: Command):
         (["evaluate", "m", "--recipes", "sst2"], "--recipe"),
         (["compress", "digitz", "--out", "OUT"], "Did you mean 'digits'"),
         (["plan", "sst2", "--out", "OUT", "--rule", "mpp"], "Did you mean 'mp'"),
+        (["plan", "sst2", "--out", "OUT", "--keep", "layer.0.ffn"], "--keep must be SITE=WIDTH"),
+        (["plan", "sst2"], "pass --out FOLDER"),
+        (["plan", "DATA"], "has no plan.json and no spectra.npz"),
+        (["compress", "sst2", "--out", "OUT", "--plan", "nowhere.json"], "nowhere.json"),
+        (
+            ["plan", "sst2", "--out", "OUT", "--model", "TEACHER", "--data", "DATA", "--exclude", "layer.0.fnn"],
+            "Did you mean layer.0.ffn?",
+        ),
         (["plan", "sst2", "--out", "OUT", "--target", "25%parms"], "Did you mean 'params'"),
         (["plan", "sst2", "--out", "OUT", "--tau", "2"], "tau must be within (0, 1). Got 2.0"),
         (["compress", "sst2", "--out", "OUT", "--epochs", "-1"], "epochs must be at least 0. Got -1.0"),
@@ -174,6 +274,10 @@ def test_env_tells_versions_and_machine(command: Command):
         (["train", "sst2", "--out", "OUT"], "Pass --model"),
         (["train", "sst2", "--out", "OUT", "--model", "START", "--data", "/nowhere"], "There is no such file"),
         (["evaluate", "./nowhere", "--recipe", "sst2"], "There is no folder"),
+        (["compress", "sst2", "--out", "OUT", "--columns", "text"], "Got --columns for sst2"),
+        (["plan", "qqp", "--out", "OUT", "--label", "label"], "Got --label for qqp"),
+        (["train", "text", "--out", "OUT", "--label", "label"], "must have rows. Got none"),
+        (["compress", "text", "--out", "OUT", "--model", "TEACHER"], "must have rows. Got none"),
         (["evaluate", "TEACHER", "--recipe", "digits"], "head of the 10 classes"),
         (["evaluate", "TEACHER", "--recipe", "sst2", "--file", "/nowhere.parquet"], "There is no such file"),
     ],

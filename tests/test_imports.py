@@ -31,6 +31,7 @@ ORDER = [
     "planning",
     "distillation",
     "training",
+    "forecast",
     "schedule",
     "checkpoint",
     "interruption",

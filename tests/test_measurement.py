@@ -2,11 +2,14 @@
 
 import math
 import statistics
+from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.metrics import f1_score
 from torch import Tensor, nn
 
 from conftest import assert_untouched, random_rows, snapshot, tiny_bert
@@ -20,9 +23,11 @@ from rmtkd.measurement import (
     count_flops,
     count_parameters,
     evaluation,
+    f1,
     measure,
     predict,
     proportion,
+    quality,
     time_forward,
 )
 
@@ -200,6 +205,62 @@ def test_accuracy_is_the_share_of_rows_whose_highest_score_is_the_label_s() -> N
     assert (whole.value, whole.n) == (3 / 5, 5)
     parts = accuracy(Scores(), [(scores[:2], labels[:2]), (scores[2:], labels[2:])])
     assert parts == whole
+
+
+@st.composite
+def answers(draw: st.DrawFn) -> tuple[int, list[int], list[int]]:
+    """A number of classes, and labels and answers of some rows."""
+    classes, n = draw(st.integers(2, 5)), draw(st.integers(1, 60))
+    rows = st.lists(st.integers(0, classes - 1), min_size=n, max_size=n)
+    return classes, draw(rows), draw(rows)
+
+
+@given(answers())
+def test_f1_is_that_of_scikit_learn(drawn: tuple[int, list[int], list[int]]) -> None:
+    classes, labels, answered = drawn
+    scores = nn.functional.one_hot(torch.tensor(answered), classes).float()
+    measured = quality(Scores(), [(scores, torch.tensor(labels))])
+    average = "binary" if classes == 2 else "macro"
+    assert measured["f1"].value == pytest.approx(f1_score(labels, answered, average=average, zero_division=0))
+    assert measured["accuracy"] == accuracy(Scores(), [(scores, torch.tensor(labels))])
+    assert measured["f1"].n == len(labels)
+
+
+@pytest.mark.parametrize(
+    "confusion",
+    [[[500, 60], [90, 350]], [[900, 20], [30, 50]], [[300, 20, 9], [40, 200, 30], [2, 50, 349]], [[0, 0], [300, 700]]],
+)
+def test_the_spread_of_f1_is_that_of_drawing_the_rows_again(confusion: list[list[int]]) -> None:
+    counts = torch.tensor(confusion)
+    n = int(counts.sum())
+    drawn = np.random.default_rng(0).multinomial(n, (counts.flatten() / n).double().numpy(), 1000)
+    again = [f1(torch.from_numpy(draw).reshape(counts.shape)).value for draw in drawn]
+    assert f1(counts).stderr == pytest.approx(statistics.stdev(again), rel=0.1)
+
+
+def test_the_spread_of_the_f1_of_two_classes_is_the_closed_form() -> None:
+    a, wrong, n = 350, 150, 1000
+    expected = math.sqrt(4 * a * wrong * (a + wrong)) / (2 * a + wrong) ** 2
+    measured = f1(torch.tensor([[500, 60], [90, 350]]))
+    assert measured.stderr == pytest.approx(expected)
+    assert measured.n == n
+
+
+def test_quality_takes_one_pass_and_refuses_labels_that_the_head_lacks() -> None:
+    scores, passes = torch.eye(3), []
+
+    class Once:
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            passes.append(1)
+            yield scores, torch.tensor([0, 1, 2])
+
+    assert quality(Scores(), Once())["f1"].value == 1
+    assert len(passes) == 1
+    for labels in ([0, 1, 3], [-1, 0, 1]):
+        with pytest.raises(DataError, match=r"labels must be within 0\.\.2"):
+            quality(Scores(), [(scores, torch.tensor(labels))])
+    with pytest.raises(DataError, match="to measure F1"):
+        f1(torch.zeros(2, 2, dtype=torch.long))
 
 
 class Scores(nn.Module):

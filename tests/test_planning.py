@@ -20,7 +20,7 @@ from rmtkd.bases import Basis
 from rmtkd.batches import Batch
 from rmtkd.errors import DataError, OptionError, PlanError
 from rmtkd.measurement import count_flops, count_parameters
-from rmtkd.planning import Plan, Spectrum, Target, make_plan, predict_cost, spectra_of
+from rmtkd.planning import Plan, Spectrum, Target, make_plan, predict_cost, retarget, spectra_of
 from rmtkd.sites import Site, by_width, find_sites
 from rmtkd.surgery import fold
 
@@ -30,12 +30,19 @@ BATCH: Batch = next(iter(random_rows(4)))
 SPECTRUMS = spectra_of(collect(MODEL, SITES, random_rows(64)))
 
 
+PLANNED = make_plan(MODEL, SITES, SPECTRUMS, BATCH)
+
 SLOW = settings(deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 """Without shrinking: a plan takes long enough."""
 
 
 def plan(**options: object) -> Plan:
     return make_plan(MODEL, SITES, SPECTRUMS, BATCH, **{"multiple_of": 2, **options})  # type: ignore[arg-type]
+
+
+def planned(spectrums: dict[str, tuple[Spectrum, ...]], **options: object) -> Plan:
+    """The plan of the tiny model with these spectra, made anew without the model, see `test_plans`."""
+    return retarget(PLANNED, spectrums, **{"multiple_of": 8, **options})  # type: ignore[arg-type]
 
 
 def random_spectrums(seed: int, *, dead: bool = False) -> dict[str, tuple[Spectrum, ...]]:
@@ -193,8 +200,7 @@ def naive_widths(spectrums: dict[str, tuple[Spectrum, ...]], multiplier: float, 
 @given(seed=st.integers(0, 1000), share=st.floats(0.45, 0.95))
 def test_the_target_is_met_by_the_smallest_multiplier_that_meets_it(seed: int, share: float) -> None:
     spectrums = random_spectrums(seed)
-    target = Target(cost="params", amount=share, is_share=True)
-    made = make_plan(MODEL, SITES, spectrums, BATCH, target=target, multiple_of=4)
+    made = planned(spectrums, target=f"{100 * share:.10f}%params", multiple_of=4)
     limit = share * made.baseline["params"]
     assert made.predicted["params"] <= limit
     assert made.widths == naive_widths(spectrums, made.multiplier, 4)
@@ -220,9 +226,7 @@ def test_every_kind_of_target_is_met(target: str) -> None:
 
 @pytest.mark.parametrize("dead", [False, True])
 def test_a_target_of_everything_keeps_every_living_direction(dead: bool) -> None:
-    made = make_plan(
-        MODEL, SITES, random_spectrums(0, dead=dead), BATCH, target=Target.parse("100%params"), multiple_of=1
-    )
+    made = planned(random_spectrums(0, dead=dead), target="100%params", multiple_of=1)
     expected = {site.name: site.width // 2 if dead else site.width for site in SITES}
     assert made.widths == expected
     assert made.predicted["params"] <= made.baseline["params"]
@@ -259,9 +263,7 @@ def test_an_impossible_target_says_the_least_which_can_then_be_had(cost: str, mi
 def test_widths_are_rounded_shared_and_within_bounds(
     seed: int, multiple_of: int, min_share: float, tau: float, dead: bool
 ) -> None:
-    made = make_plan(
-        MODEL, SITES, random_spectrums(seed, dead=dead), BATCH, tau=tau, multiple_of=multiple_of, min_share=min_share
-    )
+    made = planned(random_spectrums(seed, dead=dead), tau=tau, multiple_of=multiple_of, min_share=min_share)
     for site in made.sites:
         assert 1 <= site.keep <= site.width
         assert site.keep % multiple_of == 0 or site.keep == site.width
@@ -280,9 +282,7 @@ def test_widths_are_rounded_shared_and_within_bounds(
 @given(seed=st.integers(0, 1000), taus=st.tuples(st.floats(0.05, 0.95), st.floats(0.05, 0.95)))
 def test_a_larger_tau_never_keeps_more(seed: int, taus: tuple[float, float]) -> None:
     spectrums = random_spectrums(seed)
-    less, more = (
-        make_plan(MODEL, SITES, spectrums, BATCH, tau=tau, multiple_of=1).widths for tau in sorted(taus, reverse=True)
-    )
+    less, more = (planned(spectrums, tau=tau, multiple_of=1).widths for tau in sorted(taus, reverse=True))
     assert all(less[name] <= more[name] for name in less)
 
 
@@ -305,7 +305,7 @@ def test_a_product_keeps_no_more_than_the_poorer_of_its_streams() -> None:
     pair = (Spectrum(eigenvalues=rich, samples=1000), Spectrum(eigenvalues=poor, samples=1000))
     for name in ("layer.0.query_key", "layer.0.value"):
         spectrums[name] = pair if name.endswith("key") else pair[1:]
-    made = make_plan(MODEL, SITES, spectrums, BATCH, multiple_of=1, tau=0.3)
+    made = planned(spectrums, multiple_of=1, tau=0.3)
     assert made.widths["layer.0.query_key"] == made.widths["layer.0.value"] == 4
 
 
@@ -322,7 +322,7 @@ def test_the_least_share_is_kept_and_not_rounded_up_by_binary_fractions(share: f
 
 
 def test_widths_that_are_no_multiple_stay_whole_rather_than_grow() -> None:
-    made = make_plan(MODEL, SITES, random_spectrums(0), BATCH, multiple_of=10, min_share=0.9)
+    made = planned(random_spectrums(0), multiple_of=10, min_share=0.9)
     assert made.widths["layer.0.query_key"] == 16
     assert made.widths["layer.0.ffn"] == 48
 
@@ -333,7 +333,7 @@ def test_an_embedding_is_factorised_only_where_that_saves_parameters(keep: int) 
     values = np.full((1, 32), 1.0)
     values[0, :keep] = 1e4
     spectrums["embeddings.word"] = (Spectrum(eigenvalues=values, samples=10_000),)
-    made = make_plan(MODEL, SITES, spectrums, BATCH, multiple_of=1, tau=0.01)
+    made = planned(spectrums, multiple_of=1, tau=0.01)
     word = made.sites[0]
     pays = 50 * word.count + (word.count + 1) * 32 <= 50 * 32
     assert word.keep == (word.count if pays else 32)

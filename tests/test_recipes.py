@@ -1,7 +1,6 @@
 """The rows of a task never change roles; what cannot be used as rows or as a model is refused by name."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,21 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification, BertModel, BertTokenizer
 
-from conftest import WORDS, Sentiment, make_tokenizer, random_rows, tiny_bert, write_sentiment_rows
+from conftest import Sentiment, make_tokenizer, random_rows, tiny_bert
 from rmtkd import artifact, recipes
 from rmtkd.errors import ArtifactError, DataError, OptionError, UnsupportedModelError
 from rmtkd.recipes import TokenRows, digits
 from rmtkd.recipes.checkpoints import load_classifier, start_classifier
-from rmtkd.recipes.recipe import Rows
-from rmtkd.recipes.text import SST2_TASK, is_selection
+from rmtkd.recipes.recipe import Rows, Source
 
 TWO = ("negative", "positive")
+NO_MODEL = Source(model=torch.nn.Identity())
+
+
+def source(tokenizer: Any = None) -> Source:
+    """A tiny model with a tokenizer of a few words."""
+    return Source(model=tiny_bert(labels=2), tokenizer=tokenizer or make_tokenizer())
+
 
 # The list of recipes
 
@@ -65,6 +70,25 @@ def test_padding_is_masked_and_only_padding():
     assert batch["labels"].tolist() == [1, 2, 0]
 
 
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_row_keeps_its_number_whatever_the_order(shuffle: bool):
+    rows = random_rows(61, shuffle=shuffle)
+    for epoch in range(2):
+        rows.set_epoch(epoch)
+        for batch in rows:
+            for number, ids, mask in zip(
+                *(batch[key] for key in ("row_ids", "input_ids", "attention_mask")), strict=True
+            ):
+                assert ids[mask.bool()].tolist() == list(rows.ids[int(number)])
+        assert batch["row_ids"].dtype == torch.int64
+
+
+def test_rows_without_labels_have_no_key_for_them():
+    (batch,) = TokenRows([[5, 6, 7], [8]], None, types=[[0, 1, 1], [1]])
+    assert set(batch) == {"input_ids", "attention_mask", "token_type_ids", "row_ids"}
+    assert batch["token_type_ids"].tolist() == [[1, 0, 0], [0, 1, 1]]
+
+
 def test_the_order_is_new_in_each_epoch_and_the_same_for_a_seed():
     def order(seed: int, epoch: int) -> list[tuple[int, ...]]:
         rows = random_rows(64, shuffle=True)
@@ -94,7 +118,7 @@ def scans(rows: TokenRows) -> set[tuple[int, ...]]:
 
 @pytest.fixture(scope="module")
 def digit_rows() -> Rows:
-    return recipes.get("digits").rows(None, None, 0)
+    return recipes.get("digits").rows(None, NO_MODEL, 0)
 
 
 def test_digits_have_the_promised_rows(digit_rows: Rows):
@@ -117,7 +141,7 @@ def test_digits_held_out_are_never_among_training_scans(digit_rows: Rows):
 
 
 def test_digits_held_out_are_the_same_for_every_seed(digit_rows: Rows):
-    other = recipes.get("digits").rows(None, None, 7)
+    other = recipes.get("digits").rows(None, NO_MODEL, 7)
     assert scans(other.selection) == scans(digit_rows.selection)
     assert scans(other.report) == scans(digit_rows.report)
     assert texts(other.train) != texts(digit_rows.train)
@@ -144,7 +168,7 @@ def test_digits_of_a_file_are_read_as_their_scans(tmp_path: Path):
     data: Any = load_digits()
     pixels = [row.tolist() for row in data.data[:7]]
     pq.write_table(pa.table({"pixels": pixels, "label": data.target[:7].tolist()}), tmp_path / "rows.parquet")
-    rows = recipes.get("digits").file_rows(tmp_path / "rows.parquet", None)
+    rows = recipes.get("digits").file_rows(tmp_path / "rows.parquet", NO_MODEL)
     assert np.array_equal(rows.ids, digits.tokens(data.images[:7]))
     assert rows.labels.tolist() == data.target[:7].tolist()
 
@@ -153,137 +177,18 @@ def test_digits_of_a_file_are_read_as_their_scans(tmp_path: Path):
 def test_digits_that_are_no_scans_are_refused(tmp_path: Path, scan: list[float | None]):
     pq.write_table(pa.table({"pixels": [scan], "label": [1]}), tmp_path / "rows.parquet")
     with pytest.raises(DataError, match="64 grey levels"):
-        recipes.get("digits").file_rows(tmp_path / "rows.parquet", None)
+        recipes.get("digits").file_rows(tmp_path / "rows.parquet", NO_MODEL)
 
 
 def test_the_digits_teacher_starts_from_its_seed_and_leaves_the_random_numbers_alone():
     before = torch.get_rng_state()
-    first, second, other = (recipes.get("digits").start(None, seed).model for seed in (0, 0, 1))
+    first, second, other = (recipes.get("digits").start(None, seed, None).model for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), before)
     name = "bert.encoder.layer.0.output.dense.weight"
     assert torch.equal(first.get_parameter(name), second.get_parameter(name))
     assert not torch.equal(first.get_parameter(name), other.get_parameter(name))
     with pytest.raises(DataError, match="starts from nothing"):
-        recipes.get("digits").start("bert-base-uncased", 0)
-
-
-# SST-2
-
-
-def words(part: TokenRows) -> list[str]:
-    tokenizer = make_tokenizer()
-    return [str(tokenizer.decode(list(ids), skip_special_tokens=True)) for ids in part.ids]
-
-
-def load_sentiment(data: Path, seed: int = 0) -> Rows:
-    return recipes.get("sst2").rows(data, make_tokenizer(), seed)
-
-
-def test_roles_are_disjoint_by_text_and_complete(sentiment: Sentiment):
-    rows = load_sentiment(sentiment.data)
-    train, selection, report = (set(words(part)) for part in (rows.train, rows.selection, rows.report))
-    assert not train & selection and not train & report and not selection & report
-    assert selection and all(is_selection(text) for text in selection)
-    written = set(pq.read_table(sentiment.data / "sst2_train.parquet")["text"].to_pylist())
-    assert train | selection == written - report
-    assert report == set(pq.read_table(sentiment.data / "sst2_dev.parquet")["text"].to_pylist())
-
-
-def test_a_repeated_text_has_one_role(tmp_path: Path):
-    generator = np.random.default_rng(0)
-    phrases = [" ".join(generator.choice(WORDS, 6)) for _ in range(100)]
-    assert any(map(is_selection, phrases))
-    pq.write_table(pa.table({"text": phrases * 3, "label": [0, 1] * 150}), tmp_path / "sst2_train.parquet")
-    pq.write_table(pa.table({"text": phrases[:10], "label": [0, 1] * 5}), tmp_path / "sst2_dev.parquet")
-    rows = load_sentiment(tmp_path)
-    train, selection, report = (words(part) for part in (rows.train, rows.selection, rows.report))
-    assert not set(train) & set(selection)
-    assert sorted(report) == sorted(phrases[:10])
-    assert sorted(train + selection) == sorted(text for text in phrases * 3 if text not in report)
-
-
-def test_held_out_texts_are_the_same_for_every_seed(sentiment: Sentiment):
-    first, other = load_sentiment(sentiment.data, 0), load_sentiment(sentiment.data, 7)
-    assert words(first.selection) == words(other.selection)
-    assert words(first.report) == words(other.report)
-    assert texts(first.train) != texts(other.train)
-    assert sorted(texts(first.train)) == sorted(texts(other.train))
-
-
-def test_texts_are_cut_to_what_the_model_allows(sentiment: Sentiment):
-    tokenizer = make_tokenizer()
-    tokenizer.model_max_length = 6
-    rows = recipes.get("sst2").rows(sentiment.data, tokenizer, 0)
-    assert rows.report.lengths.max() == 6
-
-
-def test_too_few_rows_for_a_role_are_refused(tmp_path: Path):
-    write_sentiment_rows(tmp_path / "sst2_train.parquet", 1, seed=0)
-    write_sentiment_rows(tmp_path / "sst2_dev.parquet", 1, seed=1)
-    with pytest.raises(DataError, match=r"none is left as a (selection|training) row"):
-        load_sentiment(tmp_path)
-
-
-def test_the_real_rows_load_and_are_disjoint(data_folder: Path):
-    tokenizer = make_tokenizer()
-    rows = recipes.get("sst2").rows(data_folder, tokenizer, 0)
-    assert len(rows.report.ids) == 872
-    assert len(rows.train.ids) + len(rows.selection.ids) == 67_349
-    assert len(rows.selection.ids) == pytest.approx(67_349 / 20, rel=0.1)
-    assert set(np.unique(rows.train.labels)) == {0, 1}
-
-
-# Files that are no rows
-
-
-def write(table: dict[str, Any]) -> Callable[[Path], object]:
-    return lambda path: pq.write_table(pa.table(table), path)
-
-
-def truncate(path: Path) -> None:
-    write({"text": ["a film"] * 100, "label": [0] * 100})(path)
-    path.write_bytes(path.read_bytes()[:-20])
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda path: None, "There is no such file"),
-        (Path.mkdir, "There is no such file"),
-        (lambda path: path.write_bytes(b""), "must be a parquet file"),
-        (lambda path: path.write_text("text,label\na,1\n"), "must be a parquet file"),
-        (truncate, "must be a parquet file"),
-        (write({"sentence": ["a"], "label": [0]}), "must have a column 'text'. It has sentence, label"),
-        (write({"text": ["a"], "y": [0]}), "must have a column 'label'. It has text, y"),
-        (write({"text": ["a", None, None], "label": [0, 1, 1]}), "'text' of .* must be filled. 2 rows are empty"),
-        (write({"text": ["a", "b"], "label": [0, None]}), "'label' of .* must be filled. 1 rows are empty"),
-        (write({"text": ["a"], "label": ["positive"]}), "whole numbers within 0..1. Got 'positive'"),
-        (write({"text": ["a"], "label": [0.5]}), "whole numbers within 0..1. Got 0.5"),
-        (write({"text": ["a", "b"], "label": [0, 2]}), "whole numbers within 0..1. Got 2"),
-        (write({"text": ["a", "b"], "label": [0, -1]}), "whole numbers within 0..1. Got -1"),
-        (write({"text": [1], "label": [0]}), "must hold texts. Got 1"),
-    ],
-)
-def test_a_file_that_holds_no_rows_is_refused(tmp_path: Path, make: Callable[[Path], object], message: str):
-    make(tmp_path / "rows.parquet")
-    with pytest.raises(DataError, match=message):
-        recipes.get("sst2").file_rows(tmp_path / "rows.parquet", make_tokenizer())
-
-
-def test_rows_without_a_tokenizer_are_refused(sentiment: Sentiment):
-    with pytest.raises(DataError, match="must come with its tokenizer"):
-        recipes.get("sst2").rows(sentiment.data, None, 0)
-
-
-def test_a_text_teacher_without_a_start_is_refused():
-    with pytest.raises(DataError, match="Pass --model PATH_OR_HUB_NAME"):
-        recipes.get("sst2").start(None, 0)
-
-
-def test_the_example_has_the_promised_size(sentiment: Sentiment):
-    example = recipes.get("sst2").example(tiny_bert())
-    assert example["input_ids"].shape == example["attention_mask"].shape == (32, 32)
-    assert int(example["input_ids"].max()) < 50
+        recipes.get("digits").start("bert-base-uncased", 0, None)
 
 
 # Checkpoints
@@ -414,10 +319,3 @@ def test_a_start_that_could_not_be_narrowed_later_is_refused_at_once(tmp_path: P
     )
     with pytest.raises(UnsupportedModelError, match="ConvBertForSequenceClassification"):
         start_classifier(str(tmp_path / "c"), TWO, 0)
-
-
-def test_the_task_names_the_files_of_the_data_folder(sentiment: Sentiment, tmp_path: Path):
-    shutil.copytree(sentiment.data, tmp_path / "data")
-    (tmp_path / "data" / SST2_TASK.report_file).unlink()
-    with pytest.raises(DataError, match=r"sst2_dev\.parquet\. There is no such file"):
-        load_sentiment(tmp_path / "data")

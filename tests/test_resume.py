@@ -45,7 +45,7 @@ def model() -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module")
-def rows(model: torch.nn.Module) -> dict[str, TokenRows]:
+def rows(model: torch.nn.Module) -> dict[str, Any]:
     """Rows on which the random model is always right."""
     made = {
         "train": random_rows(160, seed=1, shuffle=True),
@@ -66,7 +66,7 @@ def run(model: torch.nn.Module, rows: Mapping[str, Any], out: Path, **options: A
 
 
 @pytest.fixture(scope="module")
-def whole(model: torch.nn.Module, rows: dict[str, TokenRows], tmp_path_factory: pytest.TempPathFactory) -> Compressed:
+def whole(model: torch.nn.Module, rows: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Compressed:
     """The run that nobody stopped."""
     return run(model, rows, tmp_path_factory.mktemp("whole") / "run", control=True)
 
@@ -98,14 +98,14 @@ def killing_at(moment: int) -> Any:
 
 
 def test_the_same_command_twice_gives_the_same_bits(
-    model: torch.nn.Module, rows: dict[str, TokenRows], whole: Compressed, tmp_path: Path
+    model: torch.nn.Module, rows: dict[str, Any], whole: Compressed, tmp_path: Path
 ):
     assert_same(run(model, rows, tmp_path / "again", control=True), whole)
 
 
 @pytest.mark.parametrize("first", [1, 2, 3, 4, 6, 9, 11, 13, 20])
 def test_a_run_that_ended_at_any_event_goes_on_to_the_same_bits(
-    model: torch.nn.Module, rows: dict[str, TokenRows], whole: Compressed, tmp_path: Path, first: int
+    model: torch.nn.Module, rows: dict[str, Any], whole: Compressed, tmp_path: Path, first: int
 ):
     out = tmp_path / "run"
     with pytest.raises(Killed):
@@ -141,7 +141,7 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_finishes_the_step_saves_and_returns_a_usable_model(
-    model: torch.nn.Module, rows: dict[str, TokenRows], whole: Compressed, tmp_path: Path, number: signal.Signals
+    model: torch.nn.Module, rows: dict[str, Any], whole: Compressed, tmp_path: Path, number: signal.Signals
 ):
     steps = []
 
@@ -165,7 +165,7 @@ def test_ctrl_c_finishes_the_step_saves_and_returns_a_usable_model(
     assert_same(rmtkd.resume(tmp_path / "run", model, **rows), whole)
 
 
-def test_a_second_ctrl_c_ends_the_run_at_once(model: torch.nn.Module, rows: dict[str, TokenRows], tmp_path: Path):
+def test_a_second_ctrl_c_ends_the_run_at_once(model: torch.nn.Module, rows: dict[str, Any], tmp_path: Path):
     def press(event: Mapping[str, Any]) -> None:
         if event["event"] == "step" and event["step"] == 2:
             signal.raise_signal(signal.SIGINT)
@@ -175,7 +175,7 @@ def test_a_second_ctrl_c_ends_the_run_at_once(model: torch.nn.Module, rows: dict
     assert stopped.record["stop_reason"] == "interrupted after 0 rounds"
 
 
-def test_a_run_without_a_folder_can_be_interrupted_too(model: torch.nn.Module, rows: dict[str, TokenRows]):
+def test_a_run_without_a_folder_can_be_interrupted_too(model: torch.nn.Module, rows: dict[str, Any]):
     def press(event: Mapping[str, Any]) -> None:
         if event["event"] == "step":
             signal.raise_signal(signal.SIGINT)
@@ -186,7 +186,7 @@ def test_a_run_without_a_folder_can_be_interrupted_too(model: torch.nn.Module, r
 
 
 def test_a_full_disk_is_told_and_the_older_state_stays(
-    model: torch.nn.Module, rows: dict[str, TokenRows], whole: Compressed, tmp_path: Path
+    model: torch.nn.Module, rows: dict[str, Any], whole: Compressed, tmp_path: Path
 ):
     out, written = tmp_path / "run", []
 
@@ -204,7 +204,7 @@ def test_a_full_disk_is_told_and_the_older_state_stays(
 
 
 @pytest.fixture
-def stopped(model: torch.nn.Module, rows: dict[str, TokenRows], tmp_path: Path) -> Path:
+def stopped(model: torch.nn.Module, rows: dict[str, Any], tmp_path: Path) -> Path:
     """The folder of a run that was killed in its second round."""
     with pytest.raises(Killed):
         run(model, rows, tmp_path / "stopped", control=True, on_event=killing_at(17))
@@ -218,7 +218,7 @@ def files(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "text"])
 @pytest.mark.parametrize("name", ["step", "round"])
 def test_a_damaged_state_is_named_and_everything_stays(
-    model: torch.nn.Module, rows: dict[str, TokenRows], whole: Compressed, stopped: Path, name: str, damage: str
+    model: torch.nn.Module, rows: dict[str, Any], whole: Compressed, stopped: Path, name: str, damage: str
 ):
     state = stopped / "last" / f"{name}.safetensors"
     content = bytearray(state.read_bytes())
@@ -237,16 +237,14 @@ def test_a_damaged_state_is_named_and_everything_stays(
 
 
 def test_a_read_only_folder_is_refused(
-    model: torch.nn.Module, rows: dict[str, TokenRows], stopped: Path, monkeypatch: pytest.MonkeyPatch
+    model: torch.nn.Module, rows: dict[str, Any], stopped: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(os, "access", lambda *_: False)  # as root every folder can be written
     with pytest.raises(RunError, match="must be writable"):
         rmtkd.resume(stopped, model, **rows)
 
 
-def test_a_finished_run_says_so_and_gives_its_result(
-    model: torch.nn.Module, rows: dict[str, TokenRows], tmp_path: Path
-):
+def test_a_finished_run_says_so_and_gives_its_result(model: torch.nn.Module, rows: dict[str, Any], tmp_path: Path):
     first = run(model, rows, tmp_path / "run")
     before, told = files(tmp_path / "run"), []
     again = rmtkd.resume(tmp_path / "run", model, **rows, on_event=told.append)
@@ -255,14 +253,14 @@ def test_a_finished_run_says_so_and_gives_its_result(
     assert files(tmp_path / "run") == before
 
 
-def test_another_model_or_other_rows_are_refused(model: torch.nn.Module, rows: dict[str, TokenRows], stopped: Path):
+def test_another_model_or_other_rows_are_refused(model: torch.nn.Module, rows: dict[str, Any], stopped: Path):
     with pytest.raises(RunError, match="goes on with the model that it began with"):
         rmtkd.resume(stopped, tiny_bert(seed=5), **rows)
     with pytest.raises(RunError, match="goes on with the training rows that it began with"):
         rmtkd.resume(stopped, model, **{**rows, "train": random_rows(160, seed=4, shuffle=True)})
 
 
-def test_two_processes_cannot_work_on_one_run(model: torch.nn.Module, rows: dict[str, TokenRows], stopped: Path):
+def test_two_processes_cannot_work_on_one_run(model: torch.nn.Module, rows: dict[str, Any], stopped: Path):
     busy = RunFolder.open(stopped)
     try:
         with pytest.raises(RunError, match="one process at a time"):
@@ -271,13 +269,13 @@ def test_two_processes_cannot_work_on_one_run(model: torch.nn.Module, rows: dict
         busy.release()
 
 
-def test_a_folder_without_a_run_says_what_to_do(model: torch.nn.Module, rows: dict[str, TokenRows], tmp_path: Path):
+def test_a_folder_without_a_run_says_what_to_do(model: torch.nn.Module, rows: dict[str, Any], tmp_path: Path):
     with pytest.raises(RunError, match=r"must hold config.json.*rmtkd compress"):
         rmtkd.resume(tmp_path, model, **rows)
 
 
 def test_starting_again_in_the_folder_of_a_run_names_resume(
-    model: torch.nn.Module, rows: dict[str, TokenRows], stopped: Path
+    model: torch.nn.Module, rows: dict[str, Any], stopped: Path
 ):
     before = files(stopped)
     with pytest.raises(RunError, match="Go on with it: rmtkd resume"):
@@ -289,7 +287,7 @@ class Loader:
     """A loader that shuffles by the global random numbers, as users' loaders do."""
 
     def __init__(self, rows: TokenRows):
-        self.loader = DataLoader(list(rows), batch_size=None, shuffle=True)  # type: ignore[arg-type]
+        self.loader = DataLoader(list(rows), batch_size=None, shuffle=True)  # type: ignore
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.loader)
@@ -297,7 +295,7 @@ class Loader:
 
 @pytest.mark.parametrize("moment", [7, 12, 18])
 def test_a_loader_with_a_random_order_of_its_own_goes_on_in_that_order(
-    model: torch.nn.Module, rows: dict[str, TokenRows], tmp_path: Path, moment: int
+    model: torch.nn.Module, rows: dict[str, Any], tmp_path: Path, moment: int
 ):
     loaded = {**rows, "train": Loader(rows["train"])}
     expected = run(model, loaded, tmp_path / "whole")
@@ -306,9 +304,7 @@ def test_a_loader_with_a_random_order_of_its_own_goes_on_in_that_order(
     assert_same(rmtkd.resume(tmp_path / "run", model, **loaded), expected)
 
 
-def test_a_half_written_line_of_the_record_is_dropped(
-    model: torch.nn.Module, rows: dict[str, TokenRows], stopped: Path
-):
+def test_a_half_written_line_of_the_record_is_dropped(model: torch.nn.Module, rows: dict[str, Any], stopped: Path):
     with (stopped / "record.jsonl").open("a") as file:
         file.write('{"event": "rou')
     rmtkd.resume(stopped, model, **rows)
@@ -317,7 +313,7 @@ def test_a_half_written_line_of_the_record_is_dropped(
 
 
 def test_what_a_killed_session_left_half_written_is_cleared_away(
-    model: torch.nn.Module, rows: dict[str, TokenRows], stopped: Path
+    model: torch.nn.Module, rows: dict[str, Any], stopped: Path
 ):
     (stopped / ".summary.json.partial").write_bytes(b"{")
     (stopped / "last" / ".calls-x.partial").mkdir()

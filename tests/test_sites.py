@@ -22,7 +22,7 @@ from rmtkd.activations import attach
 from rmtkd.batches import logits
 from rmtkd.errors import UnsupportedModelError
 from rmtkd.families import FAMILIES
-from rmtkd.sites import Attribute, Site, by_width, check_names, find_family, find_sites
+from rmtkd.sites import Attribute, Site, by_width, find_family, find_sites
 from rmtkd.surgery import factorize_embedding, fill_with_zeros, skeleton
 
 SMALL: dict[str, Any] = {
@@ -265,10 +265,3 @@ def test_every_refused_sibling_is_a_class_of_transformers() -> None:
 
 def test_a_frozen_model_is_understood() -> None:
     assert len(find_sites(tiny_bert().double().requires_grad_(False))) == 7
-
-
-def test_a_name_that_no_site_has_is_refused(model: nn.Module) -> None:
-    sites = find_sites(model)
-    check_names([site.name for site in sites], sites)
-    with pytest.raises(UnsupportedModelError, match=r"Got 'layer\.9\.ffn'"):
-        check_names(["layer.0.ffn", "layer.9.ffn"], sites)

@@ -48,7 +48,7 @@ def test_a_teacher_is_a_stock_folder_with_its_record(sentiment: Sentiment):
     record = json.loads((sentiment.teacher / "training.json").read_text())
     assert set(record["accuracy"]) == {"value", "n", "stderr"}
     assert record["accuracy"]["value"] > 0.9
-    assert record["accuracy"]["n"] == 90
+    assert record["accuracy"]["n"] == record["f1"]["n"] == 90
     assert str(sentiment.start.parent) not in json.dumps(record)
     source = load_classifier(str(sentiment.teacher), SST2.labels)
     assert source.tokenizer is not None and record["parameters"] == sum(p.numel() for p in source.model.parameters())
@@ -74,6 +74,7 @@ def test_events_of_training_come_in_order(sentiment: Sentiment, tmp_path: Path):
     train_teacher(
         SST2, model=str(sentiment.start), data=sentiment.data, out=tmp_path / "t", epochs=0.2, on_event=events.append
     )
+    assert events.pop(0)["note"].endswith("90 report rows")
     steps = events[0]["steps"]
     assert [event["step"] for event in events] == list(range(1, steps + 1))
     assert json.loads((tmp_path / "t" / "training.json").read_text())["steps"] == steps

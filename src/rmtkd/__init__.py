@@ -12,6 +12,7 @@ from rmtkd.distillation import Recovery as Recovery
 from rmtkd.measurement import Footprint as Footprint
 from rmtkd.measurement import measure as measure
 from rmtkd.planning import Plan as Plan
+from rmtkd.planning import retarget as retarget
 from rmtkd.schedule import Options as Options
 from rmtkd.sites import Site as Site
 from rmtkd.sites import find_sites as find_sites

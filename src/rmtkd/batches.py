@@ -1,7 +1,7 @@
 """What a batch is: a mapping called as `model(**inputs)`, a pair `(x, labels)` called as `model(x)`, or one of these
 with a `forward` of its own.
 
-Keys of a mapping that are not inputs: `labels`, and `row_ids`, the rows' numbers in their collection. The key
+Keys of a mapping that are not inputs: `labels`, and `row_ids`, each row's place in its collection. The key
 `attention_mask`, if present, says which positions are real (1) and which are padding (0).
 """
 
@@ -18,7 +18,6 @@ Rows = Mapping[str, Tensor] | tuple[Tensor, ...] | list[Tensor]
 """What data loaders give: tensors whose first dimension is the row."""
 Forward = Callable[[nn.Module, Any], Tensor]
 """Class scores of shape `(rows, classes)` from a model and what a loader gave."""
-NOT_INPUTS = frozenset({"labels", "row_ids"})
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,9 @@ class Call:
 
 Batch = Rows | Call
 """One batch. Collections of batches are *re-iterable*: a list, a `DataLoader`, anything with `__iter__`."""
+
+NOT_INPUTS = frozenset({"labels", "row_ids"})
+"""Keys of a mapping that the model is not called with."""
 
 
 class Calls:

@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import shutil
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -47,6 +48,36 @@ def write_atomically(path: Path, content: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, whole or not at all."""
     write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def read_planned(folder: Path) -> tuple[Plan, dict[str, tuple[Spectrum, ...]]]:
+    """The plan of a folder and the spectra that it was made from.
+
+    Raises:
+        PlanError: if the plan is broken, line by line.
+        RunError: if the folder does not hold both, or the spectra cannot be read.
+    """
+    missing = [name for name in ("plan.json", "spectra.npz") if not (folder / name).is_file()]
+    if missing:
+        raise RunError(
+            f"a folder to plan from must hold plan.json and spectra.npz. {folder} has no {' and no '.join(missing)}. "
+            "Name a folder that `rmtkd plan` or `rmtkd compress` wrote."
+        )
+    plan = Plan.read(folder / "plan.json")
+    spectrums: dict[str, tuple[Spectrum, ...]] = {}
+    try:
+        with np.load(folder / "spectra.npz") as arrays:
+            for key in sorted(name for name in arrays if name.endswith("/eigenvalues")):
+                name = key.rsplit("/", 2)[0]
+                samples = int(arrays[key.replace("eigenvalues", "samples")])
+                spectrum = Spectrum(eigenvalues=arrays[key], samples=samples)
+                spectrums[name] = (*spectrums.get(name, ()), spectrum)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise RunError(
+            f"spectra.npz must be the arrays that rmtkd wrote. Reading {folder / 'spectra.npz'} gave {error!r}. "
+            "Plan anew with the model."
+        ) from None
+    return plan, spectrums
 
 
 @contextmanager

@@ -54,7 +54,8 @@ def compress(
         sites: the widths that may be narrowed; those of the model's family by default.
         forward: class scores from the model and what the collections of rows give, for models that are called neither
             as `model(**batch)` nor as `model(batch[0])`.
-        plan: use this plan instead of making one.
+        plan: use the widths of this plan, which may have been changed by hand. What else it says is derived anew, and
+            its target, rule, tau, multiple_of and min_share stand for those options.
         control: also train the same final shape from a random start for the same number of steps.
         out: run folder to write: configuration, plan, spectra, record, state, summary, model.
         extra_files: files to copy into the model folder (a tokenizer's).
@@ -69,6 +70,8 @@ def compress(
         RmtkdError: see `rmtkd.errors`; nothing that existed before is changed.
     """
     chosen = Options(**options)
+    if plan is not None:
+        chosen = chosen.follow(plan, given=options)
     if out is not None:
         RunFolder.check_free(Path(out))
     extra_files = artifact.check_extra_files(extra_files)

@@ -9,9 +9,8 @@ from rmtkd import batches as batching
 from rmtkd.activations import collect
 from rmtkd.batches import Batch
 from rmtkd.cutting import cut_in_order
-from rmtkd.errors import PlanError
 from rmtkd.memory import Pieces
-from rmtkd.planning import Plan, Spectrum, Target, make_plan, spectra_of
+from rmtkd.planning import Plan, Spectrum, Target, make_plan, settle, spectra_of
 from rmtkd.schedule import Options
 from rmtkd.sites import Site, blocks_of, find_sites
 from rmtkd.surgery import check_cut
@@ -25,6 +24,7 @@ def plan(
     *,
     calibration: Iterable[Batch],
     example: Batch | None = None,
+    given: Plan | None = None,
     sites: Sequence[Site] | None = None,
     pieces: Pieces | None = None,
     **options: Any,
@@ -35,6 +35,7 @@ def plan(
         model: the untouched model.
         calibration: batches whose activations are seen.
         example: the batch whose FLOPs are predicted; the first calibration batch by default.
+        given: a plan whose widths are used instead of chosen ones.
         sites: the widths that may be narrowed; those of the model's family by default.
         pieces: in how many pieces a batch is run, should memory run out.
         options: the fields of `Options`.
@@ -44,9 +45,13 @@ def plan(
     """
     chosen = Options(**options)
     sites = find_sites(model) if sites is None else tuple(sites)
+    if given is not None:
+        given.check_fits(sites)
     spectrums = spectra_of(collect(model, sites, calibration, pieces=pieces))
     if example is None:
         example = batching.first(calibration, "calibration")
+    if given is not None:
+        return settle(given, model, sites, spectrums, example), spectrums
     made = make_plan(
         model,
         sites,
@@ -57,6 +62,8 @@ def plan(
         target=None if chosen.target is None else Target.parse(chosen.target),
         multiple_of=chosen.multiple_of,
         min_share=chosen.min_share,
+        exclude=chosen.exclude,
+        keep=chosen.pairs,
     )
     return made, spectrums
 
@@ -88,11 +95,5 @@ def narrow(
 
 def narrowed(sites: Sequence[Site], plan: Plan) -> tuple[Site, ...]:
     """The sites of the model that the plan narrows."""
-    planned = {(site.name, site.width, site.groups) for site in plan.sites}
-    strangers = planned ^ {(site.name, site.width, site.groups) for site in sites}
-    if strangers:
-        raise PlanError(
-            "a plan must name exactly the sites of the model, at their full widths. They differ in "
-            f"{', '.join(sorted({name for name, _, _ in strangers}))}. Make the plan from this model."
-        )
+    plan.check_fits(sites)
     return tuple(site for site in sites if plan.widths[site.name] < site.width)

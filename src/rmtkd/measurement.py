@@ -25,7 +25,7 @@ from rmtkd.memory import Pieces
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A measured proportion with its binomial standard error over `n` rows."""
+    """A measured proportion, or a score of proportions, with its standard error over `n` rows."""
 
     value: float
     n: int
@@ -191,6 +191,55 @@ def accuracy(model: nn.Module, rows: Iterable[Batch], *, pieces: Pieces | None =
     """Share of rows whose highest score is the label's."""
     scores, labels = predict(model, rows, pieces=pieces)
     return proportion(int((scores.argmax(-1) == labels).sum()), len(labels))
+
+
+def quality(model: nn.Module, rows: Iterable[Batch]) -> dict[str, Estimate]:
+    """Accuracy and F1 from one pass: see `accuracy` and `f1`.
+
+    Raises:
+        DataError: if there are no rows, or labels are missing or outside the head's range.
+    """
+    scores, labels = predict(model, rows)
+    answers, classes = scores.argmax(-1), scores.shape[1]
+    check_labels(labels, classes)
+    confusion = torch.bincount(labels * classes + answers, minlength=classes**2).reshape(classes, classes)
+    return {"accuracy": proportion(int(confusion.diagonal().sum()), len(labels)), "f1": f1(confusion)}
+
+
+def check_labels(labels: Int[Tensor, " rows"], classes: int) -> None:
+    """Raise `DataError` for labels outside the range of the model's head."""
+    if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise DataError(
+            f"labels must be within 0..{classes - 1}, the range of the model's head. Got "
+            f"{int(labels.min())}..{int(labels.max())}. Map the labels, or use a model with that many classes."
+        )
+
+
+def f1(confusion: Int[Tensor, "labels answers"]) -> Estimate:
+    """F1 of class 1 where there are two classes; else the plain mean over classes that occur ("macro").
+
+    The standard error is the delta method's on the multinomial counts. F1 of class k is `2 C[k,k] / D[k]` with the row
+    and column sums `D[k]`; its gradient is orthogonal to the counts, so that the variance is a plain sum.
+    A class that occurs neither as label nor as answer has no F1: without any positive the F1 of two classes is 0.
+
+    Args:
+        confusion: counts of rows by label and answer.
+
+    Reference:
+        Takahashi, Yamamoto, Kuchiba, Koyama, Applied Intelligence 52 (2022) 4961, doi 10.1007/s10489-021-02635-5, §3.
+    """
+    n = int(confusion.sum())
+    if n == 0:
+        raise DataError("at least one labelled row is needed to measure F1. Got none. Pass more rows.")
+    counts = confusion.double()
+    either = counts.sum(0) + counts.sum(1)
+    occurs = either > 0
+    weights = torch.tensor([0.0, 1.0], dtype=torch.float64) if len(counts) == 2 else occurs.double() / occurs.sum()
+    per_count = torch.where(occurs, weights / either.clamp_min(1), 0)
+    scores = 2 * counts.diagonal() * per_count
+    slope = scores / either.clamp_min(1)
+    gradient = 2 * torch.diag(per_count) - slope[:, None] - slope[None, :]
+    return Estimate(value=float(scores.sum()), n=n, stderr=math.sqrt(float((counts * gradient**2).sum())))
 
 
 def chance_level(labels: Int[Tensor, " rows"]) -> float:

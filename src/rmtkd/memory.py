@@ -60,6 +60,17 @@ def peak_bytes(device: torch.device | str = "cpu") -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def held_bytes(device: torch.device | str = "cpu") -> int:
+    """Memory held now: by this process on a CPU, by torch on an accelerator; 0 where the system does not say."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0
+    return pages * resource.getpagesize()
+
+
 def available_bytes(device: torch.device | str = "cpu") -> int | None:
     """Memory that is free to be taken now, or None where the system does not say."""
     if torch.device(device).type == "cuda":

@@ -56,6 +56,8 @@ def describe(event: Mapping[str, Any]) -> str | None:
                 f"round {event['number']}: {event['parameters']:,} parameters, {event['accuracy']:.2%} on selection "
                 f"after {event['steps']} steps{back}"
             )
+        case "forecast":
+            return f"this will take {forecast_line(event)}"
         case "memory":
             return f"memory ran out: from here on a batch is run in {event['pieces']} pieces"
         case "resume":
@@ -64,11 +66,32 @@ def describe(event: Mapping[str, Any]) -> str | None:
             return f"interrupted {event['where']}"
         case "finished":
             return f"this run is finished: {event['stop_reason']}"
+        case "rows":
+            return event["note"]
         case "measure":
             return "measuring both models"
         case "done":
             return f"stopped: {event['stop_reason']}"
     return None
+
+
+def forecast_line(forecast: Mapping[str, Any]) -> str:
+    """A forecast in words."""
+    spent = forecast["seconds_cut"] + forecast["seconds_recovery"]
+    free, needed = forecast["free_bytes"], forecast["memory_bytes"]
+    short = f" (only {free / 1e9:.1f} GB are free: batches may have to be halved)" if free and free < needed else ""
+    return (
+        f"about {duration(spent)} ({duration(forecast['seconds_cut'])} to cut, {forecast['steps']:,} steps of "
+        f"{forecast['seconds_step']:.2g} s), {needed / 1e9:.1f} GB of memory{short} and "
+        f"{forecast['disk_bytes'] / 1e9:.1f} GB of disk"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, whichever is short."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 class PlainLines:

@@ -33,7 +33,7 @@ def plan_table(plan: Plan, width: int = 120) -> Table:
         "kind": [site.kind for site in plan.sites],
         "width": [_per_head(site, site.width) for site in plan.sites],
         "above": [f"{site.count:.1f}" if site.groups > 1 else f"{site.count:.0f}" for site in plan.sites],
-        "keep": [_per_head(site, site.keep) for site in plan.sites],
+        "keep": [_per_head(site, site.keep) + _mark(site, plan) for site in plan.sites],
         "q": [f"{site.q:.2g}" for site in plan.sites],
         "noise σ²": [f"{site.sigma2:.3g}" for site in plan.sites],
         "edge": [f"{site.edge:.3g}" for site in plan.sites],
@@ -52,6 +52,21 @@ def plan_table(plan: Plan, width: int = 120) -> Table:
 
 def _per_head(site: SitePlan, width: int) -> str:
     return f"{site.groups}×{width}" if site.groups > 1 else str(width)
+
+
+def _mark(site: SitePlan, plan: Plan) -> str:
+    """`*` for a width changed by hand, `=` for one that was asked for."""
+    return "*" if site.by_hand else "=" if site.shares in plan.fixed else ""
+
+
+def plan_notes(plan: Plan) -> list[str]:
+    """What a reader of the plan must know beside the table, in sentences."""
+    notes = [note for note in (misfit_note(plan),) if note]
+    if by_hand := [f"{site.name} {site.planned} → {site.keep}" for site in plan.sites if site.by_hand]:
+        notes.append(f"* changed by hand: {', '.join(by_hand)}.")
+    if any(_mark(site, plan) == "=" for site in plan.sites):
+        notes.append("= the width that was asked for.")
+    return [*notes, *(f"! {remark}" for remark in plan.remarks)]
 
 
 def misfit_note(plan: Plan) -> str | None:
@@ -142,6 +157,13 @@ def summary_rows(record: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     return rows
 
 
+def quality_line(quality: Mapping[str, Any], classes: int) -> str:
+    """Accuracy and F1 with their spread in one line."""
+    names = {"accuracy": "accuracy", "f1": "F1" if classes == 2 else "macro F1"}
+    told = [f"{name} {quality[key]['value']:.2%} ± {quality[key]['stderr']:.2%}" for key, name in names.items()]
+    return f"{', '.join(told)} (n = {quality['accuracy']['n']})"
+
+
 def summary(record: Mapping[str, Any]) -> Table:
     """The result as a table."""
     table = Table(title="what it costs and how well it does", title_justify="left", caption_justify="left")
@@ -190,6 +212,7 @@ def model_card(record: Mapping[str, Any], plan: Plan) -> str:
             for site in plan.sites
         ),
         "",
+        *(f"{remark}\n" for remark in plan.remarks),
         f"Stopped: {record['stop_reason']}. Seed {record['seed']}. Versions: "
         + ", ".join(f"{name} {version}" for name, version in record["versions"].items())
         + ".",

@@ -25,6 +25,7 @@ from rmtkd.distillation import Teacher
 from rmtkd.dry_run import CHECK_ROWS, narrowed, plan
 from rmtkd.environment import has_bf16, versions
 from rmtkd.errors import DataError, RunError
+from rmtkd.forecast import Forecast, forecast
 from rmtkd.interruption import Interrupted, interruptible
 from rmtkd.measurement import (
     Estimate,
@@ -36,7 +37,7 @@ from rmtkd.measurement import (
     proportion,
     time_forward,
 )
-from rmtkd.memory import Pieces
+from rmtkd.memory import Pieces, peak_bytes
 from rmtkd.modules import randomize
 from rmtkd.planning import Plan
 from rmtkd.schedule import History, Options, Round, stop_reason, too_much_lost
@@ -223,18 +224,19 @@ class Run:
         """Look at the teacher and make the plan."""
         baseline = check_teacher(self.model, self.selection, pieces=self.pieces)
         self.emit("start", options=self.options.to_dict(), selection_accuracy=asdict(baseline))
-        if given is None or folder is not None:
-            made, spectrums = plan(
-                self.model,
-                calibration=self.calibration,
-                example=self.example,
-                sites=self.sites,
-                pieces=self.pieces,
-                **fields_of(self.options),
-            )
-        standing = Standing(plan=given or made, baseline=baseline, student=self.model)
-        self.portions(standing.plan)  # a plan of another model is refused now
+        began = time.monotonic()
+        made, spectrums = plan(
+            self.model,
+            calibration=self.calibration,
+            example=self.example,
+            given=given,
+            sites=self.sites,
+            pieces=self.pieces,
+            **fields_of(self.options),
+        )
+        standing = Standing(plan=made, baseline=baseline, student=self.model)
         self.emit("plan", predicted=standing.plan.predicted, widths=standing.plan.widths)
+        self.emit("forecast", **asdict(self.forecast(standing.plan, time.monotonic() - began)))
         if folder is not None:
             folder.save_plan(standing.plan, spectrums)
             self.emit.add(folder.append)
@@ -433,6 +435,21 @@ class Run:
 
     # ------------------------------------------------------------------ bookkeeping
 
+    def forecast(self, made: Plan, seconds_plan: float) -> Forecast:
+        """What the run will take."""
+        control = 2 if self.with_control else 1
+        return forecast(
+            self.model,
+            self.sites,
+            made.widths,
+            self.train_rows,
+            steps=control * round(self.options.epochs * self.batches_per_epoch),
+            recovery=self.options.recovery,
+            precision=self.precision,
+            calibration_batches=sum(1 for _ in self.calibration),
+            seconds_plan=seconds_plan,
+        )
+
     def history(self, standing: Standing, portions: int) -> History:
         """What stop rules look at."""
         return History(
@@ -440,6 +457,7 @@ class Run:
             baseline_accuracy=standing.baseline.value,
             rounds=standing.rounds,
             pending=portions - len(standing.rounds),
+            meets_target=standing.plan.meets_target,
         )
 
     def portions(self, made: Plan) -> list[tuple[Site, ...]]:
@@ -477,6 +495,7 @@ class Run:
             "measured_against": self.measured_against,
             "config": self.options.to_dict(),
             "precision": self.precision,
+            "peak_memory_bytes": peak_bytes(self.options.device),
             "seed": self.options.seed,
             "versions": versions(),
         }

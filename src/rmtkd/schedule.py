@@ -1,14 +1,14 @@
 """What a run is asked to do, what it did, and when it stops: options, records, and rules that read only records."""
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from rmtkd.distillation import Recovery
 from rmtkd.environment import check_device
 from rmtkd.errors import OptionError, check_choice
-from rmtkd.planning import Target
+from rmtkd.planning import Plan, Target, fixed_widths
 from rmtkd.spectra import RULES
 from rmtkd.training import PRECISIONS
 
@@ -31,6 +31,8 @@ class Options:
         max_rounds: stop after as many rounds. None sets no bound.
         multiple_of: kept widths are multiples of this.
         min_share: no width below this share of its full size (the method's ρ_min).
+        exclude: sites that stay whole: names, or shell-style patterns such as `layer.*.ffn`.
+        keep: sites, or patterns, with the width that they are given; a mapping, or pairs, which it becomes.
         calibration_share: share of the training batches whose activations are seen.
         recovery: the training after each cut.
         precision: of training; `auto` is bf16 where this machine has instructions for it.
@@ -49,6 +51,8 @@ class Options:
     max_rounds: int | None = None
     multiple_of: int = 8
     min_share: float = 0.0
+    exclude: Sequence[str] = ()
+    keep: Mapping[str, int] | Sequence[Sequence[Any]] = ()
     calibration_share: float = 0.1
     recovery: Recovery = field(default_factory=Recovery)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -57,6 +61,7 @@ class Options:
     save_every_s: float = 30.0
 
     def __post_init__(self) -> None:
+        self._make_plain()
         check_choice("rule", self.rule, RULES)
         check_choice("granularity", self.granularity, ("site", "layer", "round"))
         check_choice("teacher", self.teacher, ("previous", "original"))
@@ -70,6 +75,8 @@ class Options:
             ("max_rounds", self.max_rounds is None or self.max_rounds >= 1, "at least 1"),
             ("multiple_of", self.multiple_of >= 1, "at least 1"),
             ("min_share", 0 <= self.min_share <= 1, "within [0, 1]"),
+            ("exclude", all(isinstance(name, str) and name for name in self.exclude), "names of sites"),
+            ("keep", all(_is_pair(pair) for pair in self.keep), "names of sites with a width from 1 each"),
             ("calibration_share", 0 < self.calibration_share <= 1, "within (0, 1]"),
             ("seed", self.seed >= 0, "at least 0"),
             ("save_every_s", 0 <= self.save_every_s < math.inf, "at least 0"),
@@ -80,7 +87,46 @@ class Options:
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain JSON values."""
-        return asdict(self)
+        return {**asdict(self), "exclude": list(self.exclude), "keep": [list(pair) for pair in self.keep]}
+
+    @property
+    def pairs(self) -> tuple[tuple[str, int], ...]:
+        """`keep` as pairs of name and width."""
+        return tuple((pair[0], pair[1]) for pair in self.keep)  # type: ignore[index]
+
+    def follow(self, plan: Plan, given: Iterable[str]) -> "Options":
+        """These options with the choices that a plan has already made.
+
+        Args:
+            plan: the plan that a run applies.
+            given: names of the options that the caller chose; they must not contradict the plan.
+
+        Raises:
+            OptionError: naming every option that does.
+        """
+        mine = {name: getattr(self, name) for name in ("target", "rule", "tau", "multiple_of", "min_share")}
+        if self.target is not None:
+            mine["target"] = str(Target.parse(self.target))
+        theirs = {name: getattr(plan, name) for name in mine}
+        kept = {site.shares: site.keep for site in plan.sites}
+        asked = fixed_widths([site.outline for site in plan.sites], self.exclude, self.pairs)
+        wrong = [
+            f"{name} {mine[name]}, not {theirs[name]}" for name in mine if name in given and mine[name] != theirs[name]
+        ]
+        wrong += [f"width {width} of {name}, not {kept[name]}" for name, width in asked.items() if width != kept[name]]
+        if wrong:
+            raise OptionError(
+                f"options must not contradict the plan that is applied. Got {', '.join(wrong)}. Change the plan "
+                "(`rmtkd plan FOLDER` makes it anew in seconds), or leave these options out."
+            )
+        return replace(self, **theirs, exclude=(), keep=tuple((name, kept[name]) for name in plan.fixed))
+
+    def _make_plain(self) -> None:
+        """Lists, as JSON has them, and mappings become tuples."""
+        exclude, keep = self.exclude, self.keep
+        pairs = keep.items() if isinstance(keep, Mapping) else keep
+        object.__setattr__(self, "exclude", (exclude,) if isinstance(exclude, str) else tuple(exclude))
+        object.__setattr__(self, "keep", tuple(tuple(pair) if isinstance(pair, list) else pair for pair in pairs))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Options":
@@ -126,6 +172,8 @@ class History:
     rounds: tuple[Round, ...]
     pending: int
     """Rounds that are still planned."""
+    meets_target: bool = True
+    """Whether the plan, which may be changed by hand, is within its target."""
 
 
 StopRule = Callable[[History], str | None]
@@ -157,8 +205,21 @@ def plan_finished(history: History) -> str | None:
     if history.pending:
         return None
     if history.options.target is not None:
+        if not history.meets_target:
+            return f"plan: every cut is made; its widths do not meet the target {Target.parse(history.options.target)}"
         return f"target: {Target.parse(history.options.target)} reached"
     return "plan: every site has the width the rule gives it"
+
+
+def _is_pair(pair: object) -> bool:
+    return (
+        isinstance(pair, tuple)
+        and len(pair) == 2
+        and isinstance(pair[0], str)
+        and bool(pair[0])
+        and type(pair[1]) is int
+        and pair[1] >= 1
+    )
 
 
 STOP_RULES: tuple[StopRule, ...] = (too_much_lost, enough_rounds, plan_finished)

@@ -10,7 +10,7 @@ import torch
 from rmtkd.checkpoint import RunFolder, new_folder, write_json
 from rmtkd.environment import check_device, has_bf16, versions
 from rmtkd.errors import OptionError, RunError, check_choice
-from rmtkd.measurement import accuracy, count_parameters
+from rmtkd.measurement import count_parameters, quality
 from rmtkd.progress import Emitter, Listener
 from rmtkd.recipes.checkpoints import save_classifier
 from rmtkd.recipes.recipe import Recipe
@@ -59,10 +59,11 @@ def train_teacher(
         raise OptionError(f"epochs and seed must be at least 0. Got {epochs:g} and {seed}.")
     check_choice("precision", precision, PRECISIONS)
     recovery = recipe.training if lr is None else replace(recipe.training, lr=lr)
-    source = recipe.start(model, seed)
+    source = recipe.start(model, seed, data)
     student = source.model.to(device)
-    rows = recipe.rows(data, source.tokenizer, seed)
+    rows = recipe.rows(data, source, seed)
     emit = Emitter([on_event] if on_event else [])
+    emit("rows", note=rows.note)
     steps = round(epochs * len(rows.train))
     if precision == "auto":
         precision = "bf16" if has_bf16(device) else "fp32"
@@ -74,8 +75,10 @@ def train_teacher(
         "recipe": recipe.name,
         "start": Path(model).name if model and Path(model).exists() else model,
         "parameters": count_parameters(student),
-        "accuracy": asdict(accuracy(student, rows.report)),
-        "accuracy_selection": asdict(accuracy(student, rows.selection)),
+        "classes": len(source.labels),
+        "rows": rows.note,
+        **{name: asdict(estimate) for name, estimate in quality(student, rows.report).items()},
+        **{f"{name}_selection": asdict(estimate) for name, estimate in quality(student, rows.selection).items()},
         "steps": steps,
         "seed": seed,
         "training": asdict(recovery),

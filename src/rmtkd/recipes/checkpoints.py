@@ -15,8 +15,12 @@ from rmtkd.sites import find_sites, longest_input
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 
 
-def load_classifier(path: str, labels: Sequence[str]) -> Source:
+def load_classifier(path: str, labels: Sequence[str] | None) -> Source:
     """A trained classifier with its tokenizer, if it has one: our folder, transformers' folder, or a hub name.
+
+    Args:
+        path: where it is.
+        labels: names of the classes that it must have, by index; None if they are its own.
 
     Raises:
         DataError: if there is none, its head is not trained, or it has another number of classes.
@@ -25,17 +29,21 @@ def load_classifier(path: str, labels: Sequence[str]) -> Source:
     if artifact.is_artifact(Path(path)):
         model = artifact.load(path)
     else:
-        model, missing = _from_pretrained(path)
+        model, missing, _ = _from_pretrained(path)
         if missing:
             raise DataError(
                 f"--model must be a trained classifier. {path!r} lacks {len(missing)} of its weights, such as "
                 f"{missing[0]}. Train it first: rmtkd train."
             )
     config: Any = model.config
-    if config.num_labels != len(labels):
+    if labels is not None and config.num_labels != len(labels):
         raise DataError(
             f"--model must have a head of the {len(labels)} classes {', '.join(labels)}. {path!r} has "
             f"{config.num_labels}. Choose another model or recipe."
+        )
+    if config.num_labels < 2:
+        raise DataError(
+            f"--model must have a head of at least two classes. {path!r} has {config.num_labels}. Choose a classifier."
         )
     return Source(model=model, tokenizer=load_tokenizer(path, model))
 
@@ -54,16 +62,23 @@ def start_classifier(path: str, labels: Sequence[str], seed: int) -> Source:
     """A checkpoint of a family that can be narrowed, with a fresh classification head, to be fine-tuned.
 
     Raises:
-        DataError: if there is no checkpoint.
+        DataError: if there is no checkpoint, or its weights are not those of its configuration.
         UnsupportedModelError: if the trained model could not be narrowed.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, _ = _from_pretrained(
+        model, _, mismatched = _from_pretrained(
             path,
             num_labels=len(labels),
             id2label=dict(enumerate(labels)),
             label2id={n: i for i, n in enumerate(labels)},
+            ignore_mismatched_sizes=True,  # of a head for other classes, which is not wanted
+        )
+    base: Any = model
+    if body := [name for name in mismatched if name.startswith(f"{base.base_model_prefix}.")]:
+        raise DataError(
+            f"--model must hold the weights of its configuration. In {path!r} {body[0]} has another shape. Fetch or "
+            "save it again."
         )
     find_sites(model)
     return Source(model=model, tokenizer=load_tokenizer(path, model))
@@ -107,8 +122,8 @@ def save_classifier(source: Source, folder: Path) -> None:
         source.tokenizer.save_pretrained(folder)
 
 
-def _from_pretrained(path: str, **config: Any) -> tuple[nn.Module, list[str]]:
-    """A model and the names of its weights that the checkpoint does not hold."""
+def _from_pretrained(path: str, **config: Any) -> tuple[nn.Module, list[str], list[str]]:
+    """A model and the names of its weights that the checkpoint does not hold, or not in this shape."""
     import transformers
 
     _be_quiet()
@@ -125,7 +140,7 @@ def _from_pretrained(path: str, **config: Any) -> tuple[nn.Module, list[str]]:
             f"--model must be a model folder or a hub name. Reading {path!r} gave: {_first_line(error)}. "
             "Check the path; a network is needed for a hub name."
         ) from error
-    return model.eval(), sorted(report["missing_keys"])
+    return model.eval(), sorted(report["missing_keys"]), sorted(name for name, *_ in report["mismatched_keys"])
 
 
 def _first_line(error: Exception) -> str:

@@ -16,7 +16,7 @@ from rmtkd.errors import DataError
 from rmtkd.recipes.checkpoints import load_classifier
 from rmtkd.recipes.recipe import Recipe, Rows, Source
 from rmtkd.recipes.rows import TokenRows, synthetic_batch
-from rmtkd.recipes.tables import read_table
+from rmtkd.recipes.tables import class_indices, read_columns
 
 LEVELS = 4
 """Grey levels of a pixel, from the scans' 17."""
@@ -47,8 +47,8 @@ def shifted(scans: np.ndarray, down: int, right: int) -> np.ndarray:
     return moved
 
 
-def load_rows(data: Path | None, tokenizer: Any, seed: int) -> Rows:
-    """All rows by role. They ship with scikit-learn: `data` and `tokenizer` have nothing to say."""
+def load_rows(data: Path | None, source: Source, seed: int) -> Rows:
+    """All rows by role. They ship with scikit-learn: `data` and `source` have nothing to say."""
     from sklearn.datasets import load_digits
 
     digits: Any = load_digits()
@@ -60,23 +60,25 @@ def load_rows(data: Path | None, tokenizer: Any, seed: int) -> Rows:
         train=TokenRows(tokens(training), np.tile(labels[held:], len(SHIFTS)), pad_id=PAD, seed=seed),
         selection=TokenRows(tokens(scans[REPORT:held]), labels[REPORT:held], pad_id=PAD, batch_size=150),
         report=TokenRows(tokens(scans[:REPORT]), labels[:REPORT], pad_id=PAD, batch_size=150),
+        note=f"{len(training):,} training rows (with scans moved), {SELECTION} selection and {REPORT} report rows",
     )
 
 
-def file_rows(path: Path, tokenizer: Any) -> TokenRows:
-    """Rows of a parquet file with columns `pixels` (64 grey levels, 0..16) and `label`.
+def file_rows(path: Path, source: Source) -> TokenRows:
+    """Rows of a file with columns `pixels` (64 grey levels, 0..16) and `label`.
 
     Raises:
         DataError: if the file cannot be read or does not hold scans and class indices.
     """
-    pixels, labels = read_table(path, "pixels", "label", len(LABELS))
+    pixels, labels = read_columns(path, ["pixels"], "label")
     for scan in pixels:
         if not isinstance(scan, list) or len(scan) != 64 or not all(p is not None and 0 <= p <= 16 for p in scan):
             raise DataError(f"column 'pixels' of {path} must hold lists of 64 grey levels within 0..16. Got {scan!r}.")
-    return TokenRows(tokens(np.array(pixels).reshape(-1, 8, 8)), labels, pad_id=PAD, batch_size=150)
+    indices = class_indices(labels, LABELS, f"column 'label' of {path}")
+    return TokenRows(tokens(np.array(pixels).reshape(-1, 8, 8)), indices, pad_id=PAD, batch_size=150)
 
 
-def start(path: str | None, seed: int) -> Source:
+def start(path: str | None, seed: int, data: Path | None = None) -> Source:
     """A small BERT from a random start.
 
     Raises:
@@ -103,7 +105,7 @@ def start(path: str | None, seed: int) -> Source:
         return Source(model=BertForSequenceClassification(config).eval())
 
 
-def example(model: nn.Module) -> dict[str, Any]:
+def example(model: nn.Module, rows: Rows) -> dict[str, Any]:
     """The batch whose cost is measured."""
     return synthetic_batch(PATCHES, 32, LENGTH)
 

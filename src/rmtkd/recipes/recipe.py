@@ -18,6 +18,8 @@ class Rows:
     train: TokenRows
     selection: TokenRows
     report: TokenRows
+    note: str = ""
+    """One line on where the rows come from and how they were divided."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,19 +29,26 @@ class Source:
     model: nn.Module
     tokenizer: Any = None
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes, by index."""
+        config: Any = self.model.config
+        return tuple(config.id2label[i] for i in range(config.num_labels))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A task: where its rows come from, which models do it, and settings that work.
 
     Attributes:
-        describe: one line for `rmtkd ls`.
-        start: a model to be trained, from a path or hub name, or from nothing where the recipe can.
+        describe: one line for `rmtkd ls`: what it is, and what it reports on.
+        start: a model to be trained, from a path or hub name, or from nothing where the recipe can; seed of its head,
+            data of which it must know the classes.
         load: a trained model, from a path or hub name.
-        rows: all rows, from a folder of parquet files or the recipe's own source; tokenizer, seed of the order.
-        file_rows: the labelled rows of one parquet file.
-        example: the batch whose cost is measured.
-        labels: names of the classes, by index.
+        rows: all rows for a model, from `--data` or the recipe's own source; seed of the order.
+        file_rows: the labelled rows of one file, for a model.
+        example: the batch whose cost is measured, for a model and its rows.
+        labels: names of the classes, by index; None where they are the model's.
         training: how a teacher is trained.
         epochs: passes over the training rows for a teacher.
         needs_no_checkpoint: whether a teacher can start from nothing.
@@ -48,12 +57,12 @@ class Recipe:
 
     name: str
     describe: str
-    labels: tuple[str, ...]
-    start: Callable[[str | None, int], Source]
+    labels: tuple[str, ...] | None
+    start: Callable[[str | None, int, Path | None], Source]
     load: Callable[[str], Source]
-    rows: Callable[[Path | None, Any, int], Rows]
-    file_rows: Callable[[Path, Any], TokenRows]
-    example: Callable[[nn.Module], dict[str, Any]]
+    rows: Callable[[Path | None, Source, int], Rows]
+    file_rows: Callable[[Path, Source], TokenRows]
+    example: Callable[[nn.Module, Rows], dict[str, Any]]
     training: Recovery
     epochs: float
     needs_no_checkpoint: bool = False

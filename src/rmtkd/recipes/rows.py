@@ -11,11 +11,15 @@ POOL = 50
 
 
 class TokenRows:
-    """Token sequences of unequal length and their labels, re-iterable in padded batches.
+    """Token sequences of unequal length, re-iterable in padded batches.
+
+    A batch holds `input_ids`, `attention_mask`, `row_ids` (each row's index here, whatever the order), and
+    `token_type_ids` and `labels` where there are any.
 
     Args:
         ids: token ids of each row.
-        labels: class index of each row.
+        labels: class index of each row, or None for rows without labels.
+        types: token type ids of each row, for pairs of texts.
         batch_size: rows a batch.
         pad_id: token id of padding.
         seed: shuffle with this seed, anew in each epoch; None keeps one order, shortest rows first.
@@ -24,13 +28,15 @@ class TokenRows:
     def __init__(
         self,
         ids: Sequence[Sequence[int]] | np.ndarray,
-        labels: Sequence[int] | np.ndarray,
+        labels: Sequence[int] | np.ndarray | None,
         *,
+        types: Sequence[Sequence[int]] | None = None,
         batch_size: int = 32,
         pad_id: int = 0,
         seed: int | None = None,
     ):
-        self.ids, self.labels = ids, np.asarray(labels, dtype=np.int64)
+        self.ids, self.types = ids, types
+        self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
         self.batch_size, self.pad_id, self.seed = batch_size, pad_id, seed
         self.lengths = np.array([len(row) for row in ids], dtype=np.int64)
         self.epoch = 0
@@ -45,7 +51,7 @@ class TokenRows:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for rows in self._order():
-            yield self._pad(rows)
+            yield self._batch(rows)
 
     def _order(self) -> list[np.ndarray]:
         if self.seed is None:
@@ -60,14 +66,21 @@ class TokenRows:
             batches += [pool[i : i + self.batch_size] for i in range(0, len(pool), self.batch_size)]
         return [batches[i] for i in rng.permutation(len(batches))]
 
-    def _pad(self, rows: np.ndarray) -> dict[str, Tensor]:
-        length = int(self.lengths[rows].max())
-        ids = torch.full((len(rows), length), self.pad_id, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, : self.lengths[row]] = torch.as_tensor(self.ids[row], dtype=torch.long)
-            mask[i, : self.lengths[row]] = 1
-        return {"input_ids": ids, "attention_mask": mask, "labels": torch.from_numpy(self.labels[rows])}
+    def _batch(self, rows: np.ndarray) -> dict[str, Tensor]:
+        real = np.arange(self.lengths[rows].max())[None] < self.lengths[rows, None]
+        batch = {"input_ids": _pad(self.ids, rows, real, self.pad_id), "attention_mask": torch.from_numpy(real).long()}
+        if self.types is not None:
+            batch["token_type_ids"] = _pad(self.types, rows, real, 0)
+        if self.labels is not None:
+            batch["labels"] = torch.from_numpy(self.labels[rows])
+        return {**batch, "row_ids": torch.from_numpy(rows)}
+
+
+def _pad(values: Sequence[Sequence[int]] | np.ndarray, rows: np.ndarray, real: np.ndarray, filler: int) -> Tensor:
+    """The values of some rows, one row each, `filler` where nothing is real."""
+    padded = np.full(real.shape, filler, dtype=np.int64)
+    padded[real] = np.concatenate([values[row] for row in rows])
+    return torch.from_numpy(padded)
 
 
 def synthetic_batch(vocabulary: int, batch: int, length: int) -> dict[str, Tensor]:

@@ -1,43 +1,89 @@
-"""Labelled rows of a parquet file."""
+"""Columns of a user's table: parquet, CSV, TSV or JSON lines."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rmtkd.errors import DataError
 
+KINDS = {".parquet": "parquet", ".csv": "CSV", ".tsv": "TSV", ".jsonl": "JSON lines"}
+"""What a file must be, by the end of its name."""
 
-def read_table(path: Path, column: str, label: str, classes: int) -> tuple[list[Any], list[int]]:
-    """Inputs and labels of a parquet file.
+
+def read_columns(path: Path, columns: Sequence[str], label: str | None = None) -> list[list[Any]]:
+    """Columns of a table, without empty values; the labels, if they are asked for, last.
 
     Args:
-        path: the file.
-        column: name of the column of inputs.
-        label: name of the column of class indices.
-        classes: how many classes there are.
+        path: the file. CSV quotes a field that holds commas, quotes or line ends; TSV has no quotes.
+        columns: names of the columns of inputs. In CSV and TSV they are read as texts, whatever they look like.
+        label: name of the column of labels.
 
     Raises:
-        DataError: if the file cannot be read, a column is missing, a value is empty, or a label is no class index.
+        DataError: if the file cannot be read, a column is missing, or a value is empty.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     if not path.is_file():
         raise DataError(f"the rows must be in {path}. There is no such file. Check --data or --file.")
+    if path.suffix not in KINDS:
+        raise DataError(f"a file of rows must end in {', '.join(KINDS)}. Got {path.name}. Convert or rename it.")
+    names = [*columns, *([] if label is None else [label])]
+    if len(set(names)) < len(names):
+        raise DataError(f"every column must be named once. Got {', '.join(names)}. Check --columns and --label.")
     try:
-        with pq.ParquetFile(path) as file:
-            table = file.read()
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} must be a parquet file. Reading it gave: {error}. Fetch or write it again.") from None
-    for name in (column, label):
-        if name not in table.column_names:
-            raise DataError(f"{path} must have a column {name!r}. It has {', '.join(table.column_names)}. Rename one.")
+        table = _read(path, columns)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path} must be a {KINDS[path.suffix]} file. Reading it gave: {error}. Fetch or write it again."
+        ) from None
+    for name in names:
+        if table.column_names.count(name) != 1:
+            raise DataError(
+                f"{path} must have a column {name!r}. It has {', '.join(table.column_names)}. Choose others, "
+                "or rename one."
+            )
         if empty := table[name].null_count:
             raise DataError(f"column {name!r} of {path} must be filled. {empty} rows are empty. Remove them.")
-    labels = table[label].to_pylist()
-    for value in labels:
-        if not isinstance(value, int) or not 0 <= value < classes:
-            raise DataError(
-                f"column {label!r} of {path} must hold class indices, whole numbers within 0..{classes - 1}. "
-                f"Got {value!r}. Map the labels to their indices."
-            )
-    return table[column].to_pylist(), labels
+    return [table[name].to_pylist() for name in names]
+
+
+def _read(path: Path, texts: Sequence[str]) -> Any:
+    import pyarrow as pa
+    from pyarrow import csv, json, parquet
+
+    if path.suffix == ".parquet":
+        with parquet.ParquetFile(path) as file:
+            return file.read()
+    if path.suffix == ".jsonl":
+        return json.read_json(path)
+    quoted = path.suffix == ".csv"
+    return csv.read_csv(
+        path,
+        parse_options=csv.ParseOptions(
+            delimiter="," if quoted else "\t", quote_char='"' if quoted else False, newlines_in_values=quoted
+        ),
+        convert_options=csv.ConvertOptions(column_types={name: pa.string() for name in texts}),
+    )
+
+
+def class_indices(values: Iterable[Any], names: Sequence[str], where: str) -> list[int]:
+    """Labels as indices of classes.
+
+    A label is the name of its class. Where names are no numbers, it may also be the index.
+
+    Raises:
+        DataError: naming the labels that are neither.
+    """
+    index = {name: i for i, name in enumerate(names)}
+    if not any(name.lstrip("-").isdecimal() for name in names):
+        index |= {str(i): i for i in range(len(names))}
+    labels = list(values)
+    unknown = sorted({repr(value) for value in labels if str(value) not in index})
+    if unknown:
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        raise DataError(
+            f"{where} must hold names of classes ({', '.join(names[:20])}{', ...' if len(names) > 20 else ''}) or "
+            f"their indices, whole numbers within 0..{len(names) - 1}. Got {', '.join(unknown[:3])}{more}. Map the "
+            "labels, or use a model with these classes."
+        )
+    return [index[str(value)] for value in labels]

@@ -17,7 +17,7 @@ attention kernel survive) carry the same `shares`.
 
 from rmtkd.sites.parts import attention_sites, embedding_site, feed_forward_site, linear_site
 from rmtkd.sites.search import check_parameters, find_family, find_sites, longest_input, search
-from rmtkd.sites.site import Attribute, Axis, Kind, Quantity, Site, Stream, blocks_of, by_width, check_names
+from rmtkd.sites.site import Attribute, Axis, Kind, Quantity, Site, Stream, blocks_of, by_width
 
 __all__ = [
     "Attribute",
@@ -29,7 +29,6 @@ __all__ = [
     "attention_sites",
     "blocks_of",
     "by_width",
-    "check_names",
     "check_parameters",
     "embedding_site",
     "feed_forward_site",

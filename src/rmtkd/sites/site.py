@@ -1,10 +1,8 @@
 """The nouns: what a site is made of, and what can be asked of several."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
-
-from rmtkd.errors import UnsupportedModelError
 
 Kind = Literal["linear", "pointwise", "bilinear"]
 Quantity = Literal["width", "total", "scaling"]
@@ -95,13 +93,3 @@ def by_width(sites: Iterable[Site]) -> dict[str, tuple[Site, ...]]:
 def blocks_of(sites: Iterable[Site]) -> list[str]:
     """Paths of the blocks that the sites lie in, in order."""
     return list(dict.fromkeys(site.scope for site in sites if site.scope))
-
-
-def check_names(names: Iterable[str], sites: Sequence[Site]) -> None:
-    """Raise `UnsupportedModelError` for the first name that no site has."""
-    known = {site.name for site in sites}
-    for name in names:
-        if name not in known:
-            raise UnsupportedModelError(
-                f"a site of this model must be one of {', '.join(sorted(known))}. Got {name!r}."
-            )

@@ -1,0 +1,150 @@
+"""What a run will take, told before it is spent: time by a few steps of the real shape, memory and disk by counting."""
+
+import itertools
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rmtkd import batches as batching
+from rmtkd.batches import Batch
+from rmtkd.distillation import Recovery, Teacher, outputs_of
+from rmtkd.measurement import count_parameters, evaluation
+from rmtkd.memory import available_bytes, held_bytes
+from rmtkd.modules import randomize
+from rmtkd.sites import Site, blocks_of
+from rmtkd.surgery import fill_with_zeros, skeleton
+from rmtkd.training import Phase, Precision
+
+STEPS = 4
+"""Steps that are timed, after one that is not."""
+CUT_PASSES = 2.5
+"""Cutting everything in order takes this many times what planning took, which is one pass for all sites."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """Time, memory and disk of a run on this machine; estimates, by what a few steps took."""
+
+    seconds_cut: float
+    seconds_recovery: float
+    seconds_step: float
+    steps: int
+    memory_bytes: int
+    """Most memory at once, what the process already holds included."""
+    free_bytes: int | None
+    """Memory that is free for it now; None where the system does not say."""
+    disk_bytes: int
+    """Most room in the run folder: the state, and the calls that are kept while cutting."""
+
+    @property
+    def seconds(self) -> float:
+        """Of cuts and recovery."""
+        return self.seconds_cut + self.seconds_recovery
+
+
+def forecast(
+    model: nn.Module,
+    sites: Sequence[Site],
+    widths: Mapping[str, int],
+    rows: Iterable[Batch],
+    *,
+    steps: int,
+    recovery: Recovery,
+    precision: Precision,
+    calibration_batches: int,
+    seconds_plan: float,
+) -> Forecast:
+    """Estimate a run that cuts the model to these widths.
+
+    Args:
+        model: the teacher, left as it was.
+        sites: all sites of the model.
+        widths: the width that each keeps.
+        rows: training batches; the first few are trained on, by a model of the final shape that is thrown away.
+        steps: of the whole recovery.
+        recovery: how the run will train.
+        precision: in which precision.
+        calibration_batches: whose activations will be seen.
+        seconds_plan: what planning took, mostly one pass over them for all sites.
+    """
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+        student = skeleton(model, sites, widths)
+        fill_with_zeros(student, device)
+        randomize(student, seed=0)
+        few = list(itertools.islice(rows, STEPS + 1))
+        seconds_step = _seconds_a_step(student, model, few, recovery, precision, blocks_of(sites)) if steps else 0.0
+        largest = max(few, key=lambda batch: batching.rows(batch) * batching.length(batch))
+        activations = _activation_bytes(student, largest, precision)
+    parameters, kept = count_parameters(model), count_parameters(student)
+    size = next(model.parameters()).element_size()
+    moments = sum(8 * site.groups * site.width**2 * len(site.streams) for site in sites)
+    # weights, gradients and the two moments of AdamW, the moving average, and the batch's activations
+    training = size * kept * (5 if recovery.average else 4) + activations
+    hidden = _hidden_bytes(model, largest, blocks_of(sites))
+    held, free = held_bytes(device), available_bytes(device)
+    return Forecast(
+        seconds_cut=CUT_PASSES * seconds_plan,
+        seconds_recovery=steps * seconds_step,
+        seconds_step=seconds_step,
+        steps=steps,
+        memory_bytes=held + max(training, moments + activations),
+        free_bytes=None if free is None else held + free,
+        disk_bytes=size * (parameters + kept * (4 if recovery.average else 3)) + calibration_batches * hidden,
+    )
+
+
+def _seconds_a_step(
+    student: nn.Module,
+    teacher: nn.Module,
+    few: Sequence[Batch],
+    recovery: Recovery,
+    precision: Precision,
+    blocks: Sequence[str],
+) -> float:
+    times = [time.perf_counter()]
+    Phase(
+        student,
+        few,
+        steps=STEPS + 1,
+        recovery=recovery,
+        teacher=Teacher(teacher),
+        precision=precision,
+        blocks=blocks,
+    ).run(lambda _: times.append(time.perf_counter()))
+    return (times[-1] - times[1]) / (len(times) - 2)
+
+
+def _activation_bytes(model: nn.Module, batch: Batch, precision: Precision) -> int:
+    """What a training step keeps of the forward pass, counted on one row and multiplied."""
+    device = next(model.parameters()).device
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    seen: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        held.append(tensor)
+        return tensor
+
+    held: list[Any] = []
+    rows = min(2, batching.rows(batch))
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
+    ):
+        held.append(batching.logits(model, batching.to(batching.head(batch, rows), device)))
+    return sum(seen.values()) * batching.rows(batch) // rows
+
+
+def _hidden_bytes(model: nn.Module, batch: Batch, blocks: Sequence[str]) -> int:
+    """Size of what goes from block to block for one batch; 0 for a model without blocks."""
+    device = next(model.parameters()).device
+    with evaluation(model), outputs_of(model, blocks[:1]) as seen:
+        batching.logits(model, batching.to(batching.head(batch, 1), device))
+    return sum(state.numel() * state.element_size() for state in seen) * batching.rows(batch)

@@ -1,0 +1,25 @@
+"""From spectra to a plan: how wide every site stays, why, and what the model will then cost."""
+
+from rmtkd.planning.choice import make_plan, retarget, settle, spectra_of
+from rmtkd.planning.costs import COSTS, Cost, CostTable, Target, predict_cost
+from rmtkd.planning.desk import Spectrum
+from rmtkd.planning.pins import fixed_widths, parse_keep
+from rmtkd.planning.plan import FORMAT, Plan, SitePlan
+
+__all__ = [
+    "COSTS",
+    "FORMAT",
+    "Cost",
+    "CostTable",
+    "Plan",
+    "SitePlan",
+    "Spectrum",
+    "Target",
+    "fixed_widths",
+    "make_plan",
+    "parse_keep",
+    "predict_cost",
+    "retarget",
+    "settle",
+    "spectra_of",
+]

@@ -1,0 +1,182 @@
+"""From spectra to a plan: how wide every site stays, and why. With the model, or later without it."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import nn
+
+from rmtkd.batches import Batch
+from rmtkd.covariance import Covariance
+from rmtkd.errors import PlanError
+from rmtkd.planning.costs import COSTS, Cost, CostTable, Target
+from rmtkd.planning.desk import Count, Desk, Spectrum
+from rmtkd.planning.pins import fixed_widths
+from rmtkd.planning.plan import Plan
+from rmtkd.sites import Site
+
+
+def spectra_of(moments: Mapping[str, Sequence[Covariance]]) -> dict[str, tuple[Spectrum, ...]]:
+    """The spectrum of every stream of every site."""
+    return {
+        name: tuple(Spectrum(eigenvalues=m.eigenvalues().numpy(), samples=m.count) for m in streams)
+        for name, streams in moments.items()
+    }
+
+
+def make_plan(
+    model: nn.Module,
+    sites: Sequence[Site],
+    spectrums: Mapping[str, Sequence[Spectrum]],
+    batch: Batch,
+    *,
+    rule: str = "mp",
+    tau: float = 0.5,
+    target: Target | None = None,
+    multiple_of: int = 8,
+    min_share: float = 0.0,
+    exclude: Iterable[str] = (),
+    keep: Iterable[tuple[str, int]] = (),
+) -> Plan:
+    """Choose the width of every site.
+
+    Without a target a site keeps the directions above its noise edge. With one, all edges are raised or lowered by
+    one common multiplier, the smallest that meets the target. An embedding stays whole where its two factors would
+    have more parameters than it has.
+
+    Args:
+        model: the untouched model.
+        sites: the sites that may be narrowed.
+        spectrums: from `spectra_of`, for the same sites.
+        batch: a batch whose FLOPs are counted.
+        rule: name in `spectra.RULES`.
+        tau: quantile that starts the noise level, in (0, 1); larger cuts more.
+        target: what is to remain.
+        multiple_of: kept widths are rounded up to multiples of this (hardware), never above the full width.
+        min_share: no site keeps less than this share of its width (the method's ρ_min).
+        exclude: sites that stay whole: names or patterns such as `layer.*.ffn`.
+        keep: sites with the width that they are given, whatever `multiple_of` and `min_share` say. The other sites
+            meet the target around them.
+
+    Raises:
+        PlanError: if the target cannot be met (the message says the minimum), or if what `exclude` and `keep` ask for
+            is impossible.
+        OptionError: for an unknown rule or values out of range.
+        DataError: if a width is dead, naming the site.
+    """
+    fixed = fixed_widths(sites, exclude, keep)
+    baseline, costs = CostTable.measure(model, sites, batch)
+    count = _by_table(costs, baseline, sites) if costs else _by_skeleton(model, sites, batch)
+    desk = Desk(sites, spectrums, count, baseline, rule=rule, tau=tau, multiple_of=multiple_of, min_share=min_share)
+    return desk.plan(type(model).__name__, target, fixed, costs)
+
+
+def retarget(
+    plan: Plan,
+    spectrums: Mapping[str, Sequence[Spectrum]],
+    *,
+    target: str | None = None,
+    rule: str | None = None,
+    tau: float | None = None,
+    multiple_of: int | None = None,
+    min_share: float | None = None,
+    exclude: Iterable[str] = (),
+    keep: Iterable[tuple[str, int]] = (),
+) -> Plan:
+    """Plan again from the spectra of an earlier plan, without data or model, in seconds.
+
+    What is not given stays as it was. Widths that were fixed, or changed by hand, stay too, unless `exclude` or `keep`
+    say otherwise.
+
+    Args:
+        plan: the earlier plan.
+        spectrums: what it was made from.
+        target: what is to remain, such as `20%params`.
+        rule, tau, multiple_of, min_share, exclude, keep: see `make_plan`.
+
+    Raises:
+        PlanError: see `make_plan`; also if the spectra are not those of the plan, or if the widths of the model depend
+            on each other in a way that its cost has no formula.
+        OptionError, DataError: see `make_plan`.
+    """
+    if plan.costs is None:
+        raise PlanError(
+            "a plan must hold the cost of its model as a formula to be made anew without the model. This one has none. "
+            "Plan with the model: `rmtkd plan RECIPE --model MODEL`."
+        )
+    sites = [site.outline for site in plan.sites]
+    _check_spectrums(sites, spectrums)
+    fixed = plan.fixed | {site.shares: site.keep for site in plan.sites if site.by_hand}
+    desk = Desk(
+        sites,
+        spectrums,
+        _by_table(plan.costs, plan.baseline, sites),
+        plan.baseline,
+        rule=plan.rule if rule is None else rule,
+        tau=plan.tau if tau is None else tau,
+        multiple_of=plan.multiple_of if multiple_of is None else multiple_of,
+        min_share=plan.min_share if min_share is None else min_share,
+    )
+    words = plan.target if target is None else target
+    aim = None if words is None else Target.parse(words)
+    return desk.plan(plan.model, aim, fixed | fixed_widths(sites, exclude, keep), plan.costs)
+
+
+def settle(
+    plan: Plan,
+    model: nn.Module,
+    sites: Sequence[Site],
+    spectrums: Mapping[str, Sequence[Spectrum]],
+    batch: Batch,
+) -> Plan:
+    """A plan that was edited, with everything but the user's widths derived anew from the model and its spectra.
+
+    Args:
+        plan: the plan, its widths as they shall be.
+        model, sites, spectrums, batch: see `make_plan`.
+
+    Raises:
+        PlanError: if the plan names other sites than the model has.
+    """
+    plan.check_fits(sites)
+    baseline, costs = CostTable.measure(model, sites, batch)
+    count = _by_table(costs, baseline, sites) if costs else _by_skeleton(model, sites, batch)
+    desk = Desk(
+        sites,
+        spectrums,
+        count,
+        baseline,
+        rule=plan.rule,
+        tau=plan.tau,
+        multiple_of=plan.multiple_of,
+        min_share=plan.min_share,
+    )
+    target = None if plan.target is None else Target.parse(plan.target)
+    planned = {site.name: site.planned for site in plan.sites}
+    return desk.write(type(model).__name__, target, plan.fixed, costs, plan.multiplier, plan.widths, planned)
+
+
+def _by_table(costs: CostTable, baseline: Cost, sites: Sequence[Site]) -> Count:
+    full = {site.shares: site.width for site in sites}
+    shares = {site.name: site.shares for site in sites}
+
+    def count(cost: str, widths: Mapping[str, int]) -> int:
+        dropped = {shares[name]: full[shares[name]] - width for name, width in widths.items()}
+        return baseline[cost] + costs.change(cost, dropped)
+
+    return count
+
+
+def _by_skeleton(model: nn.Module, sites: Sequence[Site], batch: Batch) -> Count:
+    return lambda cost, widths: COSTS[cost](model, sites, widths, batch)
+
+
+def _check_spectrums(sites: Sequence[Site], spectrums: Mapping[str, Sequence[Spectrum]]) -> None:
+    strangers = {site.name for site in sites} ^ set(spectrums) or {
+        site.name
+        for site in sites
+        if {s.eigenvalues.shape for s in spectrums[site.name]} != {(site.groups, site.width)}
+    }
+    if strangers:
+        raise PlanError(
+            f"spectra must be those that the plan was made from. They differ in {', '.join(sorted(strangers))}. "
+            "Keep plan.json and spectra.npz of one plan together."
+        )

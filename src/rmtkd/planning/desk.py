@@ -1,0 +1,288 @@
+"""Where widths are chosen: noise edges of all sites, one multiplier that meets the target, the reasons in words."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from rmtkd import spectra
+from rmtkd.errors import DataError, OptionError, PlanError, check_choice
+from rmtkd.planning.costs import COSTS, Cost, CostTable, Target
+from rmtkd.planning.plan import Plan, SitePlan
+from rmtkd.sites import Site, by_width
+from rmtkd.spectra import NoiseEdge
+
+Count = Callable[[str, Mapping[str, int]], int]
+"""Parameters or FLOPs, by name, at these widths of sites; full where a site is missing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spectrum:
+    """What is counted at one stream of a site: the eigenvalues of its centred covariance, pooled over heads.
+
+    The Marchenko–Pastur law is the law of one covariance, and the 32 eigenvalues of one head make no histogram: the
+    heads of a layer are pooled for the noise level, then each head is counted against the common edge.
+    """
+
+    eigenvalues: Float[np.ndarray, "groups width"]
+    samples: int
+
+    @property
+    def q(self) -> float:
+        """Aspect ratio of one group: width over samples."""
+        return self.eigenvalues.shape[1] / self.samples
+
+
+class Desk:
+    """Where widths are chosen: sites, their spectra and edges, and a way to count costs."""
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        spectrums: Mapping[str, Sequence[Spectrum]],
+        count: Count,
+        baseline: Cost,
+        *,
+        rule: str,
+        tau: float,
+        multiple_of: int,
+        min_share: float,
+    ):
+        check_choice("rule", rule, spectra.RULES)
+        if not 0 <= min_share <= 1:
+            raise OptionError(f"min_share must be within [0, 1]. Got {min_share}.")
+        if multiple_of < 1:
+            raise OptionError(f"multiple_of must be at least 1. Got {multiple_of}.")
+        if not 0 < tau < 1:
+            raise OptionError(f"tau must be within (0, 1). Got {tau}.")
+        self.sites, self.spectrums, self.count, self.baseline = sites, spectrums, count, dict(baseline)
+        self.rule, self.tau, self.multiple_of, self.min_share = rule, tau, multiple_of, min_share
+        self.groups = by_width(sites)
+        self.edges: dict[str, tuple[NoiseEdge, ...]] = {}
+        self.pays = {shares: self._paying_width(group) for shares, group in self.groups.items()}
+
+    def plan(self, model: str, target: Target | None, fixed: dict[str, int], costs: CostTable | None) -> Plan:
+        """Choose the smallest multiplier that meets the target, and the widths that follow."""
+        self._find_edges(fixed)
+        multiplier = 1.0
+        if target is not None:
+            free = [site.name for site in self.sites if site.shares not in fixed]
+            multiplier = _meet(
+                target,
+                self.baseline,
+                lambda multiplier: self.count(target.cost, self.widths_at(multiplier, fixed)),
+                _critical([pair for name in free for pair in self._pairs(name)]),
+                bool(fixed),
+            )
+        widths = self.widths_at(multiplier, fixed)
+        return self.write(model, target, fixed, costs, multiplier, widths, widths)
+
+    def write(
+        self,
+        model: str,
+        target: Target | None,
+        fixed: dict[str, int],
+        costs: CostTable | None,
+        multiplier: float,
+        widths: Mapping[str, int],
+        planned: Mapping[str, int],
+    ) -> Plan:
+        """The plan of these widths, its numbers derived from the spectra and counted costs."""
+        self._find_edges(fixed)
+        predicted = {cost: self.count(cost, widths) for cost in COSTS}
+        return Plan(
+            model=model,
+            target=None if target is None else str(target),
+            rule=self.rule,
+            tau=self.tau,
+            multiple_of=self.multiple_of,
+            min_share=self.min_share,
+            fixed=fixed,
+            multiplier=multiplier,
+            sites=tuple(
+                self._site_plan(site, fixed, multiplier, widths[site.name], planned[site.name]) for site in self.sites
+            ),
+            baseline=self.baseline,
+            predicted=predicted,
+            remarks=tuple(self._remarks(target, widths, predicted)),
+            costs=costs,
+        )
+
+    def widths_at(self, multiplier: float, fixed: Mapping[str, int]) -> dict[str, int]:
+        """The width of every site where the edges are multiplied by this."""
+        widths = {}
+        for shares, group in self.groups.items():
+            width = group[0].width
+            if shares in fixed:
+                keep = fixed[shares]
+            else:
+                wish = max(self._count_above(site, multiplier) for site in group)
+                # Shares are no binary fractions: 0.28 · 25 is a little above 7, and means 7.
+                floor = max(self.multiple_of, self.min_share * width - 1e-9)
+                rounded = self.multiple_of * math.ceil(max(wish, floor) / self.multiple_of)
+                keep = rounded if rounded <= self.pays[shares] else width
+            widths |= {site.name: keep for site in group}
+        return widths
+
+    def _find_edges(self, fixed: Mapping[str, int]) -> None:
+        for site in self.sites:
+            if site.name not in self.edges:
+                is_whole = fixed.get(site.shares) == site.width
+                self.edges[site.name] = tuple(
+                    _edge(site, spectrum, self.rule, self.tau, may_be_dead=is_whole)
+                    for spectrum in self.spectrums[site.name]
+                )
+
+    def _pairs(self, name: str) -> list[tuple[Spectrum, NoiseEdge]]:
+        return list(zip(self.spectrums[name], self.edges[name], strict=True))
+
+    def _count_above(self, site: Site, multiplier: float) -> float:
+        """Directions per group above the edge. A product carries no more directions than either of its streams."""
+        return min(_count(spectrum, edge, multiplier) for spectrum, edge in self._pairs(site.name))
+
+    def _paying_width(self, group: Sequence[Site]) -> int:
+        """The largest width below the full one at which the model has no more parameters than at full width: an
+        embedding in two factors may have more."""
+
+        def pays(width: int) -> bool:
+            return self.count("params", {site.name: width for site in group}) <= self.baseline["params"]
+
+        low, high = 0, group[0].width - 1
+        if high < 1 or pays(high):
+            return high
+        while low < high:  # parameters rise with the width: `low` pays or is nothing, what is above `high` does not pay
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if pays(middle) else (low, middle - 1)
+        return low
+
+    def _remarks(self, target: Target | None, widths: Mapping[str, int], predicted: Cost) -> Iterator[str]:
+        for shares, group in self.groups.items():
+            keep = widths[group[0].name]
+            if self.pays[shares] < keep < group[0].width:
+                more = self.count("params", {site.name: keep for site in group}) - self.baseline["params"]
+                yield f"{shares}: the two factors of width {keep} have {more:,} parameters more than the table has."
+        if target is not None and (excess := predicted[target.cost] - target.limit(self.baseline)) > 0:
+            yield (
+                f"The target {target} is not met: {predicted[target.cost]:,} {target.cost} remain, "
+                f"{math.ceil(excess):,} too many, at the widths that were given."
+            )
+
+    def _site_plan(self, site: Site, fixed: Mapping[str, int], multiplier: float, keep: int, planned: int) -> SitePlan:
+        # Of the two streams of a product the one with fewer directions decides, and is shown.
+        spectrum, edge = min(self._pairs(site.name), key=lambda pair: _count(*pair, multiplier))
+        pooled = np.sort(spectrum.eigenvalues.ravel())[::-1]
+        above = edge.count(pooled, multiplier)
+        has_gap = 0 < above < len(pooled) and pooled[above] > 0
+        total = float(spectrum.eigenvalues.sum())
+        count = self._count_above(site, multiplier)
+        why = self._why(site, count, planned, multiplier, is_fixed=fixed.get(site.shares) == planned)
+        return SitePlan(
+            name=site.name,
+            keep=keep,
+            planned=planned,
+            width=site.width,
+            groups=site.groups,
+            shares=site.shares,
+            kind=site.kind,
+            block=site.block,
+            count=count,
+            rule=edge.rule,
+            samples=spectrum.samples,
+            q=edge.q,
+            sigma2=edge.sigma2,
+            edge=edge.edge,
+            multiplier=multiplier,
+            ks=edge.ks,
+            fit_error=edge.fit_error,
+            misfit=edge.misfit,
+            margin=float(pooled[above - 1] / pooled[above]) if has_gap else None,
+            energy=min(1.0, float(spectrum.eigenvalues[:, :keep].sum()) / total) if total > 0 else 1.0,
+            why=why if keep == planned else f"changed by hand: {planned} → {keep}; planned: {why}",
+            remarks=edge.remarks,
+        )
+
+    def _why(self, site: Site, count: float, keep: int, multiplier: float, *, is_fixed: bool) -> str:
+        directions = f"{count:.1f} a head" if site.groups > 1 else f"{count:.0f}"
+        above = f"{directions} above {'edge' if multiplier == 1 else f'{multiplier:.3g} × edge'}"
+        if is_fixed:
+            asked = "whole" if keep == site.width else f"width {keep}"
+            return f"{above}: {asked} as asked"
+        if keep == site.width:
+            paying = ", two factors would be larger" if self.pays[site.shares] < site.width - 1 else ""
+            return f"{above}: whole{paying}"
+        shared = f" of {site.shares}" if site.shares != site.name else ""
+        return f"{above}, rounded up{shared}" if keep > count else above
+
+
+def _edge(site: Site, spectrum: Spectrum, rule: str, tau: float, *, may_be_dead: bool) -> NoiseEdge:
+    try:
+        return spectra.RULES[rule](spectrum.eigenvalues.ravel(), q=spectrum.q, tau=tau)
+    except DataError as error:
+        if may_be_dead and not spectrum.eigenvalues.any():
+            return _no_edge(rule, spectrum)
+        raise DataError(f"site {site.name}: {error} To leave it whole: --exclude {site.name}.") from None
+
+
+def _no_edge(rule: str, spectrum: Spectrum) -> NoiseEdge:
+    """Of a dead width, which stays whole."""
+    return NoiseEdge(
+        rule=rule,
+        q=spectrum.q,
+        sigma2_initial=0.0,
+        sigma2=0.0,
+        edge=0.0,
+        fit_error=1.0,
+        ks=1.0,
+        misfit=True,
+        remarks=("The width is dead on these data.",),
+    )
+
+
+def _count(spectrum: Spectrum, edge: NoiseEdge, multiplier: float) -> float:
+    """Directions per group above the edge."""
+    return edge.count(spectrum.eigenvalues.ravel(), multiplier) / len(spectrum.eigenvalues)
+
+
+def _critical(pairs: Iterable[tuple[Spectrum, NoiseEdge]]) -> Float[np.ndarray, " candidates"]:
+    """A multiplier between every two neighbouring steps of the counts, below the first and above the last, ascending.
+    (At a step itself rounding would decide.)"""
+    ratios = [spectrum.eigenvalues.ravel() / edge.edge for spectrum, edge in pairs]
+    steps = np.unique(np.concatenate([*ratios, np.zeros(1)]))
+    steps = steps[steps > 0]
+    if len(steps) == 0:  # every width is fixed
+        return np.ones(1)
+    return np.concatenate([steps[:1] / 2, (steps[1:] + steps[:-1]) / 2, steps[-1:] * 2])
+
+
+def _meet(
+    target: Target,
+    baseline: Cost,
+    cost_at: Callable[[float], int],
+    candidates: Float[np.ndarray, " candidates"],
+    some_fixed: bool,
+) -> float:
+    """The smallest multiplier whose widths meet the target: cost falls as the multiplier rises, so bisect.
+
+    FLOPs need not fall everywhere, as a factorised embedding adds some. Whatever they do, the answer meets the target
+    and the candidate before it does not.
+    """
+    limit = target.limit(baseline)
+    least = cost_at(float(candidates[-1]))
+    if least > limit:
+        share = math.ceil(least / baseline[target.cost] * 1000) / 10  # rounded up: what is named can be met
+        raise PlanError(
+            f"the target must be at least {least:,} {target.cost} ({share:.1f}% of "
+            f"{baseline[target.cost]:,}), which remain with every {'free ' * some_fixed}site at its least width. "
+            f"Got {limit:,.0f}. Raise the target, or lower multiple_of or min_share"
+            f"{', or fix fewer widths' * some_fixed}."
+        )
+    low, high = 0, len(candidates) - 1  # `high` meets the target
+    while low < high:
+        middle = (low + high) // 2
+        if cost_at(float(candidates[middle])) <= limit:
+            high = middle
+        else:
+            low = middle + 1
+    return float(candidates[high])

@@ -1,0 +1,62 @@
+"""Widths that are the user's: `exclude` keeps a site whole, `keep` gives it a number. Planning leaves them alone."""
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+from rmtkd.errors import OptionError, PlanError
+from rmtkd.planning.review import nearest
+from rmtkd.sites import Site
+
+
+def parse_keep(words: Iterable[str]) -> tuple[tuple[str, int], ...]:
+    """Read `SITE=WIDTH`, several times.
+
+    Raises:
+        OptionError: naming everything that is not of this form.
+    """
+    pairs, wrong = [], []
+    for word in words:
+        name, _, width = word.rpartition("=")
+        if name.strip() and width.strip().isdecimal():
+            pairs.append((name.strip(), int(width)))
+        else:
+            wrong.append(repr(word))
+    if wrong:
+        raise OptionError(f"--keep must be SITE=WIDTH, such as layer.3.ffn=160. Got {', '.join(wrong)}.")
+    return tuple(pairs)
+
+
+def fixed_widths(sites: Sequence[Site], exclude: Iterable[str], keep: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """What `exclude` and `keep` ask for, by name of the shared width.
+
+    Args:
+        sites: the sites of the model.
+        exclude: names of sites or of shared widths, or shell-style patterns such as `layer.*.ffn`.
+        keep: the same with a width each.
+
+    Raises:
+        PlanError: naming at once all names that no site has, widths out of range, and sites that were given two widths.
+    """
+    problems: list[str] = []
+    asked: dict[str, dict[int, str]] = {}
+    for pattern, width in (*((pattern, None) for pattern in exclude), *keep):
+        option = f"--exclude {pattern}" if width is None else f"--keep {pattern}={width}"
+        matched = [site for site in sites if any(fnmatchcase(name, pattern) for name in (site.name, site.shares))]
+        if not matched:
+            names = dict.fromkeys(name for site in sites for name in (site.name, site.shares))
+            problems.append(f"{option}: some site must have this name. None has.{nearest(pattern, names)}")
+        for site in matched:
+            kept = site.width if width is None else width
+            if 1 <= kept <= site.width:
+                asked.setdefault(site.shares, {}).setdefault(kept, option)
+            else:
+                problems.append(f"{option}: {site.name} must keep from 1 to {site.width}. Got {kept}.")
+    for shares, widths in asked.items():
+        if len(widths) > 1:
+            given = " and ".join(f"{width} ({option})" for width, option in widths.items())
+            problems.append(f"{shares}: there must be one width for all sites that share it. Got {given}.")
+    if problems:
+        raise PlanError(
+            "\n".join(("widths that are asked for must be possible:", *problems)) + "\nNothing was changed."
+        )
+    return {shares: width for shares, (width,) in asked.items()}
