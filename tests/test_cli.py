@@ -106,7 +106,8 @@ def test_texts_of_the_user_s_own_from_training_to_evaluation(command: Command, s
     code, _, log = command("compress", *common, "--epochs", 0.5, "--lr", 1e-3, "--precision", "fp32")
     assert code == 0 and "report rows of one file, divided by a hash" in log
     record = json.loads((out / "summary.json").read_text())
-    assert rmtkd.load(out / "model").config.id2label == {0: "bad", 1: "good"}
+    config: Any = rmtkd.load(out / "model").config
+    assert config.id2label == {0: "bad", 1: "good"}
     code, told, _ = command("evaluate", out / "model", "--recipe", "text", *words, "--json")
     assert code == 0 and json.loads(told)["accuracy"] == record["compressed"]["accuracy"]
     evaluate = ("evaluate", out / "model", "--recipe", "text", "--file", tmp_path / "rows.csv", *words[2:])

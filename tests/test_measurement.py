@@ -221,7 +221,7 @@ def test_f1_is_that_of_scikit_learn(drawn: tuple[int, list[int], list[int]]) -> 
     scores = nn.functional.one_hot(torch.tensor(answered), classes).float()
     measured = quality(Scores(), [(scores, torch.tensor(labels))])
     average = "binary" if classes == 2 else "macro"
-    assert measured["f1"].value == pytest.approx(f1_score(labels, answered, average=average, zero_division=0))
+    assert measured["f1"].value == pytest.approx(f1_score(labels, answered, average=average, zero_division=0.0))  # type: ignore[arg-type]
     assert measured["accuracy"] == accuracy(Scores(), [(scores, torch.tensor(labels))])
     assert measured["f1"].n == len(labels)
 

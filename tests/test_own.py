@@ -15,6 +15,7 @@ from conftest import WORDS, make_tokenizer, tiny_bert
 from rmtkd import recipes
 from rmtkd.errors import DataError, OptionError
 from rmtkd.recipes import TokenRows
+from rmtkd.recipes.checkpoints import save_classifier
 from rmtkd.recipes.own import find_files
 from rmtkd.recipes.recipe import Rows, Source
 from rmtkd.teaching import train_teacher
@@ -122,7 +123,7 @@ def test_a_folder_keeps_its_files_apart_and_leaves_out_what_they_share(tmp_path:
 def test_two_columns_are_a_pair(tmp_path: Path):
     rows = load(write_rows(tmp_path / "rows.csv"), columns="title, body")
     (first,) = list(rows.selection)[:1]
-    decoded = make_tokenizer().decode(first["input_ids"][0])
+    decoded = str(make_tokenizer().decode(first["input_ids"][0]))
     assert decoded.startswith("[CLS] a ") and decoded.count("[SEP]") == 2
     assert "token_type_ids" in first
 
@@ -157,8 +158,7 @@ def test_a_teacher_learns_the_classes_of_the_training_file(tmp_path: Path, kind:
     given = {"strings": ("story", "plot", "music"), "numbers": (7, 10, 9), "many": tuple(range(100, 140))}[kind]
     path = write_rows(tmp_path / "rows.parquet", labels=given)
     start = model_of("bad", "good")
-    start.model.save_pretrained(tmp_path / "start")  # with a head of other classes
-    start.tokenizer.save_pretrained(tmp_path / "start")
+    save_classifier(start, tmp_path / "start")  # with a head of other classes
     task = recipes.get("text", columns="body", label="topic")
     record = train_teacher(
         task, model=str(tmp_path / "start"), data=path, out=tmp_path / "teacher", epochs=0.2, precision="fp32"
@@ -175,8 +175,7 @@ def test_a_teacher_learns_the_classes_of_the_training_file(tmp_path: Path, kind:
 
 def test_a_start_whose_body_is_not_its_configuration_s_is_refused(tmp_path: Path):
     path = write_rows(tmp_path / "rows.parquet")
-    model_of(*TOPICS).model.save_pretrained(tmp_path / "start")
-    make_tokenizer().save_pretrained(tmp_path / "start")
+    save_classifier(model_of(*TOPICS), tmp_path / "start")
     config = json.loads((tmp_path / "start" / "config.json").read_text())
     (tmp_path / "start" / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
     with pytest.raises(DataError, match=r"must hold the weights of its configuration\. .* bert\.encoder"):

@@ -193,13 +193,13 @@ def accuracy(model: nn.Module, rows: Iterable[Batch], *, pieces: Pieces | None =
     return proportion(int((scores.argmax(-1) == labels).sum()), len(labels))
 
 
-def quality(model: nn.Module, rows: Iterable[Batch]) -> dict[str, Estimate]:
+def quality(model: nn.Module, rows: Iterable[Batch], *, pieces: Pieces | None = None) -> dict[str, Estimate]:
     """Accuracy and F1 from one pass: see `accuracy` and `f1`.
 
     Raises:
         DataError: if there are no rows, or labels are missing or outside the head's range.
     """
-    scores, labels = predict(model, rows)
+    scores, labels = predict(model, rows, pieces=pieces)
     answers, classes = scores.argmax(-1), scores.shape[1]
     check_labels(labels, classes)
     confusion = torch.bincount(labels * classes + answers, minlength=classes**2).reshape(classes, classes)

@@ -129,11 +129,11 @@ def summary_rows(record: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
             ratio(before["disk_bytes"], after["disk_bytes"]),
         ),
     ]
-    for key, name in (
-        ("accuracy", "accuracy, report rows"),
-        ("accuracy_selection", "accuracy, selection rows"),
-    ):
-        if before[key] is not None:
+    for key, role in (("accuracy", "report"), ("f1", "report"), ("accuracy_selection", "selection")):
+        by_teacher = record["measured_against"].get(role) == "teacher"
+        if before[key] is not None and not (key == "f1" and by_teacher):
+            measure = "agreement with the teacher" if by_teacher else _measure(key, record["classes"])
+            name = f"{measure}, {role} rows"
             points = 100 * (after[key]["value"] - before[key]["value"])
             rows.append(
                 (
@@ -157,10 +157,19 @@ def summary_rows(record: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     return rows
 
 
+def _measure(key: str, classes: int) -> str:
+    """The name of what is measured."""
+    if key.startswith("f1"):
+        return "F1" if classes == 2 else "macro F1"
+    return "accuracy"
+
+
 def quality_line(quality: Mapping[str, Any], classes: int) -> str:
     """Accuracy and F1 with their spread in one line."""
-    names = {"accuracy": "accuracy", "f1": "F1" if classes == 2 else "macro F1"}
-    told = [f"{name} {quality[key]['value']:.2%} ± {quality[key]['stderr']:.2%}" for key, name in names.items()]
+    told = [
+        f"{_measure(key, classes)} {quality[key]['value']:.2%} ± {quality[key]['stderr']:.2%}"
+        for key in ("accuracy", "f1")
+    ]
     return f"{', '.join(told)} (n = {quality['accuracy']['n']})"
 
 

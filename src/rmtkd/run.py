@@ -31,10 +31,13 @@ from rmtkd.measurement import (
     Estimate,
     accuracy,
     chance_level,
+    check_labels,
     count_parameters,
+    evaluation,
     measure,
     predict,
     proportion,
+    quality,
     time_forward,
 )
 from rmtkd.memory import Pieces, peak_bytes
@@ -223,6 +226,8 @@ class Run:
     def begin(self, given: Plan | None, folder: RunFolder | None) -> Standing:
         """Look at the teacher and make the plan."""
         baseline = check_teacher(self.model, self.selection, pieces=self.pieces)
+        for batch in self.report or ():  # now, and not after hours
+            check_labels(batching.labels(batch), self.classes())  # type: ignore[arg-type]
         self.emit("start", options=self.options.to_dict(), selection_accuracy=asdict(baseline))
         began = time.monotonic()
         made, spectrums = plan(
@@ -484,8 +489,9 @@ class Run:
         record: dict[str, Any] = {}
         for name, model, latency in zip(("baseline", "compressed"), models, latencies, strict=True):
             cost = measure(model, self.example, encoder=self.encoder, latency=latency).to_dict()
-            rows = {"accuracy": self.report if report else None, "accuracy_selection": self.selection}
-            cost |= {k: None if v is None else asdict(accuracy(model, v, pieces=self.pieces)) for k, v in rows.items()}
+            for rows, suffix in ((self.report if report else None, ""), (self.selection, "_selection")):
+                found = {"accuracy": None, "f1": None} if rows is None else quality(model, rows, pieces=self.pieces)
+                cost |= {f"{key}{suffix}": value and asdict(value) for key, value in found.items()}
             record[name] = cost
         return {
             **record,
@@ -493,12 +499,18 @@ class Run:
             "stop_reason": reason,
             "finished": True,
             "measured_against": self.measured_against,
+            "classes": self.classes(),
             "config": self.options.to_dict(),
             "precision": self.precision,
             "peak_memory_bytes": peak_bytes(self.options.device),
             "seed": self.options.seed,
             "versions": versions(),
         }
+
+    def classes(self) -> int:
+        """Between how many classes the head chooses."""
+        with evaluation(self.model):
+            return batching.logits(self.model, batching.head(self.example, 1)).shape[1]
 
     def control(self, student: nn.Module, steps: int) -> dict[str, Any]:
         """The same shape from a random start, distilled for as many steps: what the cut itself is worth."""
@@ -523,12 +535,7 @@ def check_teacher(model: nn.Module, selection: Iterable[Batch], *, pieces: Piece
             commonest class: there is nothing to distil.
     """
     scores, labels = predict(model, selection, pieces=pieces)
-    classes = scores.shape[1]
-    if int(labels.min()) < 0 or int(labels.max()) >= classes:
-        raise DataError(
-            f"labels must be within 0..{classes - 1}, the range of the model's head. Got "
-            f"{int(labels.min())}..{int(labels.max())}. Map the labels, or use a model with that many classes."
-        )
+    check_labels(labels, scores.shape[1])
     result = proportion(int((scores.argmax(-1) == labels).sum()), len(labels))
     chance = chance_level(labels)
     margin = 2 * math.sqrt(chance * (1 - chance) / len(labels))

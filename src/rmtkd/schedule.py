@@ -111,7 +111,9 @@ class Options:
         kept = {site.shares: site.keep for site in plan.sites}
         asked = fixed_widths([site.outline for site in plan.sites], self.exclude, self.pairs)
         wrong = [
-            f"{name} {mine[name]}, not {theirs[name]}" for name in mine if name in given and mine[name] != theirs[name]
+            f"{name} {mine[name]}, not {theirs[name]}"
+            for name in mine
+            if name in given and mine[name] not in (None, theirs[name])
         ]
         wrong += [f"width {width} of {name}, not {kept[name]}" for name, width in asked.items() if width != kept[name]]
         if wrong:

@@ -1,6 +1,7 @@
 """Rows of token ids as batches."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ class TokenRows:
         seed: int | None = None,
     ):
         self.ids, self.types = ids, types
-        self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
+        self.labels: Any = None if labels is None else np.asarray(labels, dtype=np.int64)
         self.batch_size, self.pad_id, self.seed = batch_size, pad_id, seed
         self.lengths = np.array([len(row) for row in ids], dtype=np.int64)
         self.epoch = 0
