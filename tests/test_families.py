@@ -122,7 +122,7 @@ def test_a_family_names_its_encoder(name: str) -> None:
 def test_the_longest_input_runs_and_one_more_does_not_where_positions_are_learned(name: str) -> None:
     model = make(name)
     longest = longest_input(model)
-    assert longest == find_family(model).longest_input(model.config)
+    assert longest is not None and longest == find_family(model).longest_input(model.config)
     assert run(model, {"input_ids": torch.full((1, longest), 5)}).isfinite().all()
     if name not in ("modernbert", "eurobert"):  # rotary positions have no end
         with pytest.raises((IndexError, RuntimeError)):
@@ -208,7 +208,7 @@ def test_a_family_is_compressed_from_plan_to_record(name: str) -> None:
     batches = pair_batches(model, 60)
     (head,) = (module for module in model.modules() if isinstance(module, nn.Linear) and module.out_features == 3)
     with torch.no_grad():  # a random head may answer one class always
-        head.bias -= torch.cat([run(model, batch) for batch in batches]).median(0).values
+        head.bias.sub_(torch.cat([run(model, batch) for batch in batches]).median(0).values)
     batches = [{**batch, "labels": run(model, batch).argmax(-1)} for batch in batches]
     small = rmtkd.compress(
         model,

@@ -158,14 +158,14 @@ class BlockCalls:
         with evaluation(model):
             for file in self.files:
                 kept = torch.load(file, weights_only=True)
-                kept["args"][0] = _first(_call_block(self.at, kept, model, None))
+                kept["args"][0] = _call_block(self.at, kept, model, None)
                 torch.save(kept, file)
         self.at = self.blocks[self.blocks.index(self.at) + 1]  # type: ignore[arg-type]
 
 
-def _call_block(path: str | None, kept: Mapping[str, Any], model: nn.Module, _: object) -> Any:
+def _call_block(path: str | None, kept: Mapping[str, Any], model: nn.Module, _: object) -> Tensor:
     assert path is not None
-    return model.get_submodule(path)(*kept["args"], **kept["kwargs"])
+    return _first(model.get_submodule(path)(*kept["args"], **kept["kwargs"]))
 
 
 def _first(output: Any) -> Tensor:

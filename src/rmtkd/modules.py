@@ -54,5 +54,6 @@ def randomize(model: nn.Module, *, seed: int) -> None:
                 module.weight.copy_(torch.empty(module.weight.shape).normal_(std=0.02, generator=generator))
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
-            elif (gain := module._parameters.get("weight")) is not None and gain.ndim == 1:  # a norm of its own kind
-                nn.init.ones_(gain)
+            elif type(module).__name__.endswith("Norm"):  # a norm of the architecture's own, without a shift
+                for gain in module.parameters(recurse=False):
+                    nn.init.ones_(gain)
