@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -393,3 +394,68 @@ def test_check_tells_a_fault_by_its_exit_code(command: Command, tmp_path: Path):
     assert code == 2 and "UnsupportedModelError" in log and "regression" in log
     code, _, log = command("check", tmp_path / "chunks", "--data", tmp_path)
     assert code == 2 and "--recipe" in log
+
+
+def test_ctrl_c_prints_how_to_go_on_and_resume_ends_the_run(sentiment: Sentiment, command: Command, tmp_path: Path):
+    """In a process of its own, as from a terminal."""
+    out = tmp_path / "run"
+    words = ("compress", "sst2", "--model", sentiment.teacher, "--data", sentiment.data, "--out", out, *QUICK)
+    options = ("--epochs", 4, "--granularity", "layer", "--precision", "fp32")
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from rmtkd.cli import main; main()", *map(str, (*words, *options))],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None and process.stdout is not None
+    log = ""
+    while not re.search(r"step \d+/\d+", log):
+        line = process.stderr.readline()
+        assert line, log
+        log += line
+    process.send_signal(signal.SIGINT)
+    told, rest = process.communicate(timeout=120)
+    assert process.returncode == 130, log + rest
+    assert f"continue with:  rmtkd resume {out}" in rest
+    assert "interrupted after step" in told
+    assert not (out / "summary.json").exists()
+    so_far = rmtkd.load(out / "model-so-far")
+    assert (out / "model-so-far" / "tokenizer.json").is_file()
+    assert sum(p.numel() for p in so_far.parameters()) < sum(p.numel() for p in tiny_bert().parameters()) * 100
+
+    code, told, log = command("resume", out, "--json")
+    assert code == 0 and "going on after" in log
+    assert json.loads(told) == json.loads((out / "summary.json").read_text())
+    assert not (out / "model-so-far").exists() and not (out / "last").exists()
+    code, told, log = command("resume", out)
+    assert code == 0 and "this run is finished" in log and "parameters" in told
+
+
+def test_resume_names_what_is_wrong(command: Command, tmp_path: Path):
+    code, _, log = command("resume", tmp_path / "nowhere")
+    assert code == 2 and "must hold config.json" in log and "rmtkd compress" in log
+    (tmp_path / "python").mkdir()
+    (tmp_path / "python" / "config.json").write_text('{"options": {}, "command": {}}')
+    code, _, log = command("resume", tmp_path / "python")
+    assert code == 2 and "begun from Python" in log
+
+
+def test_rows_without_labels_are_compressed_by_the_teacher_alone(
+    sentiment: Sentiment, command: Command, tmp_path: Path
+):
+    texts = pq.read_table(next(sentiment.data.glob("sst2_train*"))).column("text").to_pylist()
+    csv.write_csv(pa.table({"text": texts}), tmp_path / "rows.csv")
+    out = tmp_path / "run"
+    words = ("compress", "text", "--model", sentiment.teacher, "--data", tmp_path / "rows.csv", "--out", out, *QUICK)
+    code, told, _ = command(*words, "--epochs", 0.5)
+    assert code == 0
+    assert "agreement with the teacher, report rows" in told
+    assert json.loads((out / "summary.json").read_text())["measured_against"]["report"] == "teacher"
+    assert rmtkd.load(out / "model") is not None
+
+
+def test_a_plan_tells_what_the_run_will_take(sentiment: Sentiment, command: Command, tmp_path: Path):
+    words = ("plan", "sst2", "--model", sentiment.teacher, "--data", sentiment.data, "--out", tmp_path / "plan", *QUICK)
+    code, _, log = command(*words, "--epochs", 3)
+    assert code == 0
+    assert re.search(r"`rmtkd compress` will take about \d+ s \(.* steps of .* GB of memory and .* GB of disk", log)

@@ -130,13 +130,13 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path):
         [sys.executable, str(script), str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["kills"] >= 20
-    assert told["killed"] == told["whole"]
+    assert len(told["models"]) > 1 and len(set(told["models"].values())) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
