@@ -19,7 +19,8 @@ from rmtkd.errors import ArtifactError, DataError, PlanError, RunError, Unsuppor
 from rmtkd.recipes import TokenRows
 from rmtkd.recipes.checkpoints import load_classifier
 from rmtkd.recipes.recipe import Rows
-from rmtkd.run import Run, check_teacher
+from rmtkd.roles import check_teacher
+from rmtkd.run import Run
 from rmtkd.sites import by_width, find_sites
 
 QUICK: dict[str, Any] = {

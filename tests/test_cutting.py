@@ -43,7 +43,7 @@ def test_kept_calls_give_the_same_bits_as_whole_forward_passes(deep: nn.Module, 
 
 
 def test_a_pass_runs_one_block_and_not_the_network(deep: nn.Module, monkeypatch: pytest.MonkeyPatch):
-    runs: Counter[int] = Counter()
+    runs: Counter[str] = Counter()
     layer = type(deep.get_submodule("bert.encoder.layer.0"))
     forward = layer.forward
 

@@ -39,6 +39,8 @@ ORDER = [
     "artifact",
     "reporting",
     "dry_run",
+    "roles",
+    "standing",
     "run",
     "compression",
     "conformance",

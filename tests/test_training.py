@@ -1,6 +1,7 @@
 """A phase of training: what it learns from, what it ends with, and that it goes on where it was left."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -147,6 +148,6 @@ def test_an_answer_is_that_of_its_row():
 
 
 @pytest.mark.parametrize("option", [{"hidden": -1.0}, {"average": 1.0}, {"average": -0.1}])
-def test_impossible_options_are_refused(option: dict[str, float]):
+def test_impossible_options_are_refused(option: dict[str, Any]):
     with pytest.raises(OptionError, match=f"{next(iter(option))} must be"):
         Recovery(**option)

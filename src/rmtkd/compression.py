@@ -13,7 +13,8 @@ from rmtkd.checkpoint import RunFolder
 from rmtkd.dry_run import narrow, plan
 from rmtkd.errors import RmtkdError, RunError
 from rmtkd.planning import Plan
-from rmtkd.run import Compressed, Roles, Run, seeded, share_of
+from rmtkd.roles import Roles, share_of
+from rmtkd.run import Compressed, Run, seeded
 from rmtkd.schedule import Options
 from rmtkd.sites import Site
 

@@ -4,7 +4,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -209,6 +209,35 @@ def quality(model: nn.Module, rows: Iterable[Batch], *, pieces: Pieces | None = 
     check_labels(labels, classes)
     confusion = torch.bincount(labels * classes + answers, minlength=classes**2).reshape(classes, classes)
     return {"accuracy": proportion(int(confusion.diagonal().sum()), len(labels)), "f1": f1(confusion)}
+
+
+def compare(
+    before: nn.Module,
+    after: nn.Module,
+    example: Batch,
+    rows: Mapping[str, Iterable[Batch] | None],
+    *,
+    encoder: str | None,
+    pieces: Pieces,
+) -> dict[str, dict[str, Any]]:
+    """What two models cost and how well they do, measured side by side on the same rows and batch.
+
+    Args:
+        before, after: become `baseline` and `compressed`.
+        example: the batch whose FLOPs and latency are measured.
+        rows: labelled rows by the suffix that their measures get; None leaves the measures empty.
+        encoder: path of the submodule whose parameters are counted as the encoder's.
+        pieces: in how many pieces a batch is run, should memory run out.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    models = {"baseline": before, "compressed": after}
+    for (name, model), latency in zip(models.items(), time_forward([before, after], example), strict=True):
+        found[name] = measure(model, example, encoder=encoder, latency=latency).to_dict()
+        for suffix, part in rows.items():
+            none: dict[str, Estimate | None] = {"accuracy": None, "f1": None}
+            for key, value in (none if part is None else quality(model, part, pieces=pieces)).items():
+                found[name][key + suffix] = value and asdict(value)
+    return found
 
 
 def check_labels(labels: Int[Tensor, " rows"], classes: int) -> None:

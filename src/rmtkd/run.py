@@ -4,7 +4,6 @@ Where a run stands is saved after every round and now and then within one; `Run.
 """
 
 import copy
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from rmtkd import artifact, progress, reporting
 from rmtkd import batches as batching
-from rmtkd.batches import Batch, Calls, Forward, Share
+from rmtkd.batches import Batch
 from rmtkd.checkpoint import RunFolder, checksum
 from rmtkd.cutting import cut_in_order
 from rmtkd.distillation import Teacher
@@ -28,26 +27,20 @@ from rmtkd.errors import DataError, RunError
 from rmtkd.forecast import Forecast, forecast
 from rmtkd.interruption import Interrupted, interruptible
 from rmtkd.measurement import (
-    Estimate,
     accuracy,
-    answers,
-    chance_level,
-    check_labels,
+    compare,
     count_parameters,
     evaluation,
-    measure,
-    predict,
-    proportion,
-    quality,
-    time_forward,
 )
 from rmtkd.memory import Pieces, peak_bytes
 from rmtkd.modules import randomize
 from rmtkd.planning import Plan
+from rmtkd.roles import Answered, Roles, check_report, check_teacher, share_of
 from rmtkd.schedule import History, Options, Round, stop_reason, too_much_lost
 from rmtkd.sites import Site, blocks_of, find_family, find_sites
-from rmtkd.surgery import check_cut, fill, skeleton
-from rmtkd.training import Phase, PhaseState, Precision, random_state, set_random_state
+from rmtkd.standing import Standing, kept_widths, shaped, tensors_of
+from rmtkd.surgery import check_cut
+from rmtkd.training import Phase, PhaseState, Precision
 
 CONTROL = 0
 """The number under which the control's training goes; rounds begin at 1."""
@@ -73,38 +66,6 @@ class Compressed:
         artifact.save(self.model, Path(folder), card=card, provenance=self.record, extra_files=extra_files)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Roles:
-    """The rows of a run by role: see `rmtkd.compress`."""
-
-    train: Iterable[Any]
-    selection: Iterable[Any]
-    report: Iterable[Any] | None = None
-    calibration: Iterable[Any] | None = None
-    example: Any = None
-
-    def called(self, forward: Forward | None) -> "Roles":
-        """The same rows, with a `forward` of their own."""
-        if forward is None:
-            return self
-        rows = {
-            name: None if (value := getattr(self, name)) is None else Calls(value, forward)
-            for name in ("train", "selection", "report", "calibration")
-        }
-        return Roles(**rows, example=None if self.example is None else batching.Call(self.example, forward))  # type: ignore[arg-type]
-
-
-class Answered:
-    """Rows without labels, labelled with a model's answers: accuracy then is agreement with it."""
-
-    def __init__(self, batches: Iterable[Batch], model: nn.Module, pieces: Pieces):
-        self.batches, self.model, self.pieces = batches, model, pieces
-
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in self.batches:
-            yield batching.labelled(batch, answers(self.model, batch, self.pieces).argmax(-1))
-
-
 @contextmanager
 def seeded(options: Options) -> Iterator[None]:
     """Random numbers of our own, from the run's seed; afterwards the caller's go on as if nothing had been drawn."""
@@ -112,23 +73,6 @@ def seeded(options: Options) -> Iterator[None]:
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
         torch.manual_seed(options.seed)
         yield
-
-
-@dataclass(kw_only=True)
-class Standing:
-    """What a run has reached: the rounds that are over, and the model they left."""
-
-    plan: Plan
-    baseline: Estimate
-    student: nn.Module
-    rounds: tuple[Round, ...] = ()
-    seconds: float = 0.0
-    """Of earlier sessions."""
-
-    @property
-    def kept(self) -> dict[str, int]:
-        """The widths that have been cut, by site name."""
-        return {n: after for done in self.rounds if not done.rolled_back for n, (_, after) in done.widths.items()}
 
 
 class Run:
@@ -189,10 +133,9 @@ class Run:
         if folder is not None and (record := folder.summary()) is not None:
             return self.finished(folder, record)
         started = time.monotonic()
-        standing = self.restore(folder) if folder else None
+        standing = self.go_on(folder) if folder else None
         if standing is None:
             standing = self.begin(given, folder)
-        self.folder = folder
         queue = self.portions(standing.plan)
         steps = self.steps_of(len(queue))
         try:
@@ -205,7 +148,9 @@ class Run:
                     standing.student = candidate
                 standing.rounds = (*standing.rounds, done)
                 self.emit("round", **asdict(done))
-                self.save(standing, standing.seconds + time.monotonic() - started)
+                if folder is not None:
+                    seconds = standing.seconds + time.monotonic() - started
+                    standing.save(folder, seconds=seconds, pieces=self.pieces.count)
             self.emit("measure")
             record = self.measure(standing, reason)
             if self.with_control:
@@ -224,8 +169,8 @@ class Run:
     def begin(self, given: Plan | None, folder: RunFolder | None) -> Standing:
         """Look at the teacher and make the plan."""
         baseline = check_teacher(self.model, self.selection, pieces=self.pieces)
-        for batch in self.report or ():  # now, and not after hours
-            check_labels(batching.labels(batch), self.classes())  # type: ignore[arg-type]
+        if self.report is not None and self.measured_against["report"] == "labels":  # now, and not after hours
+            check_report(self.report, self.classes())
         self.emit("start", options=self.options.to_dict(), selection_accuracy=asdict(baseline))
         began = time.monotonic()
         made, spectrums = plan(
@@ -244,46 +189,15 @@ class Run:
             folder.save_plan(standing.plan, spectrums)
             self.emit.add(folder.append)
             self.folder = folder
-            self.save(standing, 0.0)
+            standing.save(folder, seconds=0.0, pieces=self.pieces.count)
         return standing
 
-    def save(self, standing: Standing, seconds: float) -> None:
-        """Write where the run stands between two rounds."""
-        if self.folder is None:
-            return
-        changed = bool(standing.kept)
-        tensors = {f"model.{name}": value for name, value in tensors_of(standing.student).items()} if changed else {}
-        self.folder.save_state(
-            "round",
-            {**tensors, "random": random_state(torch.device(self.options.device))},
-            {
-                "plan": standing.plan.to_json(),
-                "baseline": asdict(standing.baseline),
-                "rounds": [asdict(done) for done in standing.rounds],
-                "seconds": seconds,
-                "pieces": self.pieces.count,
-            },
-        )
-
-    def restore(self, folder: RunFolder) -> Standing | None:
+    def go_on(self, folder: RunFolder) -> Standing | None:
         """Where the run stands by its folder; None if it has no plan yet."""
-        saved = folder.load_state("round")
-        if saved is None:
+        loaded = Standing.load(folder, self.model, self.sites)
+        if loaded is None:
             return None
-        tensors, facts = saved
-        standing = Standing(
-            plan=Plan.from_json(facts["plan"]),
-            baseline=Estimate(**facts["baseline"]),
-            student=self.model,
-            rounds=tuple(Round.from_dict(done) for done in facts["rounds"]),
-            seconds=facts["seconds"],
-        )
-        if standing.kept:
-            standing.student = self.shaped(standing.kept)
-            fill(standing.student, {name: tensors[f"model.{name}"] for name in tensors_of(standing.student)})
-            standing.student.to(self.options.device)
-        self.pieces.count = facts["pieces"]
-        set_random_state(tensors["random"], torch.device(self.options.device))
+        self.folder, (standing, self.pieces.count) = folder, loaded
         self.emit.listeners.append(folder.append)
         self.emit("resume", rounds=len(standing.rounds))
         return standing
@@ -307,13 +221,9 @@ class Run:
         if made is None:
             raise RunError(f"a finished run must hold plan.json. {folder.path} does not. Restore it.")
         self.emit("finished", stop_reason=record["stop_reason"])
-        standing = Standing(
-            plan=made, baseline=Estimate(**record["baseline"]["accuracy_selection"]), student=self.model
-        )
-        standing.rounds = rounds
-        student = self.shaped(standing.kept)
-        fill(student, artifact.load_weights(folder.path / "model"))
-        return Compressed(model=student.eval().to(self.options.device), plan=made, rounds=rounds, record=record)
+        kept = kept_widths(rounds)
+        student = shaped(self.model, self.sites, kept, artifact.load_weights(folder.path / "model"))
+        return Compressed(model=student, plan=made, rounds=rounds, record=record)
 
     def interrupted(self, standing: Standing, stop: BaseException) -> Compressed:
         """The model as it is: in the middle of its round, or of the last one that is over."""
@@ -350,7 +260,7 @@ class Run:
             self.emit("check", number=number, error=error, selection_accuracy=cut.value)
             facts = {"error": error, "accuracy_cut": cut.value, "seconds_cut": time.monotonic() - start}
         else:
-            student = self.shaped(standing.kept | {site.name: widths[site.name] for site in sites})
+            student = shaped(self.model, self.sites, standing.kept | {site.name: widths[site.name] for site in sites})
             facts = saved.facts
         teacher = self.model if self.options.teacher == "original" else before
         losses, seconds = self.recover(student, teacher, number, steps, facts, saved)
@@ -430,12 +340,6 @@ class Run:
             return None
         return PhaseState(tensors=saved[0], facts=saved[1])
 
-    def shaped(self, widths: dict[str, int]) -> nn.Module:
-        """The model at these widths, with weights to be filled in."""
-        student = skeleton(self.model, self.sites, widths)
-        fill(student, {name: torch.empty_like(p, device="cpu") for name, p in list(student.named_parameters())})
-        return student.to(self.options.device)
-
     # ------------------------------------------------------------------ bookkeeping
 
     def forecast(self, made: Plan, seconds_plan: float) -> Forecast:
@@ -481,18 +385,11 @@ class Run:
         return [total * (i + 1) // rounds - total * i // rounds for i in range(rounds)]
 
     def measure(self, standing: Standing, reason: str, *, report: bool = True) -> dict[str, Any]:
-        """What both models cost and how well they do, measured side by side on the same rows and batch."""
-        models = (self.model, standing.student)
-        latencies = time_forward(models, self.example)
-        record: dict[str, Any] = {}
-        for name, model, latency in zip(("baseline", "compressed"), models, latencies, strict=True):
-            cost = measure(model, self.example, encoder=self.encoder, latency=latency).to_dict()
-            for rows, suffix in ((self.report if report else None, ""), (self.selection, "_selection")):
-                found = {"accuracy": None, "f1": None} if rows is None else quality(model, rows, pieces=self.pieces)
-                cost |= {f"{key}{suffix}": value and asdict(value) for key, value in found.items()}
-            record[name] = cost
+        """The record: what both models cost and how well they do, and how the run went."""
+        rows = {"": self.report if report else None, "_selection": self.selection}
+        costs = compare(self.model, standing.student, self.example, rows, encoder=self.encoder, pieces=self.pieces)
         return {
-            **record,
+            **costs,
             "rounds": [asdict(done) for done in standing.rounds],
             "stop_reason": reason,
             "finished": True,
@@ -523,36 +420,6 @@ class Run:
         has_labels = batching.labels(batching.first(rows, role)) is not None
         self.measured_against[role] = "labels" if has_labels else "teacher"
         return rows if has_labels else Answered(rows, self.model, self.pieces)
-
-
-def check_teacher(model: nn.Module, selection: Iterable[Batch], *, pieces: Pieces | None = None) -> Estimate:
-    """Selection accuracy of the teacher.
-
-    Raises:
-        DataError: if labels are outside the head's range, or if the teacher does no better than always answering the
-            commonest class: there is nothing to distil.
-    """
-    scores, labels = predict(model, selection, pieces=pieces)
-    check_labels(labels, scores.shape[1])
-    result = proportion(int((scores.argmax(-1) == labels).sum()), len(labels))
-    chance = chance_level(labels)
-    margin = 2 * math.sqrt(chance * (1 - chance) / len(labels))
-    if result.value <= chance + margin:
-        raise DataError(
-            f"the teacher must do better than chance. It has {result.value:.1%} of {result.n} selection rows right, "
-            f"always answering the commonest class {chance:.1%}. Train it first (`rmtkd train`), or check the labels."
-        )
-    return result
-
-
-def share_of(rows: Iterable[Batch], share: float) -> Iterable[Batch]:
-    """An even share of the batches, the same in every pass."""
-    return Share(rows, max(1, round(1 / share)))
-
-
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, once each."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def fields_of(options: Options) -> dict[str, Any]:

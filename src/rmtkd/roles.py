@@ -1,0 +1,80 @@
+"""The rows of a run by role, and what must hold of them before anything takes time."""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from rmtkd import batches as batching
+from rmtkd.batches import Batch, Calls, Forward, Share
+from rmtkd.errors import DataError
+from rmtkd.measurement import Estimate, answers, chance_level, check_labels, predict, proportion
+from rmtkd.memory import Pieces
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roles:
+    """The rows of a run by role: see `rmtkd.compress`."""
+
+    train: Iterable[Any]
+    selection: Iterable[Any]
+    report: Iterable[Any] | None = None
+    calibration: Iterable[Any] | None = None
+    example: Any = None
+
+    def called(self, forward: Forward | None) -> "Roles":
+        """The same rows, with a `forward` of their own."""
+        if forward is None:
+            return self
+        rows = {
+            name: None if (value := getattr(self, name)) is None else Calls(value, forward)
+            for name in ("train", "selection", "report", "calibration")
+        }
+        return Roles(**rows, example=None if self.example is None else batching.Call(self.example, forward))  # type: ignore[arg-type]
+
+
+class Answered:
+    """Rows without labels, labelled with a model's answers: accuracy then is agreement with it."""
+
+    def __init__(self, batches: Iterable[Batch], model: nn.Module, pieces: Pieces):
+        self.batches, self.model, self.pieces = batches, model, pieces
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.batches:
+            yield batching.labelled(batch, answers(self.model, batch, self.pieces).argmax(-1))
+
+
+def share_of(rows: Iterable[Batch], share: float) -> Iterable[Batch]:
+    """An even share of the batches, the same in every pass."""
+    return Share(rows, max(1, round(1 / share)))
+
+
+def check_teacher(model: nn.Module, selection: Iterable[Batch], *, pieces: Pieces | None = None) -> Estimate:
+    """Selection accuracy of the teacher.
+
+    Raises:
+        DataError: if labels are outside the head's range, or if the teacher does no better than always answering the
+            commonest class: there is nothing to distil.
+    """
+    scores, labels = predict(model, selection, pieces=pieces)
+    check_labels(labels, scores.shape[1])
+    result = proportion(int((scores.argmax(-1) == labels).sum()), len(labels))
+    chance = chance_level(labels)
+    margin = 2 * math.sqrt(chance * (1 - chance) / len(labels))
+    if result.value <= chance + margin:
+        raise DataError(
+            f"the teacher must do better than chance. It has {result.value:.1%} of {result.n} selection rows right, "
+            f"always answering the commonest class {chance:.1%}. Train it first (`rmtkd train`), or check the labels."
+        )
+    return result
+
+
+def check_report(rows: Iterable[Batch], classes: int) -> None:
+    """Raise `DataError` for report rows whose labels are missing or outside the head's range: they are read last."""
+    for batch in rows:
+        labels = batching.labels(batch)
+        if labels is None:
+            raise DataError("report rows must all have labels, or none. Got both. Label them, or leave them out.")
+        check_labels(labels, classes)

@@ -1,0 +1,111 @@
+"""What a run has reached between two rounds: kept in its folder, and found there again."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rmtkd.checkpoint import RunFolder
+from rmtkd.measurement import Estimate
+from rmtkd.planning import Plan
+from rmtkd.schedule import Round
+from rmtkd.sites import Site
+from rmtkd.surgery import fill, skeleton
+from rmtkd.training import random_state, set_random_state
+
+
+@dataclass(kw_only=True)
+class Standing:
+    """What a run has reached: the rounds that are over, and the model they left."""
+
+    plan: Plan
+    baseline: Estimate
+    student: nn.Module
+    rounds: tuple[Round, ...] = ()
+    seconds: float = 0.0
+    """Of earlier sessions."""
+
+    @property
+    def kept(self) -> dict[str, int]:
+        """The widths that have been cut, by site name."""
+        return kept_widths(self.rounds)
+
+    def save(self, folder: RunFolder, *, seconds: float, pieces: int) -> None:
+        """Write it, in place of what was written before, with the random numbers of this moment.
+
+        Args:
+            folder: of the run.
+            seconds: that the run has taken, this session included.
+            pieces: in how many pieces a batch is run by now.
+        """
+        cut = tensors_of(self.student) if self.kept else {}  # the user has the model that nothing was cut from
+        folder.save_state(
+            "round",
+            {
+                **{f"model.{name}": value for name, value in cut.items()},
+                "random": random_state(device_of(self.student)),
+            },
+            {
+                "plan": self.plan.to_json(),
+                "baseline": asdict(self.baseline),
+                "rounds": [asdict(done) for done in self.rounds],
+                "seconds": seconds,
+                "pieces": pieces,
+            },
+        )
+
+    @classmethod
+    def load(cls, folder: RunFolder, model: nn.Module, sites: Sequence[Site]) -> "tuple[Standing, int] | None":
+        """Where the run stands, and in how many pieces a batch is run; None if it has no plan yet. The random numbers
+        go on from that moment.
+
+        Args:
+            folder: of the run.
+            model: that the run began with.
+            sites: of that model.
+
+        Raises:
+            RunError: if the state is damaged.
+        """
+        saved = folder.load_state("round")
+        if saved is None:
+            return None
+        tensors, facts = saved
+        standing = cls(
+            plan=Plan.from_json(facts["plan"]),
+            baseline=Estimate(**facts["baseline"]),
+            student=model,
+            rounds=tuple(Round.from_dict(done) for done in facts["rounds"]),
+            seconds=facts["seconds"],
+        )
+        if standing.kept:
+            weights = {name.removeprefix("model."): value for name, value in tensors.items() if name != "random"}
+            standing.student = shaped(model, sites, standing.kept, weights)
+        set_random_state(tensors["random"], device_of(model))
+        return standing, facts["pieces"]
+
+
+def kept_widths(rounds: Iterable[Round]) -> dict[str, int]:
+    """The widths that these rounds have cut, by site name."""
+    return {name: after for done in rounds if not done.rolled_back for name, (_, after) in done.widths.items()}
+
+
+def shaped(
+    model: nn.Module, sites: Sequence[Site], widths: Mapping[str, int], weights: Mapping[str, Tensor] | None = None
+) -> nn.Module:
+    """The model at these widths, on its device, in evaluation mode, with these weights; without any, to be filled."""
+    student = skeleton(model, sites, widths)
+    empty = {name: torch.empty_like(value, device="cpu") for name, value in student.named_parameters()}
+    fill(student, weights or empty)
+    return student.to(device_of(model)).eval()
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, once each."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model is."""
+    return next(model.parameters()).device
