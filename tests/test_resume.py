@@ -22,6 +22,7 @@ from rmtkd import checkpoint
 from rmtkd.checkpoint import RunFolder
 from rmtkd.distillation import Recovery
 from rmtkd.errors import RunError
+from rmtkd.progress import describe
 from rmtkd.recipes import TokenRows
 from rmtkd.run import Compressed
 
@@ -321,3 +322,14 @@ def test_what_a_killed_session_left_half_written_is_cleared_away(
     rmtkd.resume(stopped, model, **rows)
     assert not [path for path in stopped.rglob("*") if path.name.startswith(".")]
     assert rmtkd.load(stopped / "model") is not None
+
+
+def test_other_threads_than_the_run_began_with_are_told(model: torch.nn.Module, rows: dict[str, Any], stopped: Path):
+    config = json.loads((stopped / "config.json").read_text())
+    config["made_with"]["threads"] = "77"
+    (stopped / "config.json").write_text(json.dumps(config))
+    told: list[Any] = []
+    rmtkd.resume(stopped, model, **rows, on_event=told.append)
+    assert list(told[0]["changed"]) == ["threads"]
+    line = describe(told[0])
+    assert line is not None and "since it began: threads 77 →" in line

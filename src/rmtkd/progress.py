@@ -61,7 +61,9 @@ def describe(event: Mapping[str, Any]) -> str | None:
         case "memory":
             return f"memory ran out: from here on a batch is run in {event['pieces']} pieces"
         case "resume":
-            return f"going on after {event['rounds']} rounds"
+            changed = [f"{name} {old} → {new}" for name, (old, new) in event["changed"].items()]
+            note = f"; since it began: {', '.join(changed)}, so that the last bits may differ" if changed else ""
+            return f"going on after {event['rounds']} rounds{note}"
         case "interrupted":
             return f"interrupted {event['where']}"
         case "finished":

@@ -119,7 +119,7 @@ class Run:
         return {
             "options": self.options.to_dict(),
             "control": self.with_control,
-            "versions": versions(),
+            "made_with": made_with(),
             "began_with": {
                 "model": checksum(tensors_of(self.model)),
                 "training rows": checksum(inputs, f"{self.batches_per_epoch} batches"),
@@ -199,7 +199,9 @@ class Run:
             return None
         self.folder, (standing, self.pieces.count) = folder, loaded
         self.emit.listeners.append(folder.append)
-        self.emit("resume", rounds=len(standing.rounds))
+        began, now = folder.config()["made_with"], made_with()
+        changed = {name: [began.get(name), now.get(name)] for name in began | now if began.get(name) != now.get(name)}
+        self.emit("resume", rounds=len(standing.rounds), changed=changed)
         return standing
 
     def finish(self, folder: RunFolder, compressed: Compressed, extra_files: Iterable[Path]) -> None:
@@ -420,6 +422,11 @@ class Run:
         has_labels = batching.labels(batching.first(rows, role)) is not None
         self.measured_against[role] = "labels" if has_labels else "teacher"
         return rows if has_labels else Answered(rows, self.model, self.pieces)
+
+
+def made_with() -> dict[str, str]:
+    """What the last bits of a result depend on: versions, and the number of threads."""
+    return {**versions(), "threads": str(torch.get_num_threads())}
 
 
 def fields_of(options: Options) -> dict[str, Any]:
