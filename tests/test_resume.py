@@ -7,13 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from torch.utils.data import DataLoader
 
 import rmtkd
@@ -21,7 +22,7 @@ from conftest import assert_untouched, random_rows, snapshot, tiny_bert
 from rmtkd import checkpoint
 from rmtkd.checkpoint import RunFolder
 from rmtkd.distillation import Recovery
-from rmtkd.errors import RunError
+from rmtkd.errors import DataError, RunError
 from rmtkd.progress import describe
 from rmtkd.recipes import TokenRows
 from rmtkd.run import Compressed
@@ -333,3 +334,51 @@ def test_other_threads_than_the_run_began_with_are_told(model: torch.nn.Module, 
     assert list(told[0]["changed"]) == ["threads"]
     line = describe(told[0])
     assert line is not None and "since it began: threads 77 →" in line
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda config: config.pop("options"),
+        lambda config: config["options"].update(colour="red"),
+        lambda config: config["options"].update(recovery=None),
+        lambda config: config.update(plan={"format": 2}),
+        lambda config: config.update(began_with=None),
+        lambda config: config["options"].update(tau="half"),
+    ],
+)
+def test_a_configuration_edited_by_hand_is_refused(
+    model: torch.nn.Module, rows: dict[str, Any], stopped: Path, edit: Callable[[dict[str, Any]], Any]
+):
+    config = json.loads((stopped / "config.json").read_text())
+    edit(config)
+    (stopped / "config.json").write_text(json.dumps(config))
+    before = files(stopped)
+    with pytest.raises((RunError, TypeCheckError), match=r"config\.json must be as it was written|tau"):
+        rmtkd.resume(stopped, model, **rows)
+    assert files(stopped) == before
+
+
+@pytest.mark.parametrize("name", ["step", "round"])
+def test_the_state_of_another_run_is_refused(
+    model: torch.nn.Module, rows: dict[str, Any], stopped: Path, tmp_path: Path, name: str
+):
+    with pytest.raises(Killed):
+        run(model, rows, tmp_path / "other", control=True, on_event=killing_at(18))
+    shutil.copy(tmp_path / "other" / "last" / f"{name}.safetensors", stopped / "last")
+    with pytest.raises(RunError, match="belongs to another run"):
+        rmtkd.resume(stopped, model, **rows)
+
+
+def test_a_copied_run_goes_on_as_well(
+    model: torch.nn.Module, rows: dict[str, Any], whole: Compressed, stopped: Path, tmp_path: Path
+):
+    shutil.copytree(stopped, tmp_path / "elsewhere")
+    assert_same(rmtkd.resume(tmp_path / "elsewhere", model, **rows), whole)
+
+
+def test_rows_that_can_be_read_once_are_refused(model: torch.nn.Module, rows: dict[str, Any], tmp_path: Path):
+    for name in rows:
+        with pytest.raises(DataError, match=f"{name} rows are gone through several times"):
+            run(model, {**rows, name: iter(rows[name])}, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

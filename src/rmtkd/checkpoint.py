@@ -119,7 +119,7 @@ class RunFolder:
             RunError: if the folder holds another run or other files, or cannot be written.
         """
         folder = cls.for_plan(path)
-        folder.save_json("config.json", config)
+        folder.save_json("config.json", {**config, "id": secrets.token_hex(8)})
         folder._take()
         return folder
 
@@ -227,7 +227,8 @@ class RunFolder:
             facts: plain JSON values.
         """
         stored = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        metadata = {"facts": json.dumps(facts), "checksum": checksum(stored, json.dumps(facts))}
+        text = json.dumps({**facts, "run": self.config().get("id")})
+        metadata = {"facts": text, "checksum": checksum(stored, text)}
         with _told(self.path):
             (self.path / "last").mkdir(exist_ok=True)
             write_atomically(self.path / "last" / f"{name}.safetensors", serialize(stored, metadata=metadata))
@@ -247,7 +248,10 @@ class RunFolder:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             if metadata["checksum"] != checksum(tensors, metadata["facts"]):
                 raise ValueError("another checksum than was written")
-            return tensors, json.loads(metadata["facts"])
+            facts = json.loads(metadata["facts"])
+            if facts["run"] != self.config().get("id"):
+                raise ValueError("it belongs to another run")
+            return tensors, facts
         except Exception as error:  # whatever safetensors and JSON make of damaged bytes
             instead = "the start of its round" if name == "step" else "the beginning"
             raise RunError(

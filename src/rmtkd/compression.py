@@ -123,14 +123,12 @@ def resume(
     """
     folder = RunFolder.open(Path(run_folder))
     try:
-        config = folder.config()
-        chosen = Options.from_dict(config["options"])
-        given = None if config["plan"] is None else Plan.from_json(json.dumps(config["plan"]))
+        chosen, given, control, began_with = _asked(folder)
         rows = Roles(train=train, selection=selection, report=report, calibration=calibration, example=example)
         with seeded(chosen):
-            run = Run(model, rows.called(forward), chosen, sites=sites, control=config["control"], on_event=on_event)
+            run = Run(model, rows.called(forward), chosen, sites=sites, control=control, on_event=on_event)
             for name, found in run.config()["began_with"].items():
-                if found != config["began_with"][name]:
+                if found != began_with.get(name):
                     raise RunError(
                         f"a run goes on with the {name} that it began with. These are others. Pass the same ones, or "
                         "start a new run; nothing was changed."
@@ -138,6 +136,19 @@ def resume(
             return run.execute(given, folder, artifact.check_extra_files(extra_files))
     finally:
         folder.release()
+
+
+def _asked(folder: RunFolder) -> tuple[Options, Plan | None, bool, Mapping[str, str]]:
+    """The options of a run, the plan it was given, whether it has a control, and with what it began."""
+    config = folder.config()
+    try:
+        given = None if config["plan"] is None else Plan.from_json(json.dumps(config["plan"]))
+        return Options.from_dict(config["options"]), given, bool(config["control"]), dict(config["began_with"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise RunError(
+            f"{folder.path / 'config.json'} must be as it was written. Reading it gave: {error!r}. Restore "
+            "it, or start a new run; nothing was changed."
+        ) from error
 
 
 __all__ = ["Compressed", "compress", "narrow", "plan", "resume", "share_of"]

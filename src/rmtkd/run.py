@@ -93,6 +93,7 @@ class Run:
         self.sites = tuple(sites) if sites is not None else find_sites(model)
         self.blocks = blocks_of(self.sites)
         self.options, self.with_control = options, control
+        rows.check_again()
         self.emit = progress.Emitter([on_event] if on_event else [])
         self.pieces = Pieces(lambda count: self.emit("memory", pieces=count))
         self.train_rows = rows.train
@@ -218,11 +219,16 @@ class Run:
 
     def finished(self, folder: RunFolder, record: dict[str, Any]) -> Compressed:
         """What a finished run returned."""
-        rounds = tuple(Round.from_dict(done) for done in record["rounds"])
         made = folder.plan()
         if made is None:
             raise RunError(f"a finished run must hold plan.json. {folder.path} does not. Restore it.")
-        self.emit("finished", stop_reason=record["stop_reason"])
+        try:
+            rounds, reason = tuple(Round.from_dict(done) for done in record["rounds"]), record["stop_reason"]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise RunError(
+                f"{folder.path / 'summary.json'} must be as it was written. Reading it gave: {error!r}. Restore it."
+            ) from error
+        self.emit("finished", stop_reason=reason)
         kept = kept_widths(rounds)
         student = shaped(self.model, self.sites, kept, artifact.load_weights(folder.path / "model"))
         return Compressed(model=student, plan=made, rounds=rounds, record=record)
@@ -309,7 +315,13 @@ class Run:
             pieces=self.pieces,
         )
         if saved is not None:
-            phase.restore(saved)
+            try:
+                phase.restore(saved)
+            except (KeyError, RuntimeError, TypeError) as error:
+                raise RunError(
+                    f"last/step.safetensors must be of this round. Going back to it gave: {error!r}. Remove it: then "
+                    "the run goes on from the start of its round."
+                ) from error
         with interruptible() as asked:
             phase.run(self.between(number, steps, facts, began, asked))
         return phase.losses, time.monotonic() - began
