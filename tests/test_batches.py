@@ -112,3 +112,33 @@ def test_the_first_batch_is_found_or_its_absence_named() -> None:
 def test_every_third_batch_is_taken_from_the_first_on() -> None:
     rows = [(torch.tensor(i), torch.tensor(i)) for i in range(8)]
     assert [int(batching.inputs(batch)[0][0]) for batch in batching.every(rows, 3)] == [0, 3, 6]
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [torch.zeros(2), torch.zeros(2, 1, dtype=torch.long), torch.zeros(3, dtype=torch.long)],
+)
+def test_labels_are_one_whole_number_for_each_row(labels: object) -> None:
+    for batch in ({**MAPPING, "labels": labels}, (IDS, labels)):
+        with pytest.raises(DataError, match="labels must be a tensor of one whole number for each of 2 rows"):
+            batching.labels(batch)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="row_ids must be"):
+        batching.row_ids({**MAPPING, "row_ids": labels})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.bool])
+def test_labels_of_any_whole_kind_become_int64(dtype: torch.dtype) -> None:
+    found = batching.labels({**MAPPING, "labels": torch.tensor([0, 1]).to(dtype)})
+    assert found is not None and found.dtype == torch.long and found.tolist() == [0, 1]
+
+
+def test_a_longer_tuple_is_no_batch() -> None:
+    with pytest.raises(DataError, match=r"must be \(x, labels\). Got 3 parts"):
+        batching.labels((IDS, IDS, IDS))
+
+
+@pytest.mark.parametrize("scores", [None, {"logits": IDS}, torch.zeros(2), torch.zeros(3, 4)])
+def test_a_forward_must_return_class_scores(scores: object) -> None:
+    (call,) = batching.Calls([MAPPING], lambda model, rows: scores)  # type: ignore[arg-type, return-value]
+    with pytest.raises(DataError, match=r"forward must return class scores of shape \[2, classes\]"):
+        batching.logits(torch.nn.Identity(), call)

@@ -122,3 +122,22 @@ def test_a_label_is_a_name_or_an_index(names: list[str], values: list[Any], expe
 def test_a_label_that_is_neither_is_named(names: list[str], values: list[Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         class_indices(values, names, "column 'label'")
+
+
+def test_a_label_that_is_no_number_is_empty(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a", "b"], "label": [float("nan"), 1.0]}), tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match="1 rows are empty"):
+        read_columns(tmp_path / "rows.parquet", ["text"], "label")
+
+
+@pytest.mark.parametrize("values", [[b"0", b"1"], [[0], [1]], [{"a": 0}, {"a": 1}]])
+def test_labels_that_are_neither_texts_nor_numbers_are_refused(tmp_path: Path, values: list[object]) -> None:
+    pq.write_table(pa.table({"text": ["a", "b"], "label": values}), tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match="must hold texts or numbers"):
+        read_columns(tmp_path / "rows.parquet", ["text"], "label")
+
+
+def test_json_lines_that_are_not_utf_8_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes('{"text": "caf\u00e9", "label": 1}\n'.encode("latin-1"))
+    with pytest.raises(DataError):
+        read_columns(tmp_path / "rows.jsonl", ["text"], "label")

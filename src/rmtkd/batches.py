@@ -7,6 +7,7 @@ Keys of a mapping that are not inputs: `labels`, and `row_ids`, each row's place
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class Calls:
     """A collection of batches with a `forward` of its own."""
 
     def __init__(self, batches: Iterable[Rows], forward: Forward):
-        self.batches, self.forward = batches, forward
+        self.batches, self.forward = batches, partial(_class_scores, forward)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next pass, where the collection can."""
@@ -90,12 +91,22 @@ def inputs(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def labels(batch: Batch) -> Tensor | None:
-    """The class indices, shape `(rows,)`, or None where the batch has none."""
+    """The class indices, int64 of shape `(rows,)`, or None where the batch has none.
+
+    Raises:
+        DataError: if they are not one whole number for each row, or a tuple is no pair.
+    """
     if isinstance(batch, Call):
         return labels(batch.rows)
     if isinstance(batch, Mapping):
-        return batch.get("labels")
-    return batch[1] if len(batch) > 1 else None
+        found = batch.get("labels")
+    elif len(batch) > 2:
+        raise DataError(
+            f"a batch that is a tuple must be (x, labels). Got {len(batch)} parts. Make it a mapping, with `labels`."
+        )
+    else:
+        found = batch[1] if len(batch) > 1 else None
+    return None if found is None else _one_a_row("labels", found, batch)
 
 
 def labelled(batch: Batch, answers: Tensor) -> Batch:
@@ -109,7 +120,16 @@ def row_ids(batch: Batch) -> Tensor | None:
     """The rows' numbers in their collection, shape `(rows,)`, or None where they have none."""
     if isinstance(batch, Call):
         return row_ids(batch.rows)
-    return batch.get("row_ids") if isinstance(batch, Mapping) else None
+    found = batch.get("row_ids") if isinstance(batch, Mapping) else None
+    return None if found is None else _one_a_row("row_ids", found, batch)
+
+
+def _one_a_row(name: str, found: Any, batch: Batch) -> Tensor:
+    whole = isinstance(found, Tensor) and not found.is_floating_point() and not found.is_complex()
+    if not whole or found.shape != (rows(batch),):
+        came = f"{found.dtype}, {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise DataError(f"{name} must be a tensor of one whole number for each of {rows(batch)} rows. Got {came}.")
+    return found.long()
 
 
 def real_positions(batch: Batch) -> Tensor | None:
@@ -180,6 +200,15 @@ def logits(model: nn.Module, batch: Batch) -> Tensor:
     args, kwargs = inputs(batch)
     output = model(*args, **kwargs)
     return output if isinstance(output, Tensor) else output.logits
+
+
+def _class_scores(forward: Forward, model: nn.Module, batch: Rows) -> Tensor:
+    """What a `forward` of the user's gives, if it is class scores."""
+    scores: Any = forward(model, batch)
+    if not isinstance(scores, Tensor) or scores.ndim != 2 or len(scores) != rows(batch):
+        came = f"shape {list(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+        raise DataError(f"forward must return class scores of shape [{rows(batch)}, classes]. Got {came}.")
+    return scores
 
 
 def first(batches: Iterable[Batch], role: str) -> Batch:

@@ -119,7 +119,7 @@ class RunFolder:
             RunError: if the folder holds another run or other files, or cannot be written.
         """
         folder = cls.for_plan(path)
-        folder.save_json("config.json", {**config, "id": secrets.token_hex(8)})
+        folder.save_json("config.json", _sealed({**config, "id": secrets.token_hex(8)}))
         folder._take()
         return folder
 
@@ -164,8 +164,9 @@ class RunFolder:
             raise RunError(f"--out must be a folder that can be written. {nearest} cannot. Choose another one.")
         found = sorted(file.name for file in path.iterdir()) if path.exists() else []
         if others := [name for name in found if not PLAN_FILES.fullmatch(name)]:
-            held = "another run" if "config.json" in found else f"other files ({others[0]})"
-            hint = f"Go on with it: rmtkd resume {path}. Or choose" if "config.json" in found else "Choose"
+            is_run = "config.json" in found and '"began_with"' in (path / "config.json").read_text(errors="replace")
+            held = "another run" if is_run else f"other files ({others[0]})"
+            hint = f"Go on with it: rmtkd resume {path}. Or choose" if is_run else "Choose"
             raise RunError(
                 f"--out must be a new folder, or hold only a plan. {path} holds {held}. "
                 f"{hint} another folder, or remove this one; nothing in it was changed."
@@ -177,7 +178,19 @@ class RunFolder:
         Raises:
             RunError: if the folder holds no run.
         """
-        return self._read_json("config.json", "Start one: rmtkd compress.")
+        config = self._read_json("config.json", "Start one: rmtkd compress.")
+        if not isinstance(config, dict) or "id" not in config:
+            inside = self.path.parent if (self.path.parent / "record.jsonl").exists() else None
+            hint = f"Did you mean {inside}?" if inside else "Start one: rmtkd compress."
+            raise RunError(
+                f"a run folder must hold what `rmtkd compress` wrote. {self.path} holds something else. {hint}"
+            )
+        if _sealed(config) != config:
+            raise RunError(
+                f"{self.path / 'config.json'} must be as it was written: a run goes on with the options that it began "
+                "with. It was changed. Restore it, or start a new run; nothing was changed."
+            )
+        return config
 
     def summary(self) -> dict[str, Any] | None:
         """The record of a finished run; None while it is not finished."""
@@ -186,7 +199,7 @@ class RunFolder:
     def plan(self) -> Plan | None:
         """The plan of the run; None while it has none."""
         path = self.path / "plan.json"
-        return Plan.from_json(path.read_text()) if path.is_file() else None
+        return Plan.read(path) if path.is_file() else None
 
     def has_begun(self) -> bool:
         """Whether the run has come as far as its plan."""
@@ -227,7 +240,7 @@ class RunFolder:
             facts: plain JSON values.
         """
         stored = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        text = json.dumps({**facts, "run": self.config().get("id")})
+        text = json.dumps({**facts, "run": self.config()["id"], "state": name})
         metadata = {"facts": text, "checksum": checksum(stored, text)}
         with _told(self.path):
             (self.path / "last").mkdir(exist_ok=True)
@@ -249,8 +262,8 @@ class RunFolder:
             if metadata["checksum"] != checksum(tensors, metadata["facts"]):
                 raise ValueError("another checksum than was written")
             facts = json.loads(metadata["facts"])
-            if facts["run"] != self.config().get("id"):
-                raise ValueError("it belongs to another run")
+            if (facts["run"], facts["state"]) != (self.config()["id"], name):
+                raise ValueError("it belongs to another run, or is another state")
             return tensors, facts
         except Exception as error:  # whatever safetensors and JSON make of damaged bytes
             instead = "the start of its round" if name == "step" else "the beginning"
@@ -286,7 +299,7 @@ class RunFolder:
     def _read_json(self, name: str, hint: str) -> dict[str, Any]:
         path = self.path / name
         try:
-            return json.loads(path.read_text())
+            return json.loads(path.read_bytes())
         except FileNotFoundError:
             raise RunError(f"a run folder must hold {name}. {self.path} does not. {hint}".rstrip()) from None
         except (OSError, ValueError) as error:
@@ -306,6 +319,12 @@ class RunFolder:
             raise RunError(
                 f"one process at a time must work on a run. Another one is at {self.path}. Wait for it, or stop it."
             ) from None
+
+
+def _sealed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration, as JSON has it, with the SHA-256 of all the rest as its last entry."""
+    rest = json.loads(json.dumps({key: value for key, value in config.items() if key != "checksum"}))
+    return {**rest, "checksum": checksum({}, json.dumps(rest))}
 
 
 @contextmanager

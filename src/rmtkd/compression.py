@@ -11,7 +11,7 @@ from rmtkd import artifact, progress
 from rmtkd.batches import Forward
 from rmtkd.checkpoint import RunFolder
 from rmtkd.dry_run import narrow, plan
-from rmtkd.errors import RmtkdError, RunError
+from rmtkd.errors import RunError
 from rmtkd.planning import Plan
 from rmtkd.roles import Roles, share_of
 from rmtkd.run import Compressed, Run, seeded
@@ -85,7 +85,7 @@ def compress(
         folder = RunFolder.create(Path(out), config)
         try:
             return run.execute(plan, folder, extra_files)
-        except RmtkdError:
+        except Exception:
             if not folder.has_begun():  # a refused run leaves nothing behind
                 folder.forget()
             raise
@@ -127,8 +127,9 @@ def resume(
         rows = Roles(train=train, selection=selection, report=report, calibration=calibration, example=example)
         with seeded(chosen):
             run = Run(model, rows.called(forward), chosen, sites=sites, control=control, on_event=on_event)
-            for name, found in run.config()["began_with"].items():
-                if found != began_with.get(name):
+            now = run.config()["began_with"]
+            for name in {**began_with, **now}:
+                if now.get(name) != began_with.get(name):
                     raise RunError(
                         f"a run goes on with the {name} that it began with. These are others. Pass the same ones, or "
                         "start a new run; nothing was changed."

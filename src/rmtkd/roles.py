@@ -1,14 +1,16 @@
 """The rows of a run by role, and what must hold of them before anything takes time."""
 
+import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from rmtkd import batches as batching
 from rmtkd.batches import Batch, Calls, Forward, Share
+from rmtkd.checkpoint import checksum
 from rmtkd.errors import DataError
 from rmtkd.measurement import Estimate, answers, chance_level, check_labels, predict, proportion
 from rmtkd.memory import Pieces
@@ -42,7 +44,7 @@ class Roles:
             name: None if (value := getattr(self, name)) is None else Calls(value, forward)
             for name in ("train", "selection", "report", "calibration")
         }
-        return Roles(**rows, example=None if self.example is None else batching.Call(self.example, forward))  # type: ignore[arg-type]
+        return Roles(**rows, example=None if self.example is None else next(iter(Calls([self.example], forward))))  # type: ignore[arg-type]
 
 
 class Answered:
@@ -81,10 +83,26 @@ def check_teacher(model: nn.Module, selection: Iterable[Batch], *, pieces: Piece
     return result
 
 
-def check_report(rows: Iterable[Batch], classes: int) -> None:
-    """Raise `DataError` for report rows whose labels are missing or outside the head's range: they are read last."""
+def fingerprint(rows: Iterable[Batch], role: str) -> tuple[str, bool]:
+    """SHA-256 of all rows, and whether they have labels.
+
+    Raises:
+        DataError: if there are none, or only some have labels.
+    """
+    digest, labelled = hashlib.sha256(), set()
     for batch in rows:
+        args, kwargs = batching.inputs(batch)
         labels = batching.labels(batch)
-        if labels is None:
-            raise DataError("report rows must all have labels, or none. Got both. Label them, or leave them out.")
-        check_labels(labels, classes)
+        named = {str(key): value for key, value in [*enumerate(args), *kwargs.items(), ("labels", labels)]}
+        digest.update(checksum({name: value for name, value in named.items() if isinstance(value, Tensor)}).encode())
+        labelled.add(labels is not None)
+    if len(labelled) != 1:
+        came = "batches of both kinds" if labelled else "no batch at all"
+        raise DataError(f"{role} rows must all have labels, or none. Got {came}. Label them, or leave labels out.")
+    return digest.hexdigest(), labelled.pop()
+
+
+def check_report(rows: Iterable[Batch], classes: int) -> None:
+    """Raise `DataError` for labels of report rows outside the head's range: these rows are read last."""
+    for batch in rows:
+        check_labels(batching.labels(batch), classes)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rmtkd import artifact, progress, reporting
 from rmtkd import batches as batching
@@ -23,7 +23,7 @@ from rmtkd.cutting import cut_in_order
 from rmtkd.distillation import Teacher
 from rmtkd.dry_run import CHECK_ROWS, narrowed, plan
 from rmtkd.environment import has_bf16, versions
-from rmtkd.errors import DataError, RunError
+from rmtkd.errors import ArtifactError, RunError
 from rmtkd.forecast import Forecast, forecast
 from rmtkd.interruption import Interrupted, interruptible
 from rmtkd.measurement import (
@@ -35,7 +35,7 @@ from rmtkd.measurement import (
 from rmtkd.memory import Pieces, peak_bytes
 from rmtkd.modules import randomize
 from rmtkd.planning import Plan
-from rmtkd.roles import Answered, Roles, check_report, check_teacher, share_of
+from rmtkd.roles import Answered, Roles, check_report, check_teacher, fingerprint, share_of
 from rmtkd.schedule import History, Options, Round, stop_reason, too_much_lost
 from rmtkd.sites import Site, blocks_of, find_family, find_sites
 from rmtkd.standing import Standing, kept_widths, shaped, tensors_of
@@ -101,12 +101,13 @@ class Run:
             share_of(rows.train, options.calibration_share) if rows.calibration is None else rows.calibration
         )
         self.measured_against: dict[str, str] = {}
+        batching.first(rows.train, "training rows")
+        self.fingerprints: dict[str, str] = {"training rows": fingerprint(self.calibration, "training")[0]}
         self.selection = self._labelled("selection", rows.selection)
         self.report = None if rows.report is None else self._labelled("report", rows.report)
         self.example = batching.to(rows.example or batching.first(rows.selection, "selection"), options.device)
         self.batches_per_epoch = sum(1 for _ in rows.train)
-        if self.batches_per_epoch == 0:
-            raise DataError("training rows must hold at least one batch. Got none. Pass more rows.")
+        self.fingerprints["training rows"] += f" {self.batches_per_epoch} batches"
         self.precision: Precision = "fp32"
         if options.precision == "bf16" or (options.precision == "auto" and has_bf16(options.device)):
             self.precision = "bf16"
@@ -114,17 +115,11 @@ class Run:
 
     def config(self) -> dict[str, Any]:
         """What it takes to start this run again, and by what to know that it is the same."""
-        batching.set_epoch(self.train_rows, 0)
-        args, kwargs = batching.inputs(batching.first(self.train_rows, "training rows"))
-        inputs = {str(key): value for key, value in [*enumerate(args), *kwargs.items()] if isinstance(value, Tensor)}
         return {
             "options": self.options.to_dict(),
             "control": self.with_control,
             "made_with": made_with(),
-            "began_with": {
-                "model": checksum(tensors_of(self.model)),
-                "training rows": checksum(inputs, f"{self.batches_per_epoch} batches"),
-            },
+            "began_with": {"model": checksum(tensors_of(self.model), repr(self.sites)), **self.fingerprints},
         }
 
     def execute(
@@ -159,6 +154,7 @@ class Run:
         except (Interrupted, KeyboardInterrupt) as stop:
             return self.interrupted(standing, stop)
         record["seconds"] = standing.seconds + time.monotonic() - started
+        record["model_checksum"] = checksum(tensors_of(standing.student))
         compressed = Compressed(model=standing.student, plan=standing.plan, rounds=standing.rounds, record=record)
         if folder is not None:
             self.finish(folder, compressed, extra_files)
@@ -230,7 +226,13 @@ class Run:
             ) from error
         self.emit("finished", stop_reason=reason)
         kept = kept_widths(rounds)
-        student = shaped(self.model, self.sites, kept, artifact.load_weights(folder.path / "model"))
+        weights = artifact.load_weights(folder.path / "model")
+        if checksum(weights) != record.get("model_checksum"):
+            raise ArtifactError(
+                f"{folder.path / 'model'} must hold the weights that the run ended with. They are others. Restore "
+                "it, or compress again into another folder."
+            )
+        student = shaped(self.model, self.sites, kept, weights)
         return Compressed(model=student, plan=made, rounds=rounds, record=record)
 
     def interrupted(self, standing: Standing, stop: BaseException) -> Compressed:
@@ -431,7 +433,7 @@ class Run:
 
     def _labelled(self, role: str, rows: Iterable[Batch]) -> Iterable[Batch]:
         """Rows with labels: their own, or else the teacher's answers."""
-        has_labels = batching.labels(batching.first(rows, role)) is not None
+        self.fingerprints[f"{role} rows"], has_labels = fingerprint(rows, role)
         self.measured_against[role] = "labels" if has_labels else "teacher"
         return rows if has_labels else Answered(rows, self.model, self.pieces)
 

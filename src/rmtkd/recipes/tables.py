@@ -42,9 +42,22 @@ def read_columns(path: Path, columns: Sequence[str], label: str | None = None) -
                 f"{path} must have a column {name!r}. It has {', '.join(table.column_names)}. Choose others, "
                 "or rename one."
             )
-        if empty := table[name].null_count:
-            raise DataError(f"column {name!r} of {path} must be filled. {empty} rows are empty. Remove them.")
-    return [table[name].to_pylist() for name in names]
+    return [_filled(table[name], name, path, is_label=name == label) for name in names]
+
+
+def _filled(column: Any, name: str, path: Path, *, is_label: bool) -> list[Any]:
+    """The values of a column that has no empty ones."""
+    import pyarrow as pa
+
+    if pa.types.is_binary(column.type) or (is_label and pa.types.is_nested(column.type)):
+        raise DataError(f"column {name!r} of {path} must hold texts or numbers. It holds {column.type}. Convert it.")
+    try:
+        values = column.to_pylist()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} must be UTF-8. Reading it gave: {error}. Write it again.") from None
+    if empty := sum(value is None or value != value for value in values):  # NaN is not itself
+        raise DataError(f"column {name!r} of {path} must be filled. {empty} rows are empty. Remove them.")
+    return values
 
 
 def _read(path: Path, texts: Sequence[str]) -> Any:
