@@ -44,6 +44,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "hidden 8": {"hidden": 8.0},
     "α 0": {"alpha": 0.0},
     "α 0.7": {"alpha": 0.7},
+    "α 0.7, T 1": {"alpha": 0.7, "temperature": 1.0},
     "T 1": {"temperature": 1.0},
     "T 4": {"temperature": 4.0},
     "average 0.99": {"average": 0.99},

@@ -459,3 +459,8 @@ def test_a_plan_tells_what_the_run_will_take(sentiment: Sentiment, command: Comm
     code, _, log = command(*words, "--epochs", 3)
     assert code == 0
     assert re.search(r"`rmtkd compress` will take about \d+ s \(.* steps of .* GB of memory and .* GB of disk", log)
+
+
+def test_a_plan_from_a_folder_that_is_not_there_says_so(command: Command, tmp_path: Path):
+    code, _, log = command("plan", tmp_path / "typo", "--target", "20%params")
+    assert code == 2 and "There is no folder" in log

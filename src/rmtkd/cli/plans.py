@@ -81,6 +81,7 @@ def plan(
     from rmtkd import compression, recipes
     from rmtkd.checkpoint import RunFolder
     from rmtkd.environment import has_bf16
+    from rmtkd.errors import RunError
     from rmtkd.forecast import forecast
     from rmtkd.progress import forecast_line
     from rmtkd.schedule import Options
@@ -99,6 +100,10 @@ def plan(
         }
         _plan_anew(Path(recipe), out, shape, [name for name, value in unused.items() if value is not None], as_json)
         return
+    if "/" in recipe:
+        raise RunError(
+            f"a plan is made for a recipe, or anew from a folder. There is no folder {recipe}. See `rmtkd ls`."
+        )
     task = recipes.get(recipe, columns=columns, label=label, max_length=max_length)
     if out is None:
         raise typer.BadParameter("a folder for the plan is needed: pass --out FOLDER.")
