@@ -112,7 +112,7 @@ class PlainLines:
         else:
             line = describe(event)
         if line:
-            self.console.print(f"[{event['seconds']:7.1f} s] {line}", highlight=False, markup=False)
+            self.console.print(f"[{event['seconds']:7.1f} s] {line}", highlight=False, markup=False, soft_wrap=True)
 
 
 class Bars:
