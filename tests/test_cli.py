@@ -18,6 +18,7 @@ from pyarrow import csv
 import rmtkd
 from conftest import Sentiment, make_tokenizer, tiny_bert, write_sentiment_rows
 from rmtkd import artifact, cli, recipes
+from rmtkd.checkpoint import RunFolder
 
 Result = tuple[int, str, str]
 Command = Callable[..., Result]
@@ -434,8 +435,7 @@ def test_ctrl_c_prints_how_to_go_on_and_resume_ends_the_run(sentiment: Sentiment
 def test_resume_names_what_is_wrong(command: Command, tmp_path: Path):
     code, _, log = command("resume", tmp_path / "nowhere")
     assert code == 2 and "must hold config.json" in log and "rmtkd compress" in log
-    (tmp_path / "python").mkdir()
-    (tmp_path / "python" / "config.json").write_text('{"options": {}, "command": {}}')
+    RunFolder.create(tmp_path / "python", {"options": {}, "command": {}}).release()
     code, _, log = command("resume", tmp_path / "python")
     assert code == 2 and "begun from Python" in log
 

@@ -165,3 +165,11 @@ def test_report_labels_are_checked_before_anything_takes_time():
     with pytest.raises(DataError, match=r"labels must be within 0\.\.2"):
         rmtkd.compress(model, train=rows, selection=rows, report=report, on_event=events.append, multiple_of=2)
     assert events == []
+
+
+def test_labels_on_some_batches_only_are_refused(model: Classifier, points: tuple[Tensor, Tensor]):
+    for role in ("selection", "report"):
+        rows: dict[str, Any] = parts(points)
+        rows[role] = [*rows[role][:1], *((x,) for x, _ in rows[role][1:])]
+        with pytest.raises(DataError, match=f"{role} rows must all have labels, or none"):
+            rmtkd.compress(model, **rows, sites=sites(model), **OPTIONS)

@@ -49,7 +49,7 @@ def compress(
         model: a trained classifier of a supported family, or any module whose `sites` are given.
         train: batches for recovery; gone through several times.
         selection: rows that nobody trained on; they steer the run and are never reported as its result.
-        report: rows for the result; read once, at the end.
+        report: rows for the result; evaluated once, at the end.
         calibration: batches whose activations are seen; a share of `train` by default.
         example: the batch whose FLOPs and latency are measured; the first selection batch by default.
         sites: the widths that may be narrowed; those of the model's family by default.

@@ -96,9 +96,10 @@ def fingerprint(rows: Iterable[Batch], role: str) -> tuple[str, bool]:
         named = {str(key): value for key, value in [*enumerate(args), *kwargs.items(), ("labels", labels)]}
         digest.update(checksum({name: value for name, value in named.items() if isinstance(value, Tensor)}).encode())
         labelled.add(labels is not None)
-    if len(labelled) != 1:
-        came = "batches of both kinds" if labelled else "no batch at all"
-        raise DataError(f"{role} rows must all have labels, or none. Got {came}. Label them, or leave labels out.")
+    if not labelled:
+        raise DataError(f"{role} rows must hold at least one batch. Got none. Pass more rows.")
+    if len(labelled) == 2:
+        raise DataError(f"{role} rows must all have labels, or none. Got both. Label them, or leave labels out.")
     return digest.hexdigest(), labelled.pop()
 
 
