@@ -21,7 +21,7 @@ def look(model: torch.nn.Module, **options) -> Forecast:
         "steps": 100,
         "recovery": Recovery(),
         "precision": "fp32",
-        "calibration_batches": 10,
+        "calibration": list(random_rows(160)),
         "seconds_plan": 2.0,
         **options,
     }
@@ -57,12 +57,19 @@ def test_memory_grows_with_what_must_be_held():
     assert large > 2 * 8 * (1024**2 + 3 * 2 * 128**2)
 
 
+def test_the_largest_batch_is_what_memory_must_hold():
+    long = {"input_ids": torch.ones(64, 20, dtype=torch.long)}
+    usual = look(tiny_bert()).memory_bytes - held_bytes()
+    assert look(tiny_bert(), calibration=[long]).memory_bytes - held_bytes() > 2 * usual
+
+
 def test_disk_holds_the_teacher_the_state_and_the_kept_calls():
     model = tiny_bert()
-    batches = {n: look(model, calibration_batches=n).disk_bytes for n in (0, 10)}
-    assert batches[0] > 4 * count_parameters(model)
-    assert (batches[10] - batches[0]) % (10 * 16 * 32 * 4) == 0  # ten batches of 16 rows of width 32, of some length
-    assert batches[10] > batches[0]
+    few, many = (look(model, calibration=list(random_rows(160))[:n]).disk_bytes for n in (5, 10))
+    assert few > 4 * count_parameters(model)
+    assert many > few
+    nothing = look(model, calibration=[]).disk_bytes
+    assert (few - nothing) % (5 * 16 * 32 * 4) == 0  # five batches of 16 rows of width 32, of the largest length
 
 
 def test_a_forecast_is_told_in_words_and_warns_of_too_little_memory():

@@ -369,7 +369,7 @@ class Run:
             steps=control * round(self.options.epochs * self.batches_per_epoch),
             recovery=self.options.recovery,
             precision=self.precision,
-            calibration_batches=sum(1 for _ in self.calibration),
+            calibration=self.calibration,
             seconds_plan=seconds_plan,
         )
 

@@ -134,7 +134,7 @@ def plan(
         steps=round(chosen.epochs * len(rows.train)),
         recovery=chosen.recovery,
         precision="bf16" if has_bf16(device) else "fp32",
-        calibration_batches=sum(1 for _ in calibration),
+        calibration=calibration,
         seconds_plan=seconds_plan,
     )
     log(f"`rmtkd compress` will take {forecast_line(asdict(expected))}")
