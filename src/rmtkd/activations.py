@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -25,6 +26,11 @@ class Enough(Exception):
 def in_groups(activations: Tensor, groups: int) -> Tensor:
     """The last dimension split into groups: `… × (groups · width)` to `… × groups × width`."""
     return activations.unflatten(-1, (groups, -1))
+
+
+def first_output(output: Tensor | tuple[Any, ...]) -> Tensor:
+    """What a block passes on: its output, or the first of several."""
+    return output if isinstance(output, Tensor) else output[0]
 
 
 def attach(model: nn.Module, stream: Stream, see: Callable[[Tensor], Tensor | None]) -> RemovableHandle:

@@ -23,7 +23,7 @@ from rmtkd.families import FAMILIES
 from rmtkd.measurement import evaluation
 from rmtkd.modules import FactorizedEmbedding
 from rmtkd.sites import find_family, find_sites
-from rmtkd.surgery import factorize_embedding, fill, resize
+from rmtkd.surgery import factorize_embedding, fill, resize, tensors_of
 
 FORMAT = 1
 MANIFEST = "rmtkd.json"
@@ -135,7 +135,7 @@ def save_weights(model: nn.Module, folder: Path) -> None:
     """Write only the weights, of a model whose class no loader of ours can name."""
     with new_folder(folder) as partial:
         save_file(
-            {name: value.detach().cpu().contiguous() for name, value in _all_tensors(model).items()}, partial / WEIGHTS
+            {name: value.detach().cpu().contiguous() for name, value in tensors_of(model).items()}, partial / WEIGHTS
         )
 
 
@@ -225,14 +225,8 @@ def _write(model: nn.Module, folder: Path, card: str, provenance: dict[str, Any]
 
 
 def _save_weights(model: nn.Module, folder: Path) -> None:
-    tensors = {name: value.detach().cpu().contiguous() for name, value in _all_tensors(model).items()}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors_of(model).items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-
-
-def _all_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters, once each, and buffers, also those that a state dict leaves out: the loader builds on the meta device
-    and cannot compute them."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def _build(manifest: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> nn.Module:
@@ -300,7 +294,7 @@ def _set_attributes(model: nn.Module, values: Mapping[tuple[str, str], Any]) -> 
 
 
 def _assign(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    expected = _all_tensors(model)
+    expected = tensors_of(model)
     if set(expected) != set(tensors):
         odd = sorted(set(expected) ^ set(tensors))
         raise ArtifactError(f"{WEIGHTS} must hold exactly the model's tensors. They differ in {', '.join(odd[:5])}.")

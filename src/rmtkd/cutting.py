@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rmtkd import batches as batching
-from rmtkd.activations import Enough, collect, readers
+from rmtkd.activations import Enough, collect, first_output, readers
 from rmtkd.bases import Basis, bilinear_bases, linear_basis, unit_basis
 from rmtkd.batches import Batch, Call
 from rmtkd.covariance import Covariance
@@ -165,11 +165,7 @@ class BlockCalls:
 
 def _call_block(path: str | None, kept: Mapping[str, Any], model: nn.Module, _: object) -> Tensor:
     assert path is not None
-    return _first(model.get_submodule(path)(*kept["args"], **kept["kwargs"]))
-
-
-def _first(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
+    return first_output(model.get_submodule(path)(*kept["args"], **kept["kwargs"]))
 
 
 def _follow_each_other(model: nn.Module, batches: Iterable[Batch], blocks: Sequence[str]) -> bool:
@@ -193,7 +189,10 @@ def _follow_each_other(model: nn.Module, batches: Iterable[Batch], blocks: Seque
         return [*args[1:], *(kwargs[name] for name in sorted(kwargs))]
 
     for (_, args, kwargs, output), (_, then_args, then_kwargs, _) in itertools.pairwise(calls):
-        if then_args[0] is not _first(output) or (len(args), sorted(kwargs)) != (len(then_args), sorted(then_kwargs)):
+        if then_args[0] is not first_output(output) or (len(args), sorted(kwargs)) != (
+            len(then_args),
+            sorted(then_kwargs),
+        ):
             return False
         if any(a is not b for a, b in zip(rest(args, kwargs), rest(then_args, then_kwargs), strict=True)):
             return False

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rmtkd import batches as batching
+from rmtkd.activations import first_output
 from rmtkd.batches import Batch
 from rmtkd.errors import DataError, OptionError
 
@@ -121,7 +122,7 @@ def outputs_of(model: nn.Module, paths: Sequence[str]) -> Iterator[list[Tensor]]
     seen: list[Tensor] = []
 
     def see(_: nn.Module, __: Any, output: Any) -> None:
-        seen.append(output if isinstance(output, Tensor) else output[0])
+        seen.append(first_output(output))
 
     handles = [model.get_submodule(path).register_forward_hook(see) for path in paths]
     try:

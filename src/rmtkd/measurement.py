@@ -240,11 +240,11 @@ def compare(
     return found
 
 
-def check_labels(labels: Int[Tensor, " rows"], classes: int) -> None:
+def check_labels(labels: Int[Tensor, " rows"], classes: int, what: str = "labels") -> None:
     """Raise `DataError` for labels outside the range of the model's head."""
     if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise DataError(
-            f"labels must be within 0..{classes - 1}, the range of the model's head. Got "
+            f"{what} must be within 0..{classes - 1}, the range of the model's head. Got "
             f"{int(labels.min())}..{int(labels.max())}. Map the labels, or use a model with that many classes."
         )
 

@@ -38,8 +38,8 @@ from rmtkd.planning import Plan
 from rmtkd.roles import Answered, Roles, check_report, check_teacher, fingerprint, share_of
 from rmtkd.schedule import History, Options, Round, stop_reason, too_much_lost
 from rmtkd.sites import Site, blocks_of, find_family, find_sites
-from rmtkd.standing import Standing, kept_widths, shaped, tensors_of
-from rmtkd.surgery import check_cut
+from rmtkd.standing import Standing, kept_widths, shaped
+from rmtkd.surgery import check_cut, tensors_of
 from rmtkd.training import Phase, PhaseState, Precision
 
 CONTROL = 0

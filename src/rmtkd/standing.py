@@ -11,7 +11,7 @@ from rmtkd.measurement import Estimate
 from rmtkd.planning import Plan
 from rmtkd.schedule import Round
 from rmtkd.sites import Site
-from rmtkd.surgery import fill, skeleton
+from rmtkd.surgery import fill, skeleton, tensors_of
 from rmtkd.training import random_state, set_random_state
 
 
@@ -99,11 +99,6 @@ def shaped(
     empty = {name: torch.empty_like(value, device="cpu") for name, value in student.named_parameters()}
     fill(student, weights or empty)
     return student.to(device_of(model)).eval()
-
-
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, once each."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def device_of(model: nn.Module) -> torch.device:

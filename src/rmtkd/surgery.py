@@ -78,6 +78,11 @@ def skeleton(model: nn.Module, sites: Sequence[Site], widths: Mapping[str, int])
     return student
 
 
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, once each, also buffers that a state dict leaves out; `fill` puts them back."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
 def fill(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Put values in place of the parameters and buffers of these names, of any shape; tied ones stay tied."""
     names: dict[int, list[str]] = {}

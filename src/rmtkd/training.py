@@ -14,7 +14,9 @@ from rmtkd import batches as batching
 from rmtkd.batches import Batch
 from rmtkd.distillation import Recovery, Teacher, WeightAverage, distillation_loss, hidden_loss, outputs_of
 from rmtkd.errors import DataError
+from rmtkd.measurement import check_labels
 from rmtkd.memory import Pieces
+from rmtkd.surgery import tensors_of
 
 Precision = Literal["fp32", "bf16"]
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -110,7 +112,7 @@ class Phase:
 
     def state(self) -> PhaseState:
         """Where the phase stands between two steps. The tensors are those that go on being trained: store them now."""
-        tensors = {f"student.{name}": value for name, value in _tensors(self.student).items()}
+        tensors = {f"student.{name}": value for name, value in tensors_of(self.student).items()}
         for name, parameter in self.trained.items():
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer.{key}.{name}"] = value
@@ -134,14 +136,13 @@ class Phase:
             KeyError, RuntimeError: if it is the state of another phase.
         """
         tensors = state.tensors
-        for name, value in _tensors(self.student).items():
+        for name, value in tensors_of(self.student).items():
             value.copy_(tensors[f"student.{name}"])
         for name, parameter in self.trained.items():
             found = {key: tensors.get(f"optimizer.{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
             if found["step"] is not None:
-                device = {"step": parameter.device, "exp_avg": parameter.device, "exp_avg_sq": parameter.device}
                 self.optimizer.state[parameter] = {
-                    key: value.to(device[key], copy=True) for key, value in found.items() if value is not None
+                    key: value.to(parameter.device, copy=True) for key, value in found.items() if value is not None
                 }
         if self.average:
             for name, value in self.average.average.items():
@@ -195,7 +196,8 @@ class Phase:
                     guide = batching.logits(self.teacher.model, batch).float()
             with outputs_of(self.student, self.blocks) as students:
                 scores = batching.logits(self.student, batch).float()
-        _check_labels(labels, scores.shape[1])
+        if labels is not None:  # on a GPU the loss itself would end the process
+            check_labels(labels, scores.shape[1], "training labels")
         loss = distillation_loss(scores, guide, labels, alpha=recovery.alpha, temperature=recovery.temperature)
         if self.blocks:
             loss = loss + recovery.hidden * hidden_loss(students, teachers, batching.real_positions(batch))
@@ -255,20 +257,6 @@ def set_random_state(state: Tensor, device: torch.device) -> None:
     torch.set_rng_state(state[:size])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state[size:], device)
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, once each."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-def _check_labels(labels: Tensor | None, classes: int) -> None:
-    """Raise `DataError` for labels that the head does not have: on a GPU the loss itself would end the process."""
-    if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        raise DataError(
-            f"training labels must be within 0..{classes - 1}, the range of the model's head. Got "
-            f"{int(labels.min())}..{int(labels.max())}. Map the labels, or use a model with that many classes."
-        )
 
 
 def _embedding_tables(model: nn.Module) -> set[int]:

@@ -1,5 +1,6 @@
 """Options that several commands have."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,6 +42,11 @@ Calibration = Annotated[
 ]
 
 
+def given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that stand on the command line."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def plan_options(
     target: str | None,
     rule: str | None,
@@ -53,7 +59,7 @@ def plan_options(
     """What shapes a plan, as far as it is given."""
     from rmtkd.planning import parse_keep
 
-    given = {
+    shape = {
         "target": target,
         "rule": rule,
         "tau": tau,
@@ -62,7 +68,7 @@ def plan_options(
         "exclude": tuple(exclude) if exclude else None,
         "keep": parse_keep(keep) if keep else None,
     }
-    return {name: value for name, value in given.items() if value is not None}
+    return given(shape)
 
 
 def needed(model: str | None) -> str:

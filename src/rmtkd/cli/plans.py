@@ -26,6 +26,7 @@ from rmtkd.cli.options import (
     Seed,
     Target,
     Tau,
+    given,
     needed,
     plan_options,
 )
@@ -108,8 +109,7 @@ def plan(
     if out is None:
         raise typer.BadParameter("a folder for the plan is needed: pass --out FOLDER.")
     options: dict[str, Any] = {**task.options, **shape, "seed": seed, "device": device}
-    given = {"calibration_share": calibration_share, "epochs": epochs}
-    options |= {name: value for name, value in given.items() if value is not None}
+    options |= given({"calibration_share": calibration_share, "epochs": epochs})
     chosen = Options(**options)  # before anything takes time
     RunFolder.check_free(out)
     source = task.load(needed(model))

@@ -32,6 +32,7 @@ from rmtkd.cli.options import (
     Seed,
     Target,
     Tau,
+    given,
     needed,
     plan_options,
 )
@@ -110,7 +111,7 @@ def compress(
 
     task = recipes.get(recipe, columns=columns, label=label, max_length=max_length)
     shape = plan_options(target, rule, tau, multiple_of, min_share, exclude, keep)
-    given = {
+    schedule = {
         "calibration_share": calibration_share,
         "granularity": granularity,
         "epochs": epochs,
@@ -122,12 +123,12 @@ def compress(
     options: dict[str, Any] = {
         **task.options,
         **shape,
-        **_given(given),
+        **given(schedule),
         "precision": precision,
         "seed": seed,
         "device": device,
     }
-    options["recovery"] = replace(options.get("recovery", Options().recovery), **_given(steps))
+    options["recovery"] = replace(options.get("recovery", Options().recovery), **given(steps))
     if plan_file is not None:
         if shape:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in shape)
@@ -191,15 +192,10 @@ def resume(
         raise RunError(
             f"the command line goes on with what it began. {run} was begun from Python. Go on with rmtkd.resume there."
         )
-    command |= {key: str(value) for key, value in _given({"model": model, "data": data}).items()}
+    command |= {key: str(value) for key, value in given({"model": model, "data": data}).items()}
     with prepared(command, config["options"]["seed"]) as (given_to_run, on_event):
         result = compression.resume(run, **given_to_run, on_event=on_event)
         show_result(result, run, given_to_run["extra_files"], as_json=as_json)
-
-
-def _given(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that stand on the command line."""
-    return {name: value for name, value in options.items() if value is not None}
 
 
 @contextmanager
@@ -215,7 +211,7 @@ def prepared(command: Mapping[str, Any], seed: int) -> Iterator[tuple[dict[str, 
     with tempfile.TemporaryDirectory() as written, watcher(log_console) as on_event:
         if source.tokenizer is not None:
             source.tokenizer.save_pretrained(written)
-        given = {
+        parts = {
             "model": source.model,
             "train": rows.train,
             "selection": rows.selection,
@@ -223,7 +219,7 @@ def prepared(command: Mapping[str, Any], seed: int) -> Iterator[tuple[dict[str, 
             "example": task.example(source.model, rows),
             "extra_files": sorted(Path(written).iterdir()),
         }
-        yield given, on_event
+        yield parts, on_event
 
 
 def show_result(result: "Compressed", out: Path, extra_files: Iterable[Path], *, as_json: bool) -> None:
