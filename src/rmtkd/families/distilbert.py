@@ -27,5 +27,6 @@ DISTILBERT = EncoderFamily(
         activation="ffn.activation",
         stock={"ffn": "FFN"},
         chunk_size="ffn.chunk_size_feed_forward",
+        setting="hidden_dim",
     ),
 )

@@ -62,6 +62,8 @@ class FeedForward:
     """How many times a writer lays out the width, one after the other: 2 where value and gate are one matrix."""
     chunk_size: str | None = None
     """Attribute by which the block runs in pieces if it is not 0."""
+    setting: str = "intermediate_size"
+    """Entry of the stock configuration that gives this width to all layers."""
 
 
 @dataclass(frozen=True, kw_only=True)

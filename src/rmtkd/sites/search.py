@@ -1,6 +1,7 @@
 """From a model of a known family to its sites."""
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -132,7 +133,7 @@ def _feed_forward(model: nn.Module, names: FeedForward, block: str, layer: str, 
         block=block,
         scope=scope,
     )
-    return (site,)
+    return (replace(site, setting=names.setting),)
 
 
 def _check_stock(model: nn.Module, path: str, stock: str) -> None:

@@ -60,6 +60,8 @@ class Site:
             is called more than once in a forward pass.
         factorizes: path of an embedding that must first become table × projection for this width to exist.
         attributes: plain attributes to be set together with the width.
+        setting: entry of a stock configuration that gives this width, one for all sites that name it; None where no
+            stock configuration can say the width.
         scaled: whether the network divides the product by the square root of the width that it finds; the old one is
             folded into the writer.
     """
@@ -74,6 +76,7 @@ class Site:
     groups: int = 1
     factorizes: str | None = None
     attributes: tuple[Attribute, ...] = ()
+    setting: str | None = None
     scaled: bool = False
 
     @property
