@@ -12,17 +12,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForSequenceClassification, BertForSequenceClassification
+from transformers import BertForSequenceClassification
 
 import rmtkd
 from conftest import assert_untouched, make_tokenizer, random_rows, snapshot, tiny_bert
 from rmtkd import artifact, batches
-from rmtkd.artifact import MANIFEST, WEIGHTS
+from rmtkd.artifact.folder import CODE, OWN_FILES, WEIGHTS
+from rmtkd.artifact.manifest import FIELDS, FORMAT, MANIFEST, sealed, vouch
+from rmtkd.artifact.self_test import SELF_TEST
 from rmtkd.cutting import cut_in_order
 from rmtkd.errors import ArtifactError, OptionError, UnsupportedModelError
 from rmtkd.recipes.rows import TokenRows
 from rmtkd.sites import find_sites
 
+FILES = [*sorted(OWN_FILES), "tokenizer.json", "tokenizer_config.json"]
 HALF = {"embeddings.word": 16, "ffn": 24, "head": 8}
 
 
@@ -79,16 +82,17 @@ def test_a_loaded_model_gives_bitwise_equal_logits(tmp_path: Path, rows: TokenRo
 
 def test_the_folder_holds_exactly_these_files_readable_alike(original: Path):
     files = sorted(original.iterdir())
-    names = ["README.md", "config.json", "model.safetensors", "rmtkd.json", "tokenizer.json", "tokenizer_config.json"]
-    assert [file.name for file in files] == names
+    assert [file.name for file in files] == sorted(FILES)
     assert len({file.stat().st_mode for file in files}) == 1
     assert [path.name for path in original.parent.iterdir()] == ["small"]
 
 
-def test_every_file_but_the_manifest_has_its_checksum(original: Path):
+def test_every_file_but_the_manifest_has_its_size_and_checksum(original: Path):
     files = json.loads((original / MANIFEST).read_text())["files"]
     assert files == {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in original.iterdir() if path.name != MANIFEST
+        path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        for path in original.iterdir()
+        if path.name != MANIFEST
     }
 
 
@@ -98,13 +102,14 @@ def test_no_file_holds_a_pickle(original: Path):
         assert not content.startswith((b"\x80", b"PK")), file
         with pytest.raises(Exception):  # noqa: B017 - whatever the disassembler says of bytes that are no pickle
             list(pickletools.genops(content))
-        if file.name != WEIGHTS:
+        if file.suffix != ".safetensors":
             content.decode()
-    size = int.from_bytes((original / WEIGHTS).read_bytes()[:8], "little")
-    header = json.loads((original / WEIGHTS).read_bytes()[8 : 8 + size])
-    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    # The tensors fill the file to its last byte: there is no room for anything else.
-    assert 8 + size + max(entry["data_offsets"][1] for entry in tensors.values()) == (original / WEIGHTS).stat().st_size
+            continue
+        size = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + size])
+        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        # The tensors fill the file to its last byte: there is no room for anything else.
+        assert 8 + size + max(entry["data_offsets"][1] for entry in tensors.values()) == len(content)
 
 
 def test_the_folder_tells_nothing_of_the_machine_or_the_rows(tmp_path: Path):
@@ -119,15 +124,8 @@ def test_the_folder_tells_nothing_of_the_machine_or_the_rows(tmp_path: Path):
 
 
 def test_the_self_test_is_synthetic(original: Path):
-    test = json.loads((original / MANIFEST).read_text())["self_test"]
     expected = torch.randint(0, 50, (2, 8), generator=torch.Generator().manual_seed(0))
-    assert test["input_ids"] == expected.tolist()
-
-
-def test_a_stock_loader_refuses_the_folder(original: Path):
-    for stock in (AutoModel, AutoModelForSequenceClassification):
-        with pytest.raises(ValueError, match="rmtkd_bert"):
-            stock.from_pretrained(original)
+    assert torch.equal(load_file(original / SELF_TEST)["inputs.input_ids"], expected)
 
 
 def test_a_folder_that_exists_is_refused_and_untouched(tmp_path: Path, small: torch.nn.Module):
@@ -146,13 +144,13 @@ def test_an_interrupted_save_leaves_no_folder(tmp_path: Path, small: torch.nn.Mo
     def interrupt(*_: object):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(artifact, "_make_self_test", interrupt)  # the last thing before the manifest
+    monkeypatch.setattr(artifact.folder, "versions", interrupt)  # when all is written but the manifest
     with pytest.raises(KeyboardInterrupt):
         artifact.save(small, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", [MANIFEST, WEIGHTS, "config.json", "README.md"])
+@pytest.mark.parametrize("name", sorted(OWN_FILES))
 def test_an_extra_file_cannot_replace_one_of_ours(tmp_path: Path, small: torch.nn.Module, name: str):
     (tmp_path / name).write_text("{}")
     with pytest.raises(ArtifactError, match="has a name of ours"):
@@ -204,8 +202,6 @@ def test_a_device_that_is_not_there_is_refused(folder: Path):
 
 
 # What is refused
-
-FILES = ["README.md", "config.json", WEIGHTS, MANIFEST, "tokenizer.json", "tokenizer_config.json"]
 
 
 def truncate(path: Path) -> None:
@@ -273,20 +269,22 @@ def test_a_folder_that_is_not_one_is_refused(tmp_path: Path):
             rmtkd.load(path)
 
 
-def reseal(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+def reseal(folder: Path, change: Callable[[dict[str, Any]], object] = lambda manifest: None) -> None:
     """Change the manifest and make all checksums right again, as somebody would who means it."""
     manifest = json.loads((folder / MANIFEST).read_text())
     del manifest["checksum"]
+    manifest["files"] = {name: vouch(folder / name) for name in manifest["files"]}
     change(manifest)
-    (folder / MANIFEST).write_text(artifact._sealed(manifest))
+    (folder / MANIFEST).write_text(sealed(manifest))
 
 
 def test_resealing_alone_changes_nothing(folder: Path):
-    reseal(folder, lambda manifest: None)
+    reseal(folder)
     rmtkd.load(folder)
 
 
-WORD = "bert.embeddings.word_embeddings.table.weight"
+NOTHING = {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}
+WORD = "bert.embeddings.word_embeddings.weight"
 QUERY = "bert.encoder.layer.0.attention.self.query.weight"
 SELF = "bert.encoder.layer.0.attention.self"
 
@@ -301,49 +299,90 @@ SELF = "bert.encoder.layer.0.attention.self"
         pytest.param(lambda m: m["shapes"].update({WORD: "50"}), id="shape of text"),
         pytest.param(lambda m: m["shapes"].update({"bert.nothing": [1]}), id="parameter too many"),
         pytest.param(lambda m: m["shapes"].pop(QUERY), id="parameter missing"),
-        pytest.param(lambda m: m["config"].update(hidden_size=10**15), id="huge width"),
-        pytest.param(lambda m: m["config"].update(vocab_size=10**15), id="huge vocabulary"),
-        pytest.param(lambda m: m["config"].update(num_hidden_layers=10**9), id="layers without end"),
-        pytest.param(lambda m: m["config"].update(num_hidden_layers=1), id="layer missing"),
-        pytest.param(lambda m: m["config"].update(hidden_act="os.system"), id="unknown activation"),
-        pytest.param(lambda m: m["config"].update(hidden_act="relu"), id="another activation"),
-        pytest.param(lambda m: m["config"].update(num_attention_heads="two"), id="heads of text"),
-        pytest.param(lambda m: m["config"].update(is_decoder=True), id="decoder"),
-        pytest.param(lambda m: m["config"].update(return_dict=False), id="outputs as a tuple"),
-        pytest.param(lambda m: m["config"].update(pad_token_id=99), id="padding outside the vocabulary"),
-        pytest.param(lambda m: m["config"].update(id2label=5), id="odd labels"),
-        pytest.param(lambda m: m.update(format=2), id="unknown format"),
+        pytest.param(lambda m: m.update(format=FORMAT + 1), id="unknown format"),
         pytest.param(lambda m: m.update(format="1"), id="format of text"),
         pytest.param(lambda m: m.update(format=True), id="format true"),
         pytest.param(lambda m: m.update(model_class="os.system"), id="unknown class"),
         pytest.param(lambda m: m.update(model_class="BertModel"), id="class without a head"),
         pytest.param(lambda m: m.update(model_class=["BertForSequenceClassification"]), id="class in a list"),
-        pytest.param(lambda m: m["files"].update({"../x": "0" * 64}), id="file above"),
-        pytest.param(lambda m: m["files"].update({"/etc/passwd": "0" * 64}), id="file elsewhere"),
-        pytest.param(lambda m: m["files"].update({"..": "0" * 64}), id="folder above"),
-        pytest.param(lambda m: m["files"].update({"": "0" * 64}), id="file without a name"),
-        pytest.param(lambda m: m["files"].update({"a\0b": "0" * 64}), id="file name with a zero byte"),
+        pytest.param(lambda m: m["files"].update({"../x": NOTHING}), id="file above"),
+        pytest.param(lambda m: m["files"].update({"/etc/passwd": NOTHING}), id="file elsewhere"),
+        pytest.param(lambda m: m["files"].update({"..": NOTHING}), id="folder above"),
+        pytest.param(lambda m: m["files"].update({"": NOTHING}), id="file without a name"),
+        pytest.param(lambda m: m["files"].update({"a\0b": NOTHING}), id="file name with a zero byte"),
         pytest.param(lambda m: m["files"].pop(WEIGHTS), id="weights without a checksum"),
         pytest.param(lambda m: m["files"].clear(), id="no checksums"),
-        pytest.param(lambda m: m["attributes"][0].__setitem__(2, 9), id="wrong attribute"),
-        pytest.param(lambda m: m["attributes"].pop(), id="attribute missing"),
-        pytest.param(lambda m: m["attributes"].append([SELF, "forward", 5]), id="attribute that is no number"),
-        pytest.param(lambda m: m["attributes"].append([SELF, "num_attention_heads", 4]), id="another number"),
-        pytest.param(lambda m: m["attributes"].append(["", "__class__", 5]), id="class of the model"),
-        pytest.param(lambda m: m["attributes"].append([SELF]), id="short attribute"),
-        pytest.param(lambda m: m["factorized"].clear(), id="embedding not factorised"),
-        pytest.param(lambda m: m["factorized"].append("bert.embeddings.position_embeddings"), id="one more factorised"),
-        pytest.param(lambda m: m["factorized"].append("bert.nothing"), id="factorised nothing"),
-        pytest.param(lambda m: m["self_test"]["logits"][0].__setitem__(0, 99.0), id="wrong self-test"),
-        pytest.param(lambda m: m["self_test"].update(logits=[]), id="empty self-test"),
-        pytest.param(lambda m: m["self_test"].update(logits=[[0.0]]), id="self-test of another shape"),
-        pytest.param(lambda m: m["self_test"]["input_ids"][0].__setitem__(0, 10**6), id="self-test outside the words"),
-        pytest.param(lambda m: m["self_test"].pop("input_ids"), id="self-test without input"),
-        *(pytest.param(lambda m, key=key: m.pop(key), id=f"no {key}") for key in artifact.FIELDS if key != "checksum"),
+        pytest.param(lambda m: m["files"][WEIGHTS].pop("bytes"), id="no size"),
+        pytest.param(lambda m: m["files"].update({WEIGHTS: m["files"][WEIGHTS]["sha256"]}), id="checksum alone"),
+        pytest.param(lambda m: m.update(library="own"), id="another library"),
+        pytest.param(lambda m: m.update(library="os"), id="unknown library"),
+        pytest.param(lambda m: m.update(model_class="BertForSequenceClassification"), id="stock class"),
+        pytest.param(lambda m: m.update(model_class="RmtkdRobertaForSequenceClassification"), id="another family"),
+        pytest.param(lambda m: m["self_test"].update(own_forward=True), id="a forward of its own"),
+        pytest.param(lambda m: m["self_test"].update(named_inputs=False), id="inputs without names"),
+        pytest.param(lambda m: m["self_test"].clear(), id="nothing on the self-test"),
+        *(pytest.param(lambda m, key=key: m.pop(key), id=f"no {key}") for key in FIELDS if key != "checksum"),
     ],
 )
 def test_a_manifest_changed_on_purpose_is_refused(folder: Path, change: Callable[[dict[str, Any]], object]):
     reseal(folder, change)
+    with pytest.raises(ArtifactError):
+        rmtkd.load(folder)
+
+
+def own(entry: str, change: Callable[[Any], object]) -> Callable[[dict[str, Any]], object]:
+    """A change of one of our entries in config.json."""
+    return lambda config: change(config[entry])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda c: c.update(hidden_size=10**15), id="huge width"),
+        pytest.param(lambda c: c.update(vocab_size=10**15), id="huge vocabulary"),
+        pytest.param(lambda c: c.update(num_hidden_layers=10**9), id="layers without end"),
+        pytest.param(lambda c: c.update(num_hidden_layers=1), id="layer missing"),
+        pytest.param(lambda c: c.update(hidden_act="os.system"), id="unknown activation"),
+        pytest.param(lambda c: c.update(hidden_act="relu"), id="another activation"),
+        pytest.param(lambda c: c.update(num_attention_heads="two"), id="heads of text"),
+        pytest.param(lambda c: c.update(is_decoder=True), id="decoder"),
+        pytest.param(lambda c: c.update(return_dict=False), id="outputs as a tuple"),
+        pytest.param(lambda c: c.update(pad_token_id=99), id="padding outside the vocabulary"),
+        pytest.param(lambda c: c.update(id2label=5), id="odd labels"),
+        pytest.param(lambda c: c.pop("per_layer_config"), id="no widths"),
+        pytest.param(lambda c: c.update(per_layer_config={"0": {"hidden_size": 16}}), id="another width"),
+        pytest.param(lambda c: c.update(per_layer_config={"7": {"head_dim": 8}}), id="a layer that is not there"),
+        pytest.param(lambda c: c.update(per_layer_config={"0": {"head_dim": 10**18}}), id="huge head"),
+        pytest.param(lambda c: c.update(per_layer_config={"0": {"head_dim": -1}}), id="negative head"),
+        pytest.param(lambda c: c.update(per_layer_config=5), id="widths that are none"),
+        pytest.param(own("per_layer_config", lambda w: w["0"].pop("head_dim")), id="one width missing"),
+        pytest.param(lambda c: c.update(word_embedding_size=10**15), id="huge table"),
+        pytest.param(lambda c: c.pop("word_embedding_size"), id="embedding not factorised"),
+        pytest.param(lambda c: c.update(head_dim=8), id="another head"),
+        pytest.param(lambda c: c.pop("narrowed"), id="no table"),
+        pytest.param(own("narrowed", lambda n: n["layers"].append("bert.pooler")), id="one more layer"),
+        pytest.param(own("narrowed", lambda n: n["layers"].append("bert.nothing")), id="layer that is none"),
+        pytest.param(own("narrowed", lambda n: n["head_dim"].update(groups=4)), id="other heads"),
+        pytest.param(
+            own("narrowed", lambda n: n["head_dim"]["attributes"].update({"attention.self.forward": "width"})),
+            id="attribute that is no number",
+        ),
+        pytest.param(own("narrowed", lambda n: n["head_dim"]["attributes"].clear()), id="attributes missing"),
+        pytest.param(
+            own("narrowed", lambda n: n["head_dim"]["parameters"].update({"output.dense.bias": [0, 1]})),
+            id="one more parameter",
+        ),
+        pytest.param(
+            own("narrowed", lambda n: n.update(word_embedding_size="bert.embeddings.position_embeddings")),
+            id="another embedding",
+        ),
+    ],
+)
+def test_a_configuration_changed_on_purpose_is_refused(folder: Path, change: Callable[[dict[str, Any]], object]):
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    reseal(folder)
     with pytest.raises(ArtifactError):
         rmtkd.load(folder)
 
@@ -360,7 +399,7 @@ def test_a_manifest_of_another_form_is_refused(folder: Path, text: str):
 
 def test_a_manifest_with_a_key_twice_is_refused(folder: Path):
     text = (folder / MANIFEST).read_text()
-    (folder / MANIFEST).write_text(text.replace('{\n "format": 1,', '{\n "format": 1,\n "format": 1,', 1))
+    (folder / MANIFEST).write_text(text.replace('{\n "format": 2,', '{\n "format": 2,\n "format": 2,', 1))
     with pytest.raises(ArtifactError, match="checksum differs"):
         rmtkd.load(folder)
 
@@ -372,13 +411,15 @@ def test_a_manifest_with_a_number_that_is_none_is_refused(folder: Path, constant
         rmtkd.load(folder)
 
 
-def write_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    """Change the weights and make all checksums right again."""
-    tensors = {name: value.clone() for name, value in load_file(folder / WEIGHTS).items()}
+Change = Callable[[dict[str, torch.Tensor]], object]
+
+
+def rewrite(file: Path, change: Change) -> None:
+    """Change tensors and make all checksums right again."""
+    tensors = {name: value.clone() for name, value in load_file(file).items()}
     change(tensors)
-    save_file(tensors, folder / WEIGHTS)
-    checksum = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
-    reseal(folder, lambda manifest: manifest["files"].update({WEIGHTS: checksum}))
+    save_file(tensors, file)
+    reseal(file.parent)
 
 
 @pytest.mark.parametrize(
@@ -392,28 +433,52 @@ def write_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], obje
         pytest.param(lambda t: t.update({QUERY: t[QUERY].flatten()}), id="flattened"),
         pytest.param(lambda t: t.update({"more": torch.zeros(1)}), id="tensor too many"),
         pytest.param(lambda t: t.pop(QUERY), id="tensor missing"),
-        pytest.param(lambda t: t["bert.embeddings.position_ids"].add_(3), id="another buffer"),
+        pytest.param(lambda t: t.update({"bert.embeddings.position_ids": torch.zeros(1, 24).long()}), id="a buffer"),
     ],
 )
-def test_weights_changed_on_purpose_are_caught(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]):
-    write_weights(folder, change)
+def test_weights_changed_on_purpose_are_caught(folder: Path, change: Change):
+    rewrite(folder / WEIGHTS, change)
+    with pytest.raises(ArtifactError):
+        rmtkd.load(folder)
+
+
+IDS, MASK = "inputs.input_ids", "inputs.attention_mask"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda t: t["logits"][0, 0].fill_(99), id="wrong answer"),
+        pytest.param(lambda t: t["logits"][0, 0].fill_(float("nan")), id="no number"),
+        pytest.param(lambda t: t.update(logits=t["logits"][:1]), id="answers missing"),
+        pytest.param(lambda t: t.update(logits=torch.zeros(0, 3)), id="no answers"),
+        pytest.param(lambda t: t.pop("logits"), id="no logits"),
+        pytest.param(lambda t: t[IDS][0, 0].fill_(10**6), id="outside the words"),
+        pytest.param(lambda t: t.update({IDS: t[IDS].double()}), id="words that are no numbers"),
+        pytest.param(lambda t: t.pop(IDS), id="no input"),
+        pytest.param(lambda t: t.update({IDS: t[IDS].repeat(1, 9), MASK: t[MASK].repeat(1, 9)}), id="too long"),
+    ],
+)
+def test_a_self_test_changed_on_purpose_is_caught(folder: Path, change: Change):
+    rewrite(folder / SELF_TEST, change)
     with pytest.raises(ArtifactError):
         rmtkd.load(folder)
 
 
 def test_what_a_configuration_could_name_to_run_is_not_looked_at(folder: Path):
-    """A kernel of the hub, a modelling file, a number of labels to unfold: loading goes on as if there were none."""
+    """A kernel of the hub, a modelling file, a quantisation: loading goes on as if there were none."""
     before = logits(rmtkd.load(folder), random_rows())
-
-    def change(manifest: dict[str, Any]) -> None:
-        manifest["config"] |= {
-            "attn_implementation": "somebody/kernel",
-            "_attn_implementation": "somebody/kernel",
-            "auto_map": {"AutoModel": "evil.py--Model"},
-            "num_labels": 10**15,
-            "quantization_config": {"quant_method": "evil"},
-        }
-
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "attn_implementation": "somebody/kernel",
+        "_attn_implementation": "somebody/kernel",
+        "auto_map": {"AutoModelForSequenceClassification": "evil.Model"},
+        "num_labels": 10**15,
+        "quantization_config": {"quant_method": "evil"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / CODE).write_text("raise SystemExit")
     (folder / "evil.py").write_text("raise SystemExit")
-    reseal(folder, change)
+    reseal(folder)
     assert torch.equal(logits(rmtkd.load(folder), random_rows()), before)
+    assert "read it before" in (rmtkd.inspect(folder).code or "")

@@ -6,39 +6,32 @@ from torch import nn
 
 from conftest import assert_untouched, random_rows, snapshot, tiny_bert
 from rmtkd.measurement import count_parameters
-from rmtkd.modules import FactorizedEmbedding, randomize
+from rmtkd.modules import factorized, randomize
 from rmtkd.surgery import factorize_embedding
 
 WORDS = "bert.embeddings.word_embeddings"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_identity_computes_bit_for_bit_what_the_embedding_does(dtype: torch.dtype) -> None:
+def test_factorized_computes_bit_for_bit_what_the_embedding_does(dtype: torch.dtype) -> None:
     embedding = nn.Embedding(11, 6, padding_idx=0, dtype=dtype)
     ids = torch.randint(0, 11, (4, 7))
-    factorized = FactorizedEmbedding.identity(embedding)
-    assert torch.equal(factorized(ids), embedding(ids))
-    assert factorized(ids).dtype == dtype
-    assert factorized.table is embedding
+    made = factorized(embedding)
+    assert torch.equal(made(ids), embedding(ids))
+    assert made(ids).dtype == dtype
+    assert made.weight is embedding.weight
+    assert made.padding_idx == 0
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_identity_keeps_the_mode_of_the_embedding(training: bool) -> None:
-    factorized = FactorizedEmbedding.identity(nn.Embedding(5, 3).train(training))
-    assert {module.training for module in factorized.modules()} == {training}
+def test_factorized_keeps_the_mode_of_the_embedding(training: bool) -> None:
+    made = factorized(nn.Embedding(5, 3).train(training))
+    assert {module.training for module in made.modules()} == {training}
 
 
-def test_identity_of_an_embedding_without_memory_takes_none() -> None:
-    factorized = FactorizedEmbedding.identity(nn.Embedding(5, 3, device="meta"))
-    assert all(parameter.is_meta for parameter in factorized.parameters())
-
-
-def test_names_are_the_paths_of_the_two_factors() -> None:
-    model = tiny_bert()
-    factorize_embedding(model, WORDS)
-    table, projection = FactorizedEmbedding.names(WORDS)
-    assert isinstance(model.get_submodule(table), nn.Embedding)
-    assert isinstance(model.get_submodule(projection), nn.Linear)
+def test_factorizing_an_embedding_without_memory_takes_none() -> None:
+    made = factorized(nn.Embedding(5, 3, device="meta"))
+    assert all(parameter.is_meta for parameter in made.parameters())
 
 
 def test_factorizing_twice_is_factorizing_once() -> None:
@@ -55,7 +48,7 @@ def test_what_transformers_asks_of_its_input_embedding_still_works() -> None:
     factorize_embedding(model, WORDS)
     assert model.get_input_embeddings() is model.get_submodule(WORDS)
     assert model.num_parameters() == count_parameters(model) == total + 32 * 32 + 32
-    embeddings = sum(p.numel() for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters())
+    embeddings = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
     assert model.num_parameters(exclude_embeddings=True) == model.num_parameters() - embeddings
     model.tie_weights()
     model.enable_input_require_grads()
@@ -63,13 +56,14 @@ def test_what_transformers_asks_of_its_input_embedding_still_works() -> None:
     assert torch.isfinite(model(**batch).loss)
 
 
-def test_resizing_the_vocabulary_of_a_factorised_model_fails_and_changes_nothing() -> None:
+def test_the_vocabulary_of_a_factorised_model_can_grow() -> None:
     model = tiny_bert()
     factorize_embedding(model, WORDS)
-    before = snapshot(model)
-    with pytest.raises(AttributeError, match="FactorizedEmbedding"):
-        model.resize_token_embeddings(60)
-    assert_untouched(model, before)
+    ids = torch.arange(4, 12)[None]
+    before = model(ids).logits
+    model.resize_token_embeddings(60, mean_resizing=False)
+    assert torch.equal(model(ids).logits, before)
+    assert torch.isfinite(model(ids + 48).logits).all()
 
 
 def test_a_random_start_depends_on_its_seed_alone() -> None:

@@ -1,5 +1,7 @@
 """Make a trained PyTorch model several times smaller and faster, dense and as accurate (RMT-KD, arXiv 2509.15724)."""
 
+from rmtkd.artifact import Inspection as Inspection
+from rmtkd.artifact import inspect as inspect
 from rmtkd.artifact import load as load
 from rmtkd.compression import Compressed as Compressed
 from rmtkd.compression import compress as compress
@@ -13,6 +15,9 @@ from rmtkd.measurement import Footprint as Footprint
 from rmtkd.measurement import measure as measure
 from rmtkd.planning import Plan as Plan
 from rmtkd.planning import retarget as retarget
+from rmtkd.pretrained import register as _register
 from rmtkd.schedule import Options as Options
 from rmtkd.sites import Site as Site
 from rmtkd.sites import find_sites as find_sites
+
+_register()

@@ -1,41 +1,21 @@
-"""The one module that `rmtkd` adds to a network: an embedding in two factors."""
+"""Embeddings in two factors, the one module that `rmtkd` adds to a network; and random starts."""
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import nn
+
+from rmtkd.modeling_rmtkd import FactorizedEmbedding
 
 
-class FactorizedEmbedding(nn.Module):
-    """An embedding as a narrow table followed by a linear map to the model's width.
-
-    It has no `weight`: code that wants one, such as transformers' `resize_token_embeddings`, fails by name rather than
-    act on the table alone.
-    """
-
-    def __init__(self, table: nn.Embedding, projection: nn.Linear):
-        super().__init__()
-        self.table = table
-        self.projection = projection
-
-    @classmethod
-    def identity(cls, embedding: nn.Embedding) -> "FactorizedEmbedding":
-        """The same function as `embedding`: its table followed by the identity. The table is not copied."""
-        weight = embedding.weight
-        width = embedding.embedding_dim
-        projection = nn.Linear(width, width, device="meta", dtype=weight.dtype).to_empty(device=weight.device)
-        with torch.no_grad():
-            projection.weight.copy_(torch.eye(width, dtype=weight.dtype))
-            projection.bias.zero_()
-        return cls(embedding, projection).train(embedding.training)
-
-    @staticmethod
-    def names(path: str) -> tuple[str, str]:
-        """Paths of table and projection of a factorised embedding at `path`."""
-        return f"{path}.table", f"{path}.projection"
-
-    def forward(self, ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape width"]:
-        """Embed token ids."""
-        return self.projection(self.table(ids))
+def factorized(embedding: nn.Embedding) -> FactorizedEmbedding:
+    """The same function as `embedding`: its table, which is not copied, followed by the identity."""
+    weight, width = embedding.weight, embedding.embedding_dim
+    made = FactorizedEmbedding.like(embedding, width, device="meta", dtype=weight.dtype)
+    made.weight = weight
+    made.projection.to_empty(device=weight.device)
+    with torch.no_grad():
+        made.projection.weight.copy_(torch.eye(width, dtype=weight.dtype))
+        made.projection.bias.zero_()
+    return made
 
 
 def randomize(model: nn.Module, *, seed: int) -> None:

@@ -35,6 +35,7 @@ from rmtkd.measurement import (
 from rmtkd.memory import Pieces, peak_bytes
 from rmtkd.modules import randomize
 from rmtkd.planning import Plan
+from rmtkd.pretrained import presented
 from rmtkd.roles import Answered, Roles, check_report, check_teacher, fingerprint, share_of
 from rmtkd.schedule import History, Options, Round, stop_reason, too_much_lost
 from rmtkd.sites import Site, blocks_of, find_family, find_sites
@@ -55,6 +56,11 @@ class Compressed:
     rounds: tuple[Round, ...]
     record: dict[str, Any]
     """What `summary.json` holds."""
+    sites: tuple[Site, ...] | None = None
+    """Of a model of one's own."""
+    example: Batch | None = None
+    """The batch whose costs were measured; its shape, not its values, is what the self-test of a model of one's own is
+    made after."""
 
     def summary(self) -> str:
         """The result as a table of plain text."""
@@ -62,8 +68,15 @@ class Compressed:
 
     def save(self, folder: str | Path, *, extra_files: Iterable[Path] = ()) -> None:
         """Write the model folder that `rmtkd.load` reads: weights, shapes, checksums, self-test, model card."""
-        card = reporting.model_card(self.record, self.plan)
-        artifact.save(self.model, Path(folder), card=card, provenance=self.record, extra_files=extra_files)
+        artifact.save(
+            self.model,
+            folder,
+            card=reporting.model_card(self.record, self.plan),
+            provenance=self.record,
+            extra_files=extra_files,
+            sites=self.sites,
+            example=self.example,
+        )
 
 
 @contextmanager
@@ -154,8 +167,8 @@ class Run:
         except (Interrupted, KeyboardInterrupt) as stop:
             return self.interrupted(standing, stop)
         record["seconds"] = standing.seconds + time.monotonic() - started
-        record["model_checksum"] = checksum(tensors_of(standing.student))
-        compressed = Compressed(model=standing.student, plan=standing.plan, rounds=standing.rounds, record=record)
+        record["model_checksum"] = checksum(artifact.weights_of(standing.student))
+        compressed = self.result(standing.student, standing.plan, standing.rounds, record)
         if folder is not None:
             self.finish(folder, compressed, extra_files)
         self.emit("done", stop_reason=reason)
@@ -206,10 +219,7 @@ class Run:
         for name in ("model", "model-so-far"):
             if (folder.path / name).exists():  # of a session that ended before its summary
                 shutil.rmtree(folder.path / name)
-        if self.encoder is not None:
-            compressed.save(folder.path / "model", extra_files=extra_files)
-        else:  # a class that no loader of ours can name: its weights, for `resume` to put in place
-            artifact.save_weights(compressed.model, folder.path / "model")
+        compressed.save(folder.path / "model", extra_files=extra_files)
         folder.save_json("summary.json", compressed.record)
         folder.drop_state()
 
@@ -233,7 +243,7 @@ class Run:
                 "it, or compress again into another folder."
             )
         student = shaped(self.model, self.sites, kept, weights)
-        return Compressed(model=student, plan=made, rounds=rounds, record=record)
+        return self.result(student, made, rounds, record)
 
     def interrupted(self, standing: Standing, stop: BaseException) -> Compressed:
         """The model as it is: in the middle of its round, or of the last one that is over."""
@@ -244,7 +254,19 @@ class Run:
         self.emit("interrupted", where=where)
         standing = replace(standing, student=student.eval())
         record = {**self.measure(standing, reason, report=False), "finished": False}
-        return Compressed(model=student, plan=standing.plan, rounds=standing.rounds, record=record)
+        return self.result(student, standing.plan, standing.rounds, record)
+
+    def result(self, student: nn.Module, made: Plan, rounds: tuple[Round, ...], record: dict[str, Any]) -> Compressed:
+        """What the run gives back: a model of transformers in a class that says its widths."""
+        is_own = self.encoder is None
+        return Compressed(
+            model=student if is_own else presented(student),
+            plan=made,
+            rounds=rounds,
+            record=record,
+            sites=self.sites if is_own else None,
+            example=self.example if is_own else None,
+        )
 
     # ------------------------------------------------------------------ one round
 

@@ -19,7 +19,8 @@ from rmtkd.bases import Basis
 from rmtkd.batches import Batch
 from rmtkd.errors import PlanError, SurgeryError
 from rmtkd.measurement import evaluation
-from rmtkd.modules import FactorizedEmbedding
+from rmtkd.modeling_rmtkd import FactorizedEmbedding
+from rmtkd.modules import factorized
 from rmtkd.sites import Axis, Site, Stream
 
 ROUNDINGS = 1000
@@ -117,8 +118,8 @@ def resize(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
 def factorize_embedding(model: nn.Module, path: str) -> None:
     """Replace the embedding at `path`, in place, by the same function in two factors."""
     embedding = model.get_submodule(path)
-    if isinstance(embedding, nn.Embedding):
-        model.set_submodule(path, FactorizedEmbedding.identity(embedding))
+    if isinstance(embedding, nn.Embedding) and not isinstance(embedding, FactorizedEmbedding):
+        model.set_submodule(path, factorized(embedding))
 
 
 def check_cut(

@@ -126,3 +126,23 @@ def check(
     else:
         out_console.print(conformance.verdict_table(verdicts))
     raise typer.Exit(0 if all(verdict.ok for verdict in verdicts) else 1)
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="Model folder, such as RUN/model.")],
+    as_json: AsJson = False,
+) -> None:
+    """Verify a model folder – every file, and the model by its self-test – and tell what it is.
+
+    \b
+    rmtkd inspect runs/sst2/model
+    """
+    from rmtkd import artifact
+
+    found = artifact.inspect(folder)
+    if as_json:
+        sys.stdout.write(json.dumps(asdict(found), indent=1) + "\n")
+    else:
+        for line in found.lines():
+            say(line)

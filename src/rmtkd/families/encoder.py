@@ -71,6 +71,7 @@ class EncoderFamily:
     """Where the widths of an encoder with a classification head are."""
 
     name: str
+    """What transformers calls the model type."""
     model_class: str
     """The transformers class with a classification head that is supported."""
     refused_classes: Mapping[str, str]
@@ -89,6 +90,11 @@ class EncoderFamily:
     """Whether positions are counted from the padding id on, which shortens the longest input by as much."""
     precision: torch.dtype = torch.float64
     """What the stock forward computes in throughout, at best: some cast to float32 inside."""
+
+    @property
+    def config_class(self) -> str:
+        """The transformers class of its configuration."""
+        return self.model_class.replace("ForSequenceClassification", "Config")
 
     def longest_input(self, config: Any) -> int:
         """The longest input of a model with this configuration, in tokens."""

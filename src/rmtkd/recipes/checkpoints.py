@@ -94,10 +94,8 @@ def load_tokenizer(path: str, model: nn.Module) -> Any:
 
     if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
         return None
-    # The config.json of our folder names no stock model, by design.
-    reader = transformers.PreTrainedTokenizerFast if artifact.is_artifact(Path(path)) else transformers.AutoTokenizer
     try:
-        tokenizer = reader.from_pretrained(path, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # whatever transformers makes of altered files
         raise DataError(
             f"{path!r} must hold a tokenizer. Reading it gave: {_first_line(error)}. Save it anew."

@@ -16,7 +16,7 @@ attention kernel survive) carry the same `shares`.
 """
 
 from rmtkd.sites.parts import attention_sites, embedding_site, feed_forward_site, linear_site
-from rmtkd.sites.search import check_parameters, find_family, find_sites, longest_input, search
+from rmtkd.sites.search import check_parameters, find_family, find_sites, layer_paths, longest_input, search
 from rmtkd.sites.site import Attribute, Axis, Kind, Quantity, Site, Stream, blocks_of, by_width
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "feed_forward_site",
     "find_family",
     "find_sites",
+    "layer_paths",
     "linear_site",
     "longest_input",
     "search",

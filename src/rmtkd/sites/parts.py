@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from rmtkd.errors import UnsupportedModelError
 from rmtkd.measurement import evaluation
-from rmtkd.modules import FactorizedEmbedding
+from rmtkd.modeling_rmtkd import FactorizedEmbedding
 from rmtkd.sites.site import Attribute, Axis, Quantity, Site, Stream
 
 M = TypeVar("M", bound=nn.Module)
@@ -42,20 +42,19 @@ def embedding_site(model: nn.Module, path: str, *, name: str = "embeddings.word"
     """
     embedding = expect(model, path, nn.Embedding, FactorizedEmbedding)
     factorized = isinstance(embedding, FactorizedEmbedding)
-    table, projection = FactorizedEmbedding.names(path)
     # Before the embedding is factorised, the table's own output is the width; afterwards, the projection's input.
     stream = Stream(
-        module=projection if factorized else path,
+        module=f"{path}.projection" if factorized else path,
         side="input" if factorized else "output",
-        writers=(Axis(parameter=f"{table}.weight", dim=1),),
-        readers=(Axis(parameter=f"{projection}.weight", dim=1),),
-        intercept=f"{projection}.bias",
+        writers=(Axis(parameter=f"{path}.weight", dim=1),),
+        readers=(Axis(parameter=f"{path}.projection.weight", dim=1),),
+        intercept=f"{path}.projection.bias",
     )
     return Site(
         name=name,
         kind="linear",
         block=block,
-        width=embedding.table.embedding_dim if factorized else embedding.embedding_dim,
+        width=embedding.embedding_dim,
         streams=(stream,),
         shares=name,
         factorizes=None if factorized else path,

@@ -9,6 +9,7 @@ from torch import nn
 
 from rmtkd.errors import UnsupportedModelError
 from rmtkd.families import FAMILIES, Attention, EncoderFamily, FeedForward
+from rmtkd.modeling_rmtkd import PREFIX
 from rmtkd.sites.parts import attention_sites, embedding_site, expect, feed_forward_site, linear
 from rmtkd.sites.site import Quantity, Site
 
@@ -20,7 +21,7 @@ def find_family(model: nn.Module) -> EncoderFamily:
         UnsupportedModelError: if there is none, or if the model's head is of another kind than single-label
             classification.
     """
-    class_name = type(model).__name__
+    class_name = type(model).__name__.removeprefix(PREFIX)
     supported = ", ".join(family.model_class for family in FAMILIES)
     for family in FAMILIES:
         if class_name in family.refused_classes:
@@ -55,9 +56,14 @@ def longest_input(model: nn.Module) -> int | None:
     """The longest input of a model in tokens, supported or not; None if its configuration does not say."""
     config = getattr(model, "config", None)
     for family in FAMILIES:
-        if type(model).__name__ == family.model_class:
+        if type(model).__name__.removeprefix(PREFIX) == family.model_class:
             return family.longest_input(config)
     return getattr(config, "max_position_embeddings", None)
+
+
+def layer_paths(model: nn.Module) -> list[str]:
+    """Paths of the layers of a supported model, those that share their weights once."""
+    return _expand(model, find_family(model).layers)
 
 
 def search(model: nn.Module) -> Iterator[tuple[str, Callable[[], tuple[Site, ...]]]]:

@@ -1,0 +1,299 @@
+"""The model folder: written whole or not at all, loaded after every file is verified. Nothing is run or unpickled."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rmtkd import modeling_rmtkd
+from rmtkd.artifact import self_test
+from rmtkd.artifact.manifest import FORMAT, MANIFEST, read_manifest, sealed, verify_files, vouch
+from rmtkd.artifact.self_test import SELF_TEST
+from rmtkd.batches import Batch, Forward
+from rmtkd.checkpoint import new_folder, write_atomically
+from rmtkd.environment import check_device, versions
+from rmtkd.errors import ArtifactError
+from rmtkd.families import FAMILIES
+from rmtkd.modeling_rmtkd import PREFIX, FactorizedEmbedding
+from rmtkd.pretrained import OURS, described, presented, without_values
+from rmtkd.sites import Site
+from rmtkd.surgery import factorize_embedding, fill, resize, tensors_of
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+CARD = "README.md"
+CODE = f"{modeling_rmtkd.__name__.rpartition('.')[2]}.py"
+OWN_FILES = frozenset({MANIFEST, WEIGHTS, CONFIG, CARD, CODE, SELF_TEST})
+MOST_LAYERS = 200
+"""As many layers are built before it is known whether there are weights for them all."""
+
+Build = Callable[[], nn.Module]
+"""A model of one's own as it was before it was cut: its class, or a function that calls it. Values do not matter."""
+
+
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    card: str = "",
+    provenance: Mapping[str, Any] | None = None,
+    extra_files: Iterable[Path] = (),
+    sites: Sequence[Site] | None = None,
+    example: Batch | None = None,
+) -> None:
+    """Write a model folder under a temporary name, then rename it.
+
+    Args:
+        model: a model of a supported family, of any widths; or any module, with its sites and an example.
+        folder: where to; must not exist.
+        card: the text of README.md.
+        provenance: JSON values on where the model comes from.
+        extra_files: files to copy into the folder, such as a tokenizer's.
+        sites: of a model of one's own: the widths that may have been narrowed.
+        example: of a model of one's own: a batch, after whose shape and range the self-test is made. It is not stored.
+
+    Raises:
+        ArtifactError: if the folder exists, an extra file is missing or has a name of ours, provenance is not JSON, or
+            the model's outputs are not finite.
+        UnsupportedModelError: if the model's family is not known, and no sites are given.
+    """
+    folder, extra_files = Path(folder), check_extra_files(extra_files)
+    if folder.exists() or folder.is_symlink():
+        raise ArtifactError(f"a model folder must be new. {folder} exists. Choose another name or remove it.")
+    try:
+        origin = json.loads(json.dumps(dict(provenance or {}), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"provenance must be JSON values. Writing it gave: {error}. Leave them out.") from None
+    if sites is None:
+        model = presented(model)
+    with new_folder(folder) as partial:
+        facts = _write_pretrained(model, partial) if sites is None else _write_own(model, partial, sites, example)
+        write_atomically(partial / CARD, card.encode())
+        for file in extra_files:
+            shutil.copyfile(file, partial / file.name)
+        manifest = {
+            "format": FORMAT,
+            **facts,
+            "shapes": shapes_of(model),
+            "versions": versions(),
+            "provenance": origin,
+            "files": {path.name: vouch(path) for path in sorted(partial.iterdir())},
+        }
+        # Read back what JSON makes of it: its keys are texts.
+        write_atomically(partial / MANIFEST, sealed(json.loads(json.dumps(manifest))).encode())
+
+
+def check_extra_files(files: Iterable[Path]) -> tuple[Path, ...]:
+    """Return the files if they can travel with a model.
+
+    Raises:
+        ArtifactError: if there is no such file, or it has a name of ours.
+    """
+    files = tuple(files)
+    for file in files:
+        if not file.is_file() or file.name in OWN_FILES:
+            fault = "has a name of ours" if file.is_file() else "is none"
+            raise ArtifactError(
+                f"an extra file must be a file of another name than ours. {file} {fault}. Leave it out."
+            )
+    return files
+
+
+def load(
+    folder: str | Path,
+    build: Build | None = None,
+    *,
+    forward: Forward | None = None,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """Load a model folder, verify it, and return the model in evaluation mode.
+
+    Nothing of the folder is executed or unpickled: models of transformers are built from its own classes, others by
+    `build`.
+
+    Args:
+        folder: what `save` wrote.
+        build: of a model of one's own: its class, or a function that calls it, giving it as it was before the cut.
+            Parameters that are made within take no memory.
+        forward: the one that the model was compressed with, if it had one of its own.
+        device: where the model goes.
+
+    Raises:
+        ArtifactError: naming what is missing, altered or of another format.
+        OptionError: if there is no such device.
+    """
+    check_device(str(device))
+    return verified(Path(folder), build, forward)[0].to(device)
+
+
+def verified(folder: Path, build: Build | None, forward: Forward | None) -> tuple[nn.Module, float]:
+    """The model in a folder, and by how much its self-test differs from the stored answers, relatively."""
+    manifest = read_manifest(folder)
+    is_own = manifest["library"] == "own"
+    verify_files(folder, manifest, (WEIGHTS, SELF_TEST) if is_own else (WEIGHTS, SELF_TEST, CONFIG))
+    if is_own and build is None:
+        raise ArtifactError(
+            f"{folder} holds a {manifest['model_class']}, a class of its maker's. Got no build. Pass the class, or a "
+            f"function that makes the model as it was before the cut: rmtkd.load({str(folder)!r}, build)."
+        )
+    if not is_own and build is not None:
+        raise ArtifactError(
+            f"build is for models of one's own. {folder} holds a {manifest['model_class']} of transformers. Leave it "
+            "out."
+        )
+    try:
+        tensors = load_file(folder / WEIGHTS)
+        model = _pretrained(folder, manifest, tensors) if build is None else _own(build, manifest, tensors)
+        if shapes_of(model) != manifest["shapes"]:
+            raise ArtifactError(f"{MANIFEST} and {WEIGHTS} must agree on shapes. They do not. Fetch the folder again.")
+        _assign(model, tensors)
+        return model.eval(), self_test.verify(model, folder, manifest["self_test"], forward)
+    except (ArtifactError, ImportError):
+        raise
+    except Exception as error:  # whatever safetensors, torch or transformers make of altered values
+        raise ArtifactError(
+            f"{folder} must hold a {manifest['model_class']} as it was written. Building it gave: {error!r}. "
+            "Fetch the folder again, or pass another build."
+        ) from error
+
+
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights in a model folder.
+
+    Raises:
+        ArtifactError: if they cannot be read.
+    """
+    try:
+        return load_file(folder / WEIGHTS)
+    except Exception as error:  # whatever safetensors makes of missing or damaged bytes
+        raise ArtifactError(f"{folder} must hold {WEIGHTS} as it was written. Reading it gave: {error!r}.") from error
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """What is stored of a model: parameters, and the buffers that belong to its state, by name, once each."""
+    state = model.state_dict().keys()
+    return {name: value.detach().cpu().contiguous() for name, value in tensors_of(model).items() if name in state}
+
+
+def shapes_of(model: nn.Module) -> dict[str, list[int]]:
+    """The shape of every parameter by name."""
+    return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+# ---------------------------------------------------------------------- writing
+
+
+def _write_pretrained(model: Any, folder: Path) -> dict[str, Any]:
+    """Weights, configuration and code, as transformers saves them; and what the manifest says of them."""
+    model.save_pretrained(folder)
+    return {
+        "library": "transformers",
+        "model_class": type(model).__name__,
+        "narrowed": {},  # config.json says it
+        "labels": {str(key): value for key, value in model.config.id2label.items()},
+        "self_test": self_test.write(model, folder, self_test.random_tokens(model)),
+    }
+
+
+def _write_own(model: nn.Module, folder: Path, sites: Sequence[Site], example: Batch | None) -> dict[str, Any]:
+    if example is None:
+        raise ArtifactError("a model of one's own needs an example of its batches, for the self-test. Got none.")
+    save_file(weights_of(model), folder / WEIGHTS, metadata={"format": "pt"})
+    attributes = {(a.module, a.name) for site in sites for a in site.attributes}
+    return {
+        "library": "own",
+        "model_class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "narrowed": {
+            "factorized": [name for name, module in model.named_modules() if isinstance(module, FactorizedEmbedding)],
+            "attributes": [[path, name, getattr(model.get_submodule(path), name)] for path, name in sorted(attributes)],
+        },
+        "labels": {},
+        "self_test": self_test.write(model, folder, self_test.random_like(example)),
+    }
+
+
+# ---------------------------------------------------------------------- building
+
+
+def _pretrained(folder: Path, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A model of transformers, its parameters without values. Only classes in the families' tables are ever built."""
+    import transformers
+
+    known = {prefix + family.model_class for family in FAMILIES for prefix in ("", PREFIX)}
+    name = manifest["model_class"]
+    if manifest["library"] != "transformers" or name not in known:
+        raise ArtifactError(
+            f"model_class must be one of {', '.join(sorted(known))}, of transformers. Got {name!r} of "
+            f"{manifest['library']!r}. Use the rmtkd that wrote the folder."
+        )
+    model_class = getattr(modeling_rmtkd if name.startswith(PREFIX) else transformers, name)
+    # Only what a stock configuration has, and ours: others name kernels to fetch and run, or sizes to unfold.
+    stock = getattr(transformers, name.removeprefix(PREFIX)).config_class
+    allowed = {*stock().to_dict(), *OURS}
+    values = {key: value for key, value in json.loads((folder / CONFIG).read_bytes()).items() if key in allowed}
+    # Anything that would take time or memory before it fails must agree with the weights that are really there.
+    repeated = ("num_hidden_layers", "num_hidden_groups", "inner_group_num")
+    numbers = [values.get(stock.attribute_map.get(key, key), 0) for key in repeated]
+    # (Layers that are called again and again may be more than the tensors, but not by much.)
+    if max(numbers) > max(len(tensors), MOST_LAYERS):
+        raise ArtifactError(f"{CONFIG} and {WEIGHTS} must agree on layers. They do not. Fetch the folder again.")
+    config = model_class.config_class.from_dict(values)
+    with torch.device("meta"):
+        model = model_class(config)
+    _check_shapes(model, tensors)
+    found_class, found = described(model)
+    if found_class is not model_class or any(_entry(found, key) != _entry(config, key) for key in OURS):
+        raise ArtifactError(
+            f"{CONFIG} must say which widths were narrowed, as a {name} has them. It says something else. Fetch the "
+            "folder again."
+        )
+    with without_values():
+        return model_class(config)
+
+
+def _entry(config: Any, key: str) -> Any:
+    return config.to_dict().get(key)
+
+
+def _own(build: Build, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A model of one's own, its parameters without values."""
+    narrowed = manifest["narrowed"]
+    with without_values():
+        model = build()
+        for path in narrowed["factorized"]:
+            factorize_embedding(model, path)
+    resize(model, {name: tensors[name].shape for name in manifest["shapes"]})
+    for path, name, value in narrowed["attributes"]:
+        module = model.get_submodule(path)
+        if type(getattr(module, name)) not in (int, float) or type(value) not in (int, float):
+            raise ArtifactError(
+                f"an attribute of a width must be a number. {path}.{name} is not. Fetch the folder again."
+            )
+        setattr(module, name, value)
+    return model
+
+
+def _check_shapes(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    state = model.state_dict().keys()
+    expected = {name: value for name, value in tensors_of(model).items() if name in state}
+    if set(expected) != set(tensors):
+        odd = sorted(set(expected) ^ set(tensors))
+        raise ArtifactError(f"{WEIGHTS} must hold exactly the model's tensors. They differ in {', '.join(odd[:5])}.")
+    for name, value in tensors.items():
+        if value.shape != expected[name].shape:
+            raise ArtifactError(
+                f"{name} must have shape {list(expected[name].shape)}. Got {list(value.shape)}. Fetch the folder again."
+            )
+
+
+def _assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    _check_shapes(model, tensors)
+    fill(model, tensors)
+    for name, buffer in model.named_buffers():
+        if name not in tensors and buffer.is_floating_point():  # of a model that had been cast as a whole
+            fill(model, {name: buffer.to(next(model.parameters()).dtype)})

@@ -1,0 +1,161 @@
+"""What a model folder is, told after all of it is verified."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from rmtkd import modeling_rmtkd
+from rmtkd.artifact.folder import CODE, WEIGHTS, Build, verified
+from rmtkd.artifact.manifest import read_manifest, sha256, verify_files
+from rmtkd.artifact.self_test import TOLERANCE
+from rmtkd.batches import Forward
+from rmtkd.environment import versions
+from rmtkd.errors import ArtifactError
+from rmtkd.measurement import count_parameters
+from rmtkd.modeling_rmtkd import PREFIX
+from rmtkd.sites import find_sites
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """A model folder whose files are all as they were written.
+
+    Attributes:
+        folder: where it is.
+        format: of the folder.
+        library: `transformers`, or `own` for a class of its maker's.
+        model_class: name of the class.
+        parameters: how many, tied ones once.
+        bytes: of all files.
+        files: how many files were verified by their SHA-256.
+        loads_with: what reads it.
+        code: whose the modelling file is; None where none is needed.
+        widths: by name of the width, as they are now; empty for models of one's own.
+        labels: class names by index.
+        versions, versions_here: of the libraries that wrote it, and of those that read it.
+        self_test: largest difference from the stored answers, relative to the largest; None where the model could not
+            be built.
+        provenance: what its maker wrote of it.
+    """
+
+    folder: str
+    format: int
+    library: str
+    model_class: str
+    parameters: int
+    bytes: int
+    files: int
+    loads_with: tuple[str, ...]
+    code: str | None
+    widths: dict[str, int]
+    labels: dict[str, str]
+    versions: dict[str, str]
+    versions_here: dict[str, str]
+    self_test: float | None
+    provenance: dict[str, Any]
+
+    def lines(self) -> Iterator[str]:
+        """The facts in words, without the provenance."""
+        yield f"{self.folder}: whole, and as it was written"
+        yield f"- model: {self.model_class}, {self.parameters:,} parameters, {self.bytes / 1e6:,.2f} MB"
+        yield f"- loads with: {'; '.join(self.loads_with)}"
+        if self.code is not None:
+            yield f"- {CODE}: {self.code}"
+        if self.widths:
+            yield f"- widths: {', '.join(f'{name} {width}' for name, width in self.widths.items())}"
+        if self.labels:
+            yield f"- labels: {', '.join(f'{index} {name}' for index, name in self.labels.items())}"
+        told = "not run, it needs the class: rmtkd.inspect(FOLDER, build)"
+        if self.self_test is not None:
+            told = f"answers differ by {self.self_test:.1e} from the stored ones, of {TOLERANCE:g} allowed"
+        yield f"- self-test: {told}"
+        yield f"- files: {self.files} verified by SHA-256, format {self.format}"
+        here = {name: version for name, version in self.versions_here.items() if self.versions.get(name) != version}
+        yield f"- written with: {_listed(self.versions)}" + (f"; here: {_listed(here)}" if here else "")
+
+
+def inspect(folder: str | Path, build: Build | None = None, *, forward: Forward | None = None) -> Inspection:
+    """Verify a model folder as `rmtkd.load` does, and tell what it is.
+
+    Args:
+        folder: what `save` wrote.
+        build: of a model of one's own, see `rmtkd.load`; without it the self-test is not run.
+        forward: the one that the model was compressed with, if it had one of its own.
+
+    Raises:
+        ArtifactError: naming what is missing, altered or of another format.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    widths: dict[str, int] = {}
+    if manifest["library"] == "own" and build is None:
+        verify_files(folder, manifest, (WEIGHTS,))
+        parameters, error = _parameters(folder, manifest), None
+    else:
+        model, error = verified(folder, build, forward)
+        parameters = count_parameters(model)
+        if build is None:
+            widths = {site.shares: site.width for site in find_sites(model)}
+    return Inspection(
+        folder=str(folder),
+        format=manifest["format"],
+        library=manifest["library"],
+        model_class=manifest["model_class"],
+        parameters=parameters,
+        bytes=sum(facts["bytes"] for facts in manifest["files"].values()),
+        files=len(manifest["files"]),
+        loads_with=tuple(_ways(manifest)),
+        code=_whose(folder) if CODE in manifest["files"] else None,
+        widths=widths,
+        labels=manifest["labels"],
+        versions=manifest["versions"],
+        versions_here=versions(),
+        self_test=error,
+        provenance=manifest["provenance"],
+    )
+
+
+def _parameters(folder: Path, manifest: Mapping[str, Any]) -> int:
+    """The number of parameters, if the weights have the shapes that the manifest says."""
+    total = 0
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as weights:
+            for name, shape in manifest["shapes"].items():
+                part = weights.get_slice(name).get_shape()
+                if part != shape:
+                    raise ValueError(f"{name} has shape {part}, not {shape}")
+                size = 1
+                for side in part:
+                    size *= side
+                total += size
+    except Exception as error:  # whatever safetensors makes of altered values
+        raise ArtifactError(
+            f"{folder} must hold the weights that it says. Reading them gave: {error!r}. Fetch the folder again."
+        ) from error
+    return total
+
+
+def _ways(manifest: Mapping[str, Any]) -> Iterator[str]:
+    if manifest["library"] == "own":
+        yield f"rmtkd.load(FOLDER, build), where build gives a {manifest['model_class']} as it was before the cut"
+        return
+    yield "rmtkd.load(FOLDER)"
+    auto = "AutoModelForSequenceClassification.from_pretrained(FOLDER)"
+    if manifest["model_class"].startswith(PREFIX):
+        yield f"{auto} after `import rmtkd`"
+        yield "where rmtkd is not installed, the same with trust_remote_code=True"
+    else:
+        yield f"{auto}: a stock model, nothing of ours is needed"
+
+
+def _whose(folder: Path) -> str:
+    if sha256(folder / CODE) == sha256(Path(modeling_rmtkd.__file__)):
+        return "that of the installed rmtkd"
+    return "not that of the installed rmtkd: read it before you pass trust_remote_code=True"
+
+
+def _listed(named: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in named.items())

@@ -1,0 +1,122 @@
+"""Transformers models whose layers differ in width, narrowed as their configuration says.
+
+This file travels with every model that `rmtkd` has made narrower than a stock configuration can say, and is the same in
+all of them. Beside it, `AutoModelForSequenceClassification.from_pretrained(FOLDER, trust_remote_code=True)` loads the
+model with torch and transformers alone; where rmtkd is installed, `import rmtkd` does instead of the flag.
+
+The `config.json` of such a model is a stock configuration with
+
+- `model_type`: `rmtkd_` and the stock one, so that no stock class takes the folder for its own;
+- `per_layer_config`: what differs from layer to layer, in transformers' schema: `head_dim`, and the width of the
+  feed-forward block by its stock name. Layers that share their weights count once;
+- `word_embedding_size`: columns of the embedding table, where it is narrower than the model;
+- `narrowed`: the parameters and attributes that have these widths, as paths within a layer.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+PREFIX = "Rmtkd"
+"""`RmtkdBertConfig` is the configuration of a narrowed `BertConfig`, and so on for every stock class."""
+
+
+class FactorizedEmbedding(nn.Embedding):
+    """An embedding as a narrow table, its `weight`, followed by a linear map to the model's width."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, width: int, **options: Any):
+        super().__init__(num_embeddings, embedding_dim, **options)
+        place = {name: options[name] for name in ("device", "dtype") if name in options}
+        self.projection = nn.Linear(embedding_dim, width, **place)
+
+    @classmethod
+    def like(cls, embedding: nn.Embedding, rank: int, **options: Any) -> "FactorizedEmbedding":
+        """A table of this rank, without values of the other's, in place of an embedding."""
+        names = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+        options = {name: getattr(embedding, name) for name in names} | options
+        width = embedding.embedding_dim
+        return cls(embedding.num_embeddings, rank, width, **options).train(embedding.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Embed token ids of any shape, in one more dimension of the model's width."""
+        return self.projection(super().forward(input))
+
+
+def per_layer_widths(config: Any) -> dict[int, dict[str, int]]:
+    """`per_layer_config` by layer, as it is written: transformers before 5.14 do not know it."""
+    return {int(index): widths for index, widths in (config.to_dict().get("per_layer_config") or {}).items()}
+
+
+def narrow(model: nn.Module, config: Any) -> None:
+    """Give the parameters of a stock model, in place, the widths that its configuration says; values are kept as far as
+    they fit."""
+    narrowed = config.narrowed
+    if (rank := getattr(config, "word_embedding_size", None)) is not None:
+        path = narrowed["word_embedding_size"]
+        old: Any = model.get_submodule(path)
+        place = {"device": old.weight.device, "dtype": old.weight.dtype}
+        model.set_submodule(path, FactorizedEmbedding.like(old, rank, **place))
+    widths = per_layer_widths(config)
+    for index, path in enumerate(narrowed["layers"]):
+        layer = model.get_submodule(path)
+        for key, width in widths.get(index, {}).items():
+            site = narrowed[key]
+            for name, (dim, copies) in site["parameters"].items():
+                _shorten(layer, name, dim, copies * site["groups"] * width)
+            values = {"width": width, "total": site["groups"] * width, "scaling": width**-0.5}
+            for name, quantity in site["attributes"].items():
+                owner, _, attribute = name.rpartition(".")
+                setattr(layer.get_submodule(owner), attribute, values[quantity])
+
+
+def _shorten(layer: nn.Module, name: str, dim: int, size: int) -> None:
+    """Keep the first entries of one dimension of a parameter, and tell a linear map its new sizes."""
+    path, _, leaf = name.rpartition(".")
+    module: Any = layer.get_submodule(path)
+    old = getattr(module, leaf)
+    setattr(module, leaf, nn.Parameter(old.detach().narrow(dim, 0, size).clone(), requires_grad=old.requires_grad))
+    if leaf == "weight" and isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+
+
+@contextmanager
+def _one_width_for_all(config: Any) -> Iterator[None]:
+    """What stock layers are built from: the configuration without what differs from layer to layer."""
+    widths = config.to_dict().get("per_layer_config")
+    config.per_layer_config = None
+    try:
+        yield
+    finally:
+        config.per_layer_config = widths
+
+
+def _config_class(stock: Any, name: str) -> Any:
+    made: Any = type(name, (stock,), {"model_type": f"rmtkd_{stock.model_type}", "__module__": __name__})
+    made.register_for_auto_class()
+    return made
+
+
+def _model_class(stock: Any, name: str) -> Any:
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        with _one_width_for_all(config):
+            stock.__init__(self, config, *args, **kwargs)
+        narrow(self, config)
+
+    config_class = __getattr__(PREFIX + stock.config_class.__name__)
+    made: Any = type(name, (stock,), {"config_class": config_class, "__init__": __init__, "__module__": __name__})
+    made.register_for_auto_class("AutoModelForSequenceClassification")
+    return made
+
+
+def __getattr__(name: str) -> Any:
+    """The narrowed class of any stock one, made when it is first asked for."""
+    if not name.startswith(PREFIX):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import transformers
+
+    stock = getattr(transformers, name.removeprefix(PREFIX))
+    made = _config_class(stock, name) if name.endswith("Config") else _model_class(stock, name)
+    globals()[name] = made
+    return made

@@ -1,0 +1,204 @@
+"""A narrowed model as one of transformers: a class and a configuration that say its widths, so that `from_pretrained`,
+`save_pretrained`, `pipeline` and `Trainer` work on it. A stock class where a stock configuration can say them."""
+
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from rmtkd import modeling_rmtkd
+from rmtkd.families import FAMILIES
+from rmtkd.modeling_rmtkd import PREFIX, FactorizedEmbedding
+from rmtkd.sites import Site, find_family, find_sites, layer_paths
+from rmtkd.surgery import fill, tensors_of
+
+HEAD = "head_dim"
+WORDS = "word_embedding_size"
+OURS = ("per_layer_config", WORDS, HEAD, "narrowed")
+"""Entries that a narrowed configuration has beyond the stock one."""
+
+
+def presented(model: nn.Module) -> nn.Module:
+    """The same network, in evaluation mode, as an instance of a class that transformers can save and load.
+
+    Args:
+        model: of a supported family, of any widths. Its parameters are shared, not copied.
+
+    Raises:
+        UnsupportedModelError: if the family is not known.
+    """
+    model_class, config = described(model)
+    with without_values():
+        same = model_class(config)
+    fill(same, {name: value.detach() for name, value in tensors_of(model).items()})
+    return same.eval()
+
+
+def described(model: nn.Module) -> tuple[Any, Any]:
+    """The class that a model of a supported family can be saved as, and its configuration.
+
+    The stock class, where a stock configuration can say all widths; else the narrowed one (`modeling_rmtkd`).
+
+    Raises:
+        UnsupportedModelError: if the family is not known.
+    """
+    import transformers
+
+    family, sites, config = find_family(model), find_sites(model), _stock_values(model)
+    stock = getattr(transformers, family.model_class)
+    common = stock.config_class.from_dict(config | _common_widths(sites))
+    if _shapes(_on_meta(stock, common)) == _shapes(model):
+        return stock, _as_in(model, common)
+    full = {site.name: site.width for site in find_sites(_on_meta(stock, stock.config_class.from_dict(config)))}
+    narrowed = getattr(modeling_rmtkd, PREFIX + family.model_class)
+    return narrowed, _as_in(model, narrowed.config_class.from_dict(config | _own_entries(model, sites, full)))
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Modules that are built here have parameters without memory, and buffers with their values."""
+
+    def empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta:
+            return None  # as it is
+        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(empty)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _stock_values(model: nn.Module) -> dict[str, Any]:
+    """The entries of the model's configuration that a stock one has."""
+    config: Any = model.config
+    # Where the model lay on this machine is nobody's business.
+    left_out = {*OURS, "auto_map", "model_type", "architectures", "_name_or_path"}
+    return {name: value for name, value in config.to_dict().items() if name not in left_out}
+
+
+def _common_widths(sites: Sequence[Site]) -> dict[str, int]:
+    """Settings of a stock configuration for which all layers have the same width."""
+    widths: dict[str, set[int]] = {}
+    for site in sites:
+        if site.setting is not None:
+            widths.setdefault(site.setting, set()).add(site.width)
+    return {setting: found.pop() for setting, found in widths.items() if len(found) == 1}
+
+
+def _own_entries(model: nn.Module, sites: Sequence[Site], full: dict[str, int]) -> dict[str, Any]:
+    """What a configuration says beyond the stock one: which layers are narrower, and which of their parameters."""
+    layers = layer_paths(model)
+    narrowed: dict[str, Any] = {"layers": layers}
+    own: dict[str, Any] = {"narrowed": narrowed}
+    widths: dict[str, dict[str, int]] = {}
+    for site in sites:
+        axes = [axis for stream in site.streams for axis in (*stream.writers, *stream.readers)]
+        layer = next((path for path in layers if axes[0].parameter.startswith(f"{path}.")), None)
+        if layer is None:
+            path = axes[0].parameter.rpartition(".")[0]
+            narrowed[WORDS] = path
+            if isinstance(model.get_submodule(path), FactorizedEmbedding):
+                own[WORDS] = site.width
+            continue
+        key = site.setting or HEAD
+        if key == HEAD:
+            own[HEAD] = full[site.name]
+        if site.width != full[site.name]:
+            widths.setdefault(str(layers.index(layer)), {})[key] = site.width
+        table = narrowed.setdefault(key, {"groups": site.groups, "parameters": {}, "attributes": {}})
+        within = len(layer) + 1
+        table["parameters"] |= {axis.parameter[within:]: [axis.dim, axis.copies] for axis in axes}
+        table["attributes"] |= {f"{a.module}.{a.name}"[within:]: a.quantity for a in site.attributes}
+    return own | {"per_layer_config": widths}
+
+
+def _as_in(model: nn.Module, config: Any) -> Any:
+    """The configuration, with the attention that the model runs with: it is chosen anew wherever a model is loaded."""
+    config._attn_implementation = model.config._attn_implementation  # type: ignore[union-attr]
+    return config
+
+
+def _on_meta(model_class: Any, config: Any) -> nn.Module:
+    with torch.device("meta"):
+        return model_class(config)
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+# ---------------------------------------------------------------------- transformers' Auto classes
+
+REGISTRY = "transformers.models.auto.configuration_auto"
+
+
+def register() -> None:
+    """Make the narrowed classes known to transformers' Auto classes: now, or when it is imported.
+
+    `import rmtkd` does not import transformers for this: a model of one's own needs none of it.
+    """
+    if REGISTRY in sys.modules:
+        _register(sys.modules[REGISTRY])
+    else:
+        sys.meta_path.insert(0, _AfterImport(REGISTRY, _register))
+
+
+def _register(registry: Any) -> None:
+    for family in FAMILIES:
+        registry.CONFIG_MAPPING.register(f"rmtkd_{family.name}", _Later(family.config_class), exist_ok=True)
+
+
+class _Later:
+    """Stands for a narrowed configuration class until transformers, then whole, asks something of it."""
+
+    def __init__(self, stock: str):
+        self.__name__ = PREFIX + stock
+        self.__module__ = modeling_rmtkd.__name__
+
+    def __getattr__(self, name: str) -> Any:
+        _register_classes()
+        return getattr(getattr(modeling_rmtkd, self.__name__), name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__getattr__("__call__")(*args, **kwargs)
+
+
+def _register_classes() -> None:
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    for family in FAMILIES:
+        model = getattr(modeling_rmtkd, PREFIX + family.model_class)
+        AutoConfig.register(model.config_class.model_type, model.config_class, exist_ok=True)
+        AutoModelForSequenceClassification.register(model.config_class, model, exist_ok=True)
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Acts once, after a module was imported by somebody else."""
+
+    def __init__(self, module: str, act: Callable[[Any], None]):
+        self.module, self.act = module, act
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if fullname != self.module:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def execute_and_act(module: Any) -> None:
+            execute(module)
+            self.act(module)
+
+        spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
+        return spec
