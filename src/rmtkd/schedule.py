@@ -78,7 +78,6 @@ class Options:
             ("max_rounds", self.max_rounds is None or self.max_rounds >= 1, "at least 1"),
             ("multiple_of", self.multiple_of >= 1, "at least 1"),
             ("min_share", 0 <= self.min_share <= 1, "within [0, 1]"),
-            ("uniform", isinstance(self.uniform, bool), "true or false"),
             ("exclude", all(isinstance(name, str) and name for name in self.exclude), "names of sites"),
             ("keep", all(_is_pair(pair) for pair in self.keep), "names of sites with a width from 1 each"),
             ("calibration_share", 0 < self.calibration_share <= 1, "within (0, 1]"),
