@@ -133,7 +133,7 @@ def test_a_uniform_run_that_was_killed_goes_on_to_the_same_bits(
 ):
     options: dict[str, Any] = {"uniform": True, "target": "85%params"}
     expected = run(model, rows, tmp_path / "whole", **options)
-    for moment in (3, 8):  # with the plan made, and within recovery
+    for moment in (4, 8):  # with the plan made, and within recovery
         out = tmp_path / f"killed at {moment}"
         with pytest.raises(Killed):
             run(model, rows, out, **options, on_event=killing_at(moment))
