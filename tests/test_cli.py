@@ -172,6 +172,30 @@ def test_a_plan_is_made_anew_edited_and_applied(sentiment: Sentiment, command: C
     assert not (tmp_path / "other").exists()
 
 
+def test_a_uniform_plan_stays_uniform_when_made_anew_and_applied(
+    sentiment: Sentiment, command: Command, tmp_path: Path
+):
+    run, common = tmp_path / "run", ("--model", sentiment.teacher, "--data", sentiment.data)
+    code, told, _ = command("plan", "sst2", *common, "--out", run, "--multiple-of", 4, "--uniform")
+    assert code == 0 and "With --uniform, which narrows intermediate_size alone, a plan goes down to" in told
+    code, told, _ = command("plan", run, "--target", "85%params", "--json")
+    made = json.loads(told)
+    kept = {site["name"]: site["keep"] for site in made["sites"]}
+    assert code == 0 and made["uniform"] and kept["layer.0.ffn"] == kept["layer.1.ffn"] < 48
+    code, _, log = command("plan", run, "--target", "1%params")
+    assert code == 2 and "leave --uniform out" in log
+    compress = ("compress", "sst2", *common, "--out", run, "--epochs", 0)
+    code, _, log = command(*compress, "--plan", run / "plan.json", "--uniform")
+    assert code == 2 and "Got --uniform too" in log
+    assert command(*compress, "--plan", run / "plan.json")[0] == 0
+    record = json.loads((run / "summary.json").read_text())
+    assert record["config"]["uniform"] and record["compressed"]["parameters"] == made["predicted"]["params"]
+    other = tmp_path / "other"
+    words = ("--multiple-of", 4, "--uniform", "--target", "85%params")
+    code, *_ = command("compress", "sst2", *common, "--out", other, "--epochs", 0, *words)
+    assert code == 0 and contents(other)["plan.json"] == contents(run)["plan.json"]
+
+
 def test_a_broken_plan_is_refused_line_by_line_and_leaves_nothing_behind(
     sentiment: Sentiment, command: Command, tmp_path: Path
 ):

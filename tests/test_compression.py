@@ -185,6 +185,29 @@ def test_the_granularity_gives_that_many_rounds(teacher: torch.nn.Module, task: 
     assert result.record["stop_reason"] == "target: 70%params reached"
 
 
+@pytest.mark.parametrize("granularity", ["site", "layer", "round"])
+def test_the_uniform_width_is_never_parted(teacher: torch.nn.Module, task: Rows, tmp_path: Path, granularity: Any):
+    options: dict[str, Any] = {"epochs": 0.0, "granularity": granularity, "uniform": True, "target": "85%params"}
+    result = run(teacher, task, **options, out=tmp_path / "run")
+    (done,) = result.rounds
+    assert done.sites == ("layer.0.ffn", "layer.1.ffn")
+    assert len(set(done.widths.values())) == 1
+    assert result.record["stop_reason"] == "target: 85%params reached"
+    assert result.record["config"]["uniform"]
+    assert_untouched(rmtkd.load(tmp_path / "run" / "model"), snapshot(result.model))
+    again = run(teacher, task, epochs=0.0, granularity=granularity, target=None, multiple_of=4, plan=result.plan)
+    assert again.plan == result.plan
+    assert_untouched(again.model, snapshot(result.model))
+
+
+def test_a_model_that_was_narrowed_layer_by_layer_cannot_become_uniform(teacher: torch.nn.Module, task: Rows):
+    widths = {site.name: 40 if site.name == "layer.1.ffn" else site.width for site in find_sites(teacher)}
+    sites = [site for site in find_sites(teacher) if site.name == "layer.1.ffn"]
+    uneven, _ = cut_in_order(teacher, sites, widths, compression.share_of(task.train, 0.3))
+    with pytest.raises(PlanError, match=r"48 in layer\.0\.ffn, 40 in layer\.1\.ffn.*Begin with"):
+        run(uneven, task, uniform=True, target="95%params")
+
+
 @pytest.mark.parametrize("spoiled", [1, 3])
 def test_a_round_that_breaks_the_tolerance_is_taken_back_and_ends_the_run(
     teacher: torch.nn.Module, task: Rows, monkeypatch: pytest.MonkeyPatch, spoiled: int

@@ -3,6 +3,7 @@ computes, the caller's model stays, and models come from checkpoints and go to f
 sequences with padding, and with token types where the family has them.
 """
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,25 @@ def test_a_family_is_compressed_from_plan_to_record(name: str) -> None:
     assert after["flops"] == small.plan.predicted["flops"] < before["flops"]
     assert all(done.check_error < 1e-4 and done.steps > 0 for done in small.rounds)
     assert small.record["control"]["accuracy"]["value"] <= 1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_uniform_plan_gives_a_model_that_the_stock_class_loads(name: str) -> None:
+    model = make(name)
+    batches = pair_batches(model, 60)
+    made, _ = rmtkd.plan(model, calibration=batches, uniform=True, target="90%params", multiple_of=4)
+    small = rmtkd.narrow(model, made, calibration=batches)
+    assert count_parameters(small) == made.predicted["params"] <= 0.9 * made.baseline["params"]
+    before, after = ({site.name: site.width for site in find_sites(m)} for m in (model, small))
+    (width,) = {after[site.name] for site in find_sites(model) if site.kind == "pointwise"}
+    assert width < 48
+    assert after == {name: width if name.endswith(".ffn") else whole for name, whole in before.items()}
+    config = copy.deepcopy(model.config)
+    setattr(config, "hidden_dim" if name == "distilbert" else "intermediate_size", width)
+    stock = type(model)(config)
+    stock.load_state_dict(small.state_dict(), strict=True)
+    for batch in batches:
+        assert torch.equal(run(stock, batch), run(small, batch))
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)

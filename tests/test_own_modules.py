@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import rmtkd
 from conftest import assert_untouched, random_rows, snapshot, tiny_bert
-from rmtkd.errors import DataError, UnsupportedModelError
+from rmtkd.errors import DataError, OptionError, UnsupportedModelError
 from rmtkd.sites import feed_forward_site, linear_site
 
 
@@ -73,6 +73,12 @@ def test_a_module_of_ones_own_is_compressed_and_resumed(
     assert small.record["baseline"]["parameters_encoder"] is None
     again = rmtkd.resume(tmp_path / "run", model, **parts(points), sites=sites(model))  # type: ignore
     assert_untouched(again.model, snapshot(small.model))
+
+
+def test_a_module_of_ones_own_has_no_stock_widths(model: Classifier, points: tuple[Tensor, Tensor], tmp_path: Path):
+    with pytest.raises(OptionError, match=r"--uniform .* None of inner, bottleneck has such an entry"):
+        rmtkd.compress(model, **parts(points), sites=sites(model), uniform=True, out=tmp_path / "run", **OPTIONS)  # type: ignore
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_sites_it_is_refused(model: Classifier, points: tuple[Tensor, Tensor]):

@@ -35,6 +35,7 @@ from rmtkd.planning import (
     retarget,
     settle,
     spectra_of,
+    uniform_sites,
 )
 from rmtkd.schedule import Options
 from rmtkd.sites import Axis, Site, Stream, by_width, find_sites
@@ -130,8 +131,8 @@ def test_all_problems_are_named_at_once_each_with_its_line_and_site() -> None:
         ("[" * 100_000, "plan.json:1: a plan must be JSON that can be read. Got RecursionError"),
         ('{"format": ' + "9" * 5000 + "}", "plan.json:1: a plan must be JSON that can be read. Got ValueError"),
         ("[]", "plan.json:1: must be an object. Got a list."),
-        ('{"format": 1}', "plan.json:1: format must be 2. Got 1."),
-        ('{"format": null}', "plan.json:1: format must be 2. Got null."),
+        ('{"format": 1}', "plan.json:1: format must be 3. Got 1."),
+        ('{"format": null}', "plan.json:1: format must be 3. Got null."),
         (with_fields(lambda plan: plan.pop("format")), "plan.json:1: the field format must be there"),
         (with_fields(lambda plan: plan.update(sites=3)), "sites must be a list. Got 3."),
         (with_fields(lambda plan: plan.update(sites=[3])), "sites[0]: must be an object. Got 3."),
@@ -478,3 +479,140 @@ def test_options_follow_the_plan_that_is_applied_and_must_not_contradict_it() ->
         Options(target="70%params", tau=0.4, keep={"layer.1.ffn": 8}).follow(  # type: ignore[arg-type]
             made, given=["target", "tau", "keep"]
         )
+
+
+# ---------------------------------------------------------------------------------------------- uniform
+
+
+UNIFORM = make_plan(MODEL, SITES, SPECTRUMS, BATCH, multiple_of=2, target=Target.parse("85%params"), uniform=True)
+WHOLE = {"embeddings.word": 32, "layer.0.head": 16, "layer.1.head": 16}
+
+
+def ffn_width(plan: Plan) -> int:
+    """The one feed-forward width of a plan in which all other widths are whole."""
+    (width,) = {site.keep for site in plan.sites if site.kind == "pointwise"}
+    assert all(site.keep == site.width for site in plan.sites if site.kind != "pointwise")
+    return width
+
+
+def refusal_of_uniform(change: Callable[[dict[str, Any]], object]) -> tuple[list[str], list[str]]:
+    """The lines of a uniform plan after a change, and those of the error that reading it gives."""
+    fields = json.loads(UNIFORM.to_json())
+    change(fields)
+    text = json.dumps(fields, indent=1)
+    return text.splitlines(), refusal(text)
+
+
+def test_a_uniform_plan_narrows_one_width_for_all_layers_and_the_wider_wish_counts() -> None:
+    each = make_plan(MODEL, SITES, SPECTRUMS, BATCH, multiple_of=1, tau=0.8)
+    wishes = [each.widths[f"layer.{i}.ffn"] for i in range(2)]
+    assert wishes[0] != wishes[1] and max(wishes) < 48
+    made = make_plan(MODEL, SITES, SPECTRUMS, BATCH, multiple_of=1, tau=0.8, uniform=True)
+    assert ffn_width(made) == max(wishes)
+    assert made.predicted == predict_cost(MODEL, SITES, made.widths, BATCH)
+    assert made.uniform and not each.uniform and made.fixed == WHOLE
+    assert {site.why.rpartition(": ")[2] for site in made.sites if site.kind != "pointwise"} == {"whole with --uniform"}
+
+
+@pytest.mark.parametrize("target", ["75%params", "70%flops", "16000"])
+def test_a_uniform_plan_made_anew_is_the_uniform_plan_that_the_model_would_give(target: str) -> None:
+    expected = make_plan(
+        MODEL, SITES, SPECTRUMS, BATCH, multiple_of=2, target=Target.parse(target), uniform=True, min_share=0.1
+    )
+    assert retarget(UNIFORM, SPECTRUMS, target=target, min_share=0.1) == expected
+    assert retarget(UNIFORM, SPECTRUMS, target=target, min_share=0.1, uniform=True) == expected
+    assert 2 <= ffn_width(expected) < 48 and expected.meets_target
+    assert settle(expected, MODEL, SITES, SPECTRUMS, BATCH) == expected
+    assert Plan.from_json(expected.to_json(), sites=SITES) == expected
+
+
+def test_a_plan_made_anew_cannot_become_uniform_or_cease_to_be() -> None:
+    with pytest.raises(PlanError, match=r"as uniform as it was \(False\)\. Got True"):
+        retarget(PLAN, SPECTRUMS, uniform=True)
+    with pytest.raises(PlanError, match=r"as uniform as it was \(True\)\. Got False"):
+        retarget(UNIFORM, SPECTRUMS, uniform=False)
+    fields = json.loads(UNIFORM.to_json())
+    fields["fixed"] = {}  # what was taken out of the file by hand is not freed
+    freed = Plan.from_json(json.dumps(fields), sites=SITES)
+    assert retarget(freed, SPECTRUMS, target="75%params") == retarget(UNIFORM, SPECTRUMS, target="75%params")
+
+
+@pytest.mark.parametrize("name", ["intermediate_size", "layer.1.ffn", "layer.*.ffn", "*size"])
+def test_the_uniform_width_is_asked_for_by_its_name_or_by_that_of_any_layer(name: str) -> None:
+    made = make_plan(MODEL, SITES, SPECTRUMS, BATCH, uniform=True, keep=[(name, 21)])
+    assert ffn_width(made) == 21 and made.fixed == {**WHOLE, "intermediate_size": 21}
+    assert retarget(UNIFORM, SPECTRUMS, target="90%params", keep=[(name, 21)]).widths == made.widths
+    assert ffn_width(retarget(UNIFORM, SPECTRUMS, target="100%params", exclude=[name])) == 48
+
+
+def test_a_uniform_plan_refuses_other_widths_by_name() -> None:
+    message = r"--keep layer\.0\.value=8: with --uniform layer\.0\.value must keep 16\. Got 8\."
+    with pytest.raises(PlanError, match=message):
+        make_plan(MODEL, SITES, SPECTRUMS, BATCH, uniform=True, keep=[("layer.0.value", 8)])
+    with pytest.raises(PlanError, match=message):
+        retarget(UNIFORM, SPECTRUMS, keep=[("layer.0.value", 8)])
+    assert retarget(UNIFORM, SPECTRUMS, keep=[("layer.0.value", 16)]) == UNIFORM
+    narrow = tuple(replace(site, keep=8) if site.name == "embeddings.word" else site for site in UNIFORM.sites)
+    with pytest.raises(PlanError, match=r"embeddings\.word must keep its whole width 32.*Got 8\."):
+        replace(UNIFORM, sites=narrow)
+
+
+def test_what_makes_an_edited_plan_no_longer_uniform_is_refused_with_its_line() -> None:
+    ffn = ffn_width(UNIFORM)
+    lines, found = refusal_of_uniform(lambda plan: plan["sites"][6].update(keep=31))
+    first, second = (i + 1 for i, line in enumerate(lines) if line.strip() in (f'"keep": {ffn},', '"keep": 31,'))
+    expected = f"keep must be that of layer.0.ffn on line {first}, whose width it shares. Got 31 and {ffn}."
+    assert found[1] == f"plan.json:{second}: layer.1.ffn: {expected}"
+
+    lines, found = refusal_of_uniform(lambda plan: plan["sites"][0].update(keep=8))
+    line = next(i for i, line in enumerate(lines) if '"keep"' in line) + 1
+    expected = "keep must be 32, the whole width, as the plan is uniform. Got 8."
+    assert found[1] == f"plan.json:{line}: embeddings.word: {expected}"
+
+    _, found = refusal_of_uniform(lambda plan: plan.update(uniform=False))
+    assert sum("shares must be layer." in line and "Got 'intermediate_size'" in line for line in found) == 2
+    fields = json.loads(PLAN.to_json())
+    found = refusal(json.dumps({**fields, "uniform": True}, indent=1))
+    assert any("layer.0.ffn: shares must be intermediate_size, the model's" in line for line in found)
+    found = refusal_of_uniform(lambda plan: plan["sites"][0].update(setting="hidden_size"))[1]
+    assert any("embeddings.word: setting must be None, the model's. Got 'hidden_size'." in line for line in found)
+
+
+@pytest.mark.parametrize("cost", ["params", "flops"])
+def test_a_target_out_of_reach_of_a_uniform_plan_names_the_least_and_the_option(cost: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        retarget(UNIFORM, SPECTRUMS, target=f"5%{cost}")
+    words = str(caught.value)
+    assert "--uniform narrows intermediate_size alone" in words
+    assert words.endswith("or leave --uniform out: widths per layer go lower.") and "fix fewer" not in words
+    least = words.split("at least ")[1].split(", which")[0]
+    made = retarget(UNIFORM, SPECTRUMS, target=least.split("(")[1].split("%")[0] + f"%{cost}")
+    assert f"{made.predicted[cost]:,} {cost}" in least and ffn_width(made) == 2
+    assert f"a plan goes down to {least}; with widths per layer, lower." in made.remarks[0]
+    assert retarget(PLAN, SPECTRUMS, target=f"{made.predicted['params'] - 1}").meets_target
+    with pytest.raises(PlanError, match=r"fix fewer widths, or leave --uniform out"):
+        retarget(UNIFORM, SPECTRUMS, target=f"5%{cost}", exclude=["layer.0.ffn"])
+
+
+def test_a_uniform_plan_tells_the_least_without_a_target_too() -> None:
+    made = make_plan(MODEL, SITES, SPECTRUMS, BATCH, multiple_of=2, uniform=True)
+    least = retarget(made, SPECTRUMS, keep=[("intermediate_size", 2)]).predicted["params"]
+    (note,) = (note for note in reporting.plan_notes(made) if "--uniform" in note)
+    assert f"{least:,} params (" in note
+
+
+def test_sites_that_no_stock_configuration_gives_cannot_be_uniform() -> None:
+    nameless = tuple(replace(site, setting=None) for site in SITES)
+    with pytest.raises(OptionError, match=r"None of embeddings\.word, layer\.0\.query_key, .* has such an entry"):
+        make_plan(MODEL, nameless, SPECTRUMS, BATCH, uniform=True)
+    uneven = tuple(replace(site, width=40) if site.name == "layer.1.ffn" else site for site in SITES)
+    with pytest.raises(PlanError, match=r"one intermediate_size.*Got 48 in layer\.0\.ffn, 40 in layer\.1\.ffn"):
+        uniform_sites(uneven)
+
+
+def test_options_follow_a_uniform_plan_and_must_not_contradict_it() -> None:
+    followed = Options(seed=3).follow(UNIFORM, given=["seed"])
+    assert followed.uniform and dict(followed.pairs) == WHOLE
+    assert followed.follow(UNIFORM, given=followed.to_dict()) == followed
+    with pytest.raises(OptionError, match="uniform True, not False"):
+        Options(uniform=True).follow(PLAN, given=["uniform"])

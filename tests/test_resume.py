@@ -128,6 +128,20 @@ def test_a_run_that_ended_at_any_event_goes_on_to_the_same_bits(
     assert ends > 1
 
 
+def test_a_uniform_run_that_was_killed_goes_on_to_the_same_bits(
+    model: torch.nn.Module, rows: dict[str, Any], tmp_path: Path
+):
+    options: dict[str, Any] = {"uniform": True, "target": "85%params"}
+    expected = run(model, rows, tmp_path / "whole", **options)
+    for moment in (4, 8):  # with the plan made, and within recovery
+        out = tmp_path / f"killed at {moment}"
+        with pytest.raises(Killed):
+            run(model, rows, out, **options, on_event=killing_at(moment))
+        result = rmtkd.resume(out, model, **rows)
+        assert_same(result, expected)
+        assert result.plan.uniform and len({result.plan.widths[f"layer.{i}.ffn"] for i in range(2)}) == 1
+
+
 def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path):
     """In processes of their own, killed by the system: also in the middle of a save."""
     script = Path(__file__).with_name("killed_runs.py")

@@ -56,7 +56,7 @@ def compress(
         forward: class scores from the model and what the collections of rows give, for models that are called neither
             as `model(**batch)` nor as `model(batch[0])`.
         plan: use the widths of this plan, which may have been changed by hand. What else it says is derived anew, and
-            its target, rule, tau, multiple_of and min_share stand for those options.
+            its target, rule, tau, multiple_of, min_share and uniform stand for those options.
         control: also train the same final shape from a random start for the same number of steps.
         out: run folder to write: configuration, plan, spectra, record, state, summary, model.
         extra_files: files to copy into the model folder (a tokenizer's).

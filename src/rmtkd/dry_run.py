@@ -10,7 +10,7 @@ from rmtkd.activations import collect
 from rmtkd.batches import Batch
 from rmtkd.cutting import cut_in_order
 from rmtkd.memory import Pieces
-from rmtkd.planning import Plan, Spectrum, Target, make_plan, settle, spectra_of
+from rmtkd.planning import Plan, Spectrum, Target, make_plan, settle, spectra_of, uniform_sites
 from rmtkd.schedule import Options
 from rmtkd.sites import Site, blocks_of, find_sites
 from rmtkd.surgery import check_cut
@@ -47,6 +47,8 @@ def plan(
     sites = find_sites(model) if sites is None else tuple(sites)
     if given is not None:
         given.check_fits(sites)
+    elif chosen.uniform:
+        uniform_sites(sites)  # refused before anything takes time
     spectrums = spectra_of(collect(model, sites, calibration, pieces=pieces))
     if example is None:
         example = batching.first(calibration, "calibration")
@@ -62,6 +64,7 @@ def plan(
         target=None if chosen.target is None else Target.parse(chosen.target),
         multiple_of=chosen.multiple_of,
         min_share=chosen.min_share,
+        uniform=chosen.uniform,
         exclude=chosen.exclude,
         keep=chosen.pairs,
     )

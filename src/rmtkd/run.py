@@ -38,7 +38,7 @@ from rmtkd.planning import Plan
 from rmtkd.pretrained import presented
 from rmtkd.roles import Answered, Roles, check_report, check_teacher, fingerprint, share_of
 from rmtkd.schedule import History, Options, Round, stop_reason, too_much_lost
-from rmtkd.sites import Site, blocks_of, find_family, find_sites
+from rmtkd.sites import Site, blocks_of, by_width, find_family, find_sites, share_settings
 from rmtkd.standing import Standing, kept_widths, shaped
 from rmtkd.surgery import check_cut, tensors_of
 from rmtkd.training import Phase, PhaseState, Precision
@@ -406,10 +406,13 @@ class Run:
         )
 
     def portions(self, made: Plan) -> list[tuple[Site, ...]]:
-        """The sites that the plan narrows, in the portions that are cut between two recoveries."""
+        """The sites that the plan narrows, in the portions that are cut between two recoveries. Sites that share a
+        width are never parted: where they lie in several layers, they are cut with the first."""
+        groups = by_width(share_settings(self.sites) if made.uniform else self.sites).values()
+        first = {site.name: group[0] for group in groups for site in group}
         key = {
-            "site": lambda site: site.shares,
-            "layer": lambda site: site.block,
+            "site": lambda site: first[site.name].name,
+            "layer": lambda site: first[site.name].block,
             "round": lambda site: "",
         }[self.options.granularity]
         portions: dict[str, tuple[Site, ...]] = {}

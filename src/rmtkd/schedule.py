@@ -31,6 +31,8 @@ class Options:
         max_rounds: stop after as many rounds. None sets no bound.
         multiple_of: kept widths are multiples of this.
         min_share: no width below this share of its full size (the method's ρ_min).
+        uniform: narrow only widths that the model's stock configuration gives, each for all layers at once and in one
+            round, so that the result is a stock model. The smallest such models are larger.
         exclude: sites that stay whole: names, or shell-style patterns such as `layer.*.ffn`.
         keep: sites, or patterns, with the width that they are given; a mapping, or pairs, which it becomes.
         calibration_share: share of the training batches whose activations are seen.
@@ -51,6 +53,7 @@ class Options:
     max_rounds: int | None = None
     multiple_of: int = 8
     min_share: float = 0.0
+    uniform: bool = False
     exclude: Sequence[str] = ()
     keep: Mapping[str, int] | Sequence[Sequence[Any]] = ()
     calibration_share: float = 0.1
@@ -104,7 +107,8 @@ class Options:
         Raises:
             OptionError: naming every option that does.
         """
-        mine = {name: getattr(self, name) for name in ("target", "rule", "tau", "multiple_of", "min_share")}
+        names = ("target", "rule", "tau", "multiple_of", "min_share", "uniform")
+        mine = {name: getattr(self, name) for name in names}
         if self.target is not None:
             mine["target"] = str(Target.parse(self.target))
         theirs = {name: getattr(plan, name) for name in mine}

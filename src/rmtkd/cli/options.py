@@ -27,6 +27,13 @@ Tau = Annotated[
 Rule = Annotated[str | None, typer.Option(help="Spectral rule; mp by default.")]
 MultipleOf = Annotated[int | None, typer.Option(help="Kept widths are multiples of this; 8 by default.")]
 MinShare = Annotated[float | None, typer.Option(help="No width below this share of its full size; 0 by default.")]
+Uniform = Annotated[
+    bool,
+    typer.Option(
+        "--uniform",
+        help="Narrow only what the stock configuration can say (one feed-forward width for all layers): a stock model.",
+    ),
+]
 Exclude = Annotated[
     list[str] | None,
     typer.Option(
@@ -53,6 +60,7 @@ def plan_options(
     tau: float | None,
     multiple_of: int | None,
     min_share: float | None,
+    uniform: bool,
     exclude: list[str] | None,
     keep: list[str] | None,
 ) -> dict[str, Any]:
@@ -65,6 +73,7 @@ def plan_options(
         "tau": tau,
         "multiple_of": multiple_of,
         "min_share": min_share,
+        "uniform": uniform or None,
         "exclude": tuple(exclude) if exclude else None,
         "keep": parse_keep(keep) if keep else None,
     }

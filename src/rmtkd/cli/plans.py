@@ -26,6 +26,7 @@ from rmtkd.cli.options import (
     Seed,
     Target,
     Tau,
+    Uniform,
     given,
     needed,
     plan_options,
@@ -60,6 +61,7 @@ def plan(
     tau: Tau = None,
     multiple_of: MultipleOf = None,
     min_share: MinShare = None,
+    uniform: Uniform = False,
     exclude: Exclude = None,
     keep: Keep = None,
     calibration_share: Calibration = None,
@@ -88,7 +90,7 @@ def plan(
     from rmtkd.schedule import Options
     from rmtkd.sites import find_sites
 
-    shape = plan_options(target, rule, tau, multiple_of, min_share, exclude, keep)
+    shape = plan_options(target, rule, tau, multiple_of, min_share, uniform, exclude, keep)
     if recipe not in recipes.names() and Path(recipe).is_dir():
         unused = {
             "--model": model,

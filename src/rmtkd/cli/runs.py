@@ -32,6 +32,7 @@ from rmtkd.cli.options import (
     Seed,
     Target,
     Tau,
+    Uniform,
     given,
     needed,
     plan_options,
@@ -83,6 +84,7 @@ def compress(
     max_rounds: Annotated[int | None, typer.Option(help="Stop after as many rounds.")] = None,
     multiple_of: MultipleOf = None,
     min_share: MinShare = None,
+    uniform: Uniform = False,
     exclude: Exclude = None,
     keep: Keep = None,
     calibration_share: Calibration = None,
@@ -110,7 +112,7 @@ def compress(
     from rmtkd.teaching import train_teacher
 
     task = recipes.get(recipe, columns=columns, label=label, max_length=max_length)
-    shape = plan_options(target, rule, tau, multiple_of, min_share, exclude, keep)
+    shape = plan_options(target, rule, tau, multiple_of, min_share, uniform, exclude, keep)
     schedule = {
         "calibration_share": calibration_share,
         "granularity": granularity,

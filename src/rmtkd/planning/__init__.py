@@ -3,7 +3,7 @@
 from rmtkd.planning.choice import make_plan, retarget, settle, spectra_of
 from rmtkd.planning.costs import COSTS, Cost, CostTable, Target, predict_cost
 from rmtkd.planning.desk import Spectrum
-from rmtkd.planning.pins import fixed_widths, parse_keep
+from rmtkd.planning.pins import fixed_widths, parse_keep, uniform_sites
 from rmtkd.planning.plan import FORMAT, Plan, SitePlan
 
 __all__ = [
@@ -22,4 +22,5 @@ __all__ = [
     "retarget",
     "settle",
     "spectra_of",
+    "uniform_sites",
 ]

@@ -9,9 +9,9 @@ from rmtkd.covariance import Covariance
 from rmtkd.errors import PlanError
 from rmtkd.planning.costs import COSTS, Cost, CostTable, Target
 from rmtkd.planning.desk import Count, Desk, Spectrum
-from rmtkd.planning.pins import fixed_widths
+from rmtkd.planning.pins import fixed_widths, uniform_sites
 from rmtkd.planning.plan import Plan
-from rmtkd.sites import Site
+from rmtkd.sites import Site, share_settings
 
 
 def spectra_of(moments: Mapping[str, Sequence[Covariance]]) -> dict[str, tuple[Spectrum, ...]]:
@@ -33,6 +33,7 @@ def make_plan(
     target: Target | None = None,
     multiple_of: int = 8,
     min_share: float = 0.0,
+    uniform: bool = False,
     exclude: Iterable[str] = (),
     keep: Iterable[tuple[str, int]] = (),
 ) -> Plan:
@@ -52,6 +53,8 @@ def make_plan(
         target: what is to remain.
         multiple_of: kept widths are rounded up to multiples of this (hardware), never above the full width.
         min_share: no site keeps less than this share of its width (the method's ρ_min).
+        uniform: narrow only widths that a stock configuration gives, each for all layers at once; the widest wish
+            counts.
         exclude: sites that stay whole: names or patterns such as `layer.*.ffn`.
         keep: sites with the width that they are given, whatever `multiple_of` and `min_share` say. The other sites
             meet the target around them.
@@ -59,13 +62,25 @@ def make_plan(
     Raises:
         PlanError: if the target cannot be met (the message says the minimum), or if what `exclude` and `keep` ask for
             is impossible.
-        OptionError: for an unknown rule or values out of range.
+        OptionError: for an unknown rule or values out of range, or if `uniform` has nothing to narrow.
         DataError: if a width is dead, naming the site.
     """
-    fixed = fixed_widths(sites, exclude, keep)
+    if uniform:
+        sites = uniform_sites(sites)
+    fixed = fixed_widths(sites, exclude, keep, uniform=uniform)
     baseline, costs = CostTable.measure(model, sites, batch)
     count = _by_table(costs, baseline, sites) if costs else _by_skeleton(model, sites, batch)
-    desk = Desk(sites, spectrums, count, baseline, rule=rule, tau=tau, multiple_of=multiple_of, min_share=min_share)
+    desk = Desk(
+        sites,
+        spectrums,
+        count,
+        baseline,
+        rule=rule,
+        tau=tau,
+        multiple_of=multiple_of,
+        min_share=min_share,
+        uniform=uniform,
+    )
     return desk.plan(type(model).__name__, target, fixed, costs)
 
 
@@ -78,29 +93,36 @@ def retarget(
     tau: float | None = None,
     multiple_of: int | None = None,
     min_share: float | None = None,
+    uniform: bool | None = None,
     exclude: Iterable[str] = (),
     keep: Iterable[tuple[str, int]] = (),
 ) -> Plan:
     """Plan again from the spectra of an earlier plan, without data or model, in seconds.
 
     What is not given stays as it was. Widths that were fixed, or changed by hand, stay too, unless `exclude` or `keep`
-    say otherwise.
+    say otherwise. A uniform plan stays uniform.
 
     Args:
         plan: the earlier plan.
         spectrums: what it was made from.
         target: what is to remain, such as `20%params`.
         rule, tau, multiple_of, min_share, exclude, keep: see `make_plan`.
+        uniform: what the earlier plan is, if it is given.
 
     Raises:
-        PlanError: see `make_plan`; also if the spectra are not those of the plan, or if the widths of the model depend
-            on each other in a way that its cost has no formula.
+        PlanError: see `make_plan`; also if `uniform` is not what the plan is, if the spectra are not those of the plan,
+            or if the widths of the model depend on each other in a way that its cost has no formula.
         OptionError, DataError: see `make_plan`.
     """
     if plan.costs is None:
         raise PlanError(
             "a plan must hold the cost of its model as a formula to be made anew without the model. This one has none. "
             "Plan with the model: `rmtkd plan RECIPE --model MODEL`."
+        )
+    if uniform not in (None, plan.uniform):
+        raise PlanError(
+            f"a plan made anew without the model must stay as uniform as it was ({plan.uniform}). Got {uniform}. Plan "
+            "with the model: `rmtkd plan RECIPE --model MODEL`, with or without --uniform."
         )
     sites = [site.outline for site in plan.sites]
     _check_spectrums(sites, spectrums)
@@ -114,10 +136,12 @@ def retarget(
         tau=plan.tau if tau is None else tau,
         multiple_of=plan.multiple_of if multiple_of is None else multiple_of,
         min_share=plan.min_share if min_share is None else min_share,
+        uniform=plan.uniform,
     )
     words = plan.target if target is None else target
     aim = None if words is None else Target.parse(words)
-    return desk.plan(plan.model, aim, fixed | fixed_widths(sites, exclude, keep), plan.costs)
+    fixed |= fixed_widths(sites, exclude, keep, uniform=plan.uniform)
+    return desk.plan(plan.model, aim, fixed, plan.costs)
 
 
 def settle(
@@ -137,6 +161,8 @@ def settle(
         PlanError: if the plan names other sites than the model has.
     """
     plan.check_fits(sites)
+    if plan.uniform:
+        sites = share_settings(sites)
     baseline, costs = CostTable.measure(model, sites, batch)
     count = _by_table(costs, baseline, sites) if costs else _by_skeleton(model, sites, batch)
     desk = Desk(
@@ -148,6 +174,7 @@ def settle(
         tau=plan.tau,
         multiple_of=plan.multiple_of,
         min_share=plan.min_share,
+        uniform=plan.uniform,
     )
     target = None if plan.target is None else Target.parse(plan.target)
     planned = {site.name: site.planned for site in plan.sites}

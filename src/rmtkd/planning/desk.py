@@ -49,6 +49,7 @@ class Desk:
         tau: float,
         multiple_of: int,
         min_share: float,
+        uniform: bool = False,
     ):
         check_choice("rule", rule, spectra.RULES)
         if not 0 <= min_share <= 1:
@@ -59,6 +60,7 @@ class Desk:
             raise OptionError(f"tau must be within (0, 1). Got {tau}.")
         self.sites, self.spectrums, self.count, self.baseline = sites, spectrums, count, dict(baseline)
         self.rule, self.tau, self.multiple_of, self.min_share = rule, tau, multiple_of, min_share
+        self.uniform = uniform
         self.groups = by_width(sites)
         self.edges: dict[str, tuple[NoiseEdge, ...]] = {}
         self.pays = {shares: self._paying_width(group) for shares, group in self.groups.items()}
@@ -68,13 +70,13 @@ class Desk:
         self._find_edges(fixed)
         multiplier = 1.0
         if target is not None:
-            free = [site.name for site in self.sites if site.shares not in fixed]
             multiplier = _meet(
                 target,
                 self.baseline,
                 lambda multiplier: self.count(target.cost, self.widths_at(multiplier, fixed)),
-                _critical([pair for name in free for pair in self._pairs(name)]),
-                bool(fixed),
+                self._candidates(fixed),
+                some_fixed=bool(set(fixed) - self._whole()),
+                alone=self._settings(),
             )
         widths = self.widths_at(multiplier, fixed)
         return self.write(model, target, fixed, costs, multiplier, widths, widths)
@@ -99,6 +101,7 @@ class Desk:
             tau=self.tau,
             multiple_of=self.multiple_of,
             min_share=self.min_share,
+            uniform=self.uniform,
             fixed=fixed,
             multiplier=multiplier,
             sites=tuple(
@@ -106,7 +109,7 @@ class Desk:
             ),
             baseline=self.baseline,
             predicted=predicted,
-            remarks=tuple(self._remarks(target, widths, predicted)),
+            remarks=tuple(self._remarks(target, fixed, widths, predicted)),
             costs=costs,
         )
 
@@ -138,6 +141,11 @@ class Desk:
     def _pairs(self, name: str) -> list[tuple[Spectrum, NoiseEdge]]:
         return list(zip(self.spectrums[name], self.edges[name], strict=True))
 
+    def _candidates(self, fixed: Mapping[str, int]) -> Float[np.ndarray, " candidates"]:
+        """The multipliers that lead to different widths, ascending; at the last one every free site is at its least."""
+        free = [site.name for site in self.sites if site.shares not in fixed]
+        return _critical([pair for name in free for pair in self._pairs(name)])
+
     def _count_above(self, site: Site, multiplier: float) -> float:
         """Directions per group above the edge. A product carries no more directions than either of its streams."""
         return min(_count(spectrum, edge, multiplier) for spectrum, edge in self._pairs(site.name))
@@ -157,7 +165,25 @@ class Desk:
             low, high = (middle, high) if pays(middle) else (low, middle - 1)
         return low
 
-    def _remarks(self, target: Target | None, widths: Mapping[str, int], predicted: Cost) -> Iterator[str]:
+    def _settings(self) -> str:
+        """The entries of a stock configuration that are all that is narrowed; empty if the plan is not uniform."""
+        settings = dict.fromkeys(site.setting for site in self.sites if site.setting is not None)
+        return " and ".join(settings) if self.uniform else ""
+
+    def _whole(self) -> set[str]:
+        """The shared widths that stay whole because the plan is uniform."""
+        return {site.shares for site in self.sites if self.uniform and site.setting is None}
+
+    def _remarks(
+        self, target: Target | None, fixed: Mapping[str, int], widths: Mapping[str, int], predicted: Cost
+    ) -> Iterator[str]:
+        if self.uniform:
+            cost = "params" if target is None else target.cost
+            least = self.count(cost, self.widths_at(float(self._candidates(fixed)[-1]), fixed))
+            yield (
+                f"With --uniform, which narrows {self._settings()} alone, a plan goes down to "
+                f"{_share(least, cost, self.baseline)}; with widths per layer, lower."
+            )
         for shares, group in self.groups.items():
             keep = widths[group[0].name]
             if self.pays[shares] < keep < group[0].width:
@@ -187,6 +213,7 @@ class Desk:
             shares=site.shares,
             kind=site.kind,
             block=site.block,
+            setting=site.setting,
             count=count,
             rule=edge.rule,
             samples=spectrum.samples,
@@ -206,6 +233,8 @@ class Desk:
     def _why(self, site: Site, count: float, keep: int, multiplier: float, *, is_fixed: bool) -> str:
         directions = f"{count:.1f} a head" if site.groups > 1 else f"{count:.0f}"
         above = f"{directions} above {'edge' if multiplier == 1 else f'{multiplier:.3g} × edge'}"
+        if is_fixed and site.shares in self._whole():
+            return f"{above}: whole with --uniform"
         if is_fixed:
             asked = "whole" if keep == site.width else f"width {keep}"
             return f"{above}: {asked} as asked"
@@ -261,7 +290,9 @@ def _meet(
     baseline: Cost,
     cost_at: Callable[[float], int],
     candidates: Float[np.ndarray, " candidates"],
+    *,
     some_fixed: bool,
+    alone: str,
 ) -> float:
     """The smallest multiplier whose widths meet the target: cost falls as the multiplier rises, so bisect.
 
@@ -271,12 +302,15 @@ def _meet(
     limit = target.limit(baseline)
     least = cost_at(float(candidates[-1]))
     if least > limit:
-        share = math.ceil(least / baseline[target.cost] * 1000) / 10  # rounded up: what is named can be met
+        only, instead = "", ""
+        if alone:
+            only = f": --uniform narrows {alone} alone"
+            instead = ", or leave --uniform out: widths per layer go lower"
         raise PlanError(
-            f"the target must be at least {least:,} {target.cost} ({share:.1f}% of "
-            f"{baseline[target.cost]:,}), which remain with every {'free ' * some_fixed}site at its least width. "
+            f"the target must be at least {_share(least, target.cost, baseline)}, which remain with every "
+            f"{'free ' * (some_fixed or bool(alone))}site at its least width{only}. "
             f"Got {limit:,.0f}. Raise the target, or lower multiple_of or min_share"
-            f"{', or fix fewer widths' * some_fixed}."
+            f"{', or fix fewer widths' * some_fixed}{instead}."
         )
     low, high = 0, len(candidates) - 1  # `high` meets the target
     while low < high:
@@ -286,3 +320,8 @@ def _meet(
         else:
             low = middle + 1
     return float(candidates[high])
+
+
+def _share(count: int, cost: str, baseline: Cost) -> str:
+    """A count and its share of the baseline, rounded up: what is named can be met."""
+    return f"{count:,} {cost} ({math.ceil(count / baseline[cost] * 1000) / 10:.1f}% of {baseline[cost]:,})"

@@ -9,9 +9,9 @@ from rmtkd.errors import PlanError
 from rmtkd.planning.costs import CostTable, Target
 from rmtkd.planning.lines import Problems, brief, check, parse
 from rmtkd.planning.review import misfits, review
-from rmtkd.sites import Site
+from rmtkd.sites import Site, share_settings
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,7 @@ class SitePlan:
         keep: width that stays, per group, from 1 to `width`. The number to edit.
         planned: the width that was chosen when the plan was made; another `keep` is one changed by hand.
         count: directions above the noise edge per group, before rounding and sharing (the mean over heads).
+        setting: see `Site`.
         samples: vectors that the spectrum was measured on.
         q: aspect ratio of the noise that was fitted; dead directions, if any, are set aside.
         sigma2: noise variance; for the rule `mp`, `edge` is `sigma2 (1 + √q)²`.
@@ -55,6 +56,7 @@ class SitePlan:
     margin: float | None
     energy: float
     why: str
+    setting: str | None = None
     remarks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -79,6 +81,7 @@ class SitePlan:
             width=self.width,
             groups=self.groups,
             shares=self.shares,
+            setting=self.setting,
             streams=(),
         )
 
@@ -88,7 +91,9 @@ class Plan:
     """For every site the width that stays and the reason, and what the narrowed model will cost. A plain value.
 
     Attributes:
-        fixed: by name of a shared width: what `exclude` and `keep` asked for; planning again leaves it alone.
+        uniform: whether only widths are narrowed that a stock configuration gives, each for all layers at once.
+        fixed: by name of a shared width: what `exclude`, `keep` and `uniform` asked for; planning again leaves it
+            alone.
         multiplier: common factor on all edges, the smallest that meets the target.
         baseline, predicted: `params` and `flops` of the untouched and of the narrowed model.
         remarks: what the reader of the plan must know, in sentences.
@@ -101,6 +106,7 @@ class Plan:
     tau: float
     multiple_of: int
     min_share: float
+    uniform: bool = False
     fixed: dict[str, int]
     multiplier: float
     sites: tuple[SitePlan, ...]
@@ -118,6 +124,11 @@ class Plan:
                     f"sites that share the width {site.shares} must keep the same. Got {kept[site.shares]} and "
                     f"{site.keep}. Give them one width in the plan."
                 )
+            if self.uniform and site.setting is None and site.keep != site.width:
+                raise PlanError(
+                    f"in a uniform plan {site.name} must keep its whole width {site.width}, which no entry of a stock "
+                    f"configuration gives. Got {site.keep}. Change it in the plan, or make one that is not uniform."
+                )
 
     @property
     def widths(self) -> dict[str, int]:
@@ -134,7 +145,8 @@ class Plan:
 
     def check_fits(self, sites: Sequence[Site]) -> None:
         """Raise `PlanError`, naming every site in which the plan and the model differ."""
-        found = [text for _, text in misfits([asdict(site) for site in self.sites], sites)]
+        shared = share_settings(sites) if self.uniform else sites
+        found = [text for _, text in misfits([asdict(site) for site in self.sites], shared)]
         if found:
             raise PlanError(
                 "\n".join(

@@ -8,10 +8,10 @@ from typing import Any, get_args
 from rmtkd.errors import OptionError
 from rmtkd.planning.costs import COSTS, PAIR, Target
 from rmtkd.planning.lines import Placed, Problems, brief, show
-from rmtkd.sites import Kind, Site
+from rmtkd.sites import Kind, Site, share_settings
 from rmtkd.spectra import RULES
 
-SHAPE = ("kind", "block", "shares", "width", "groups")
+SHAPE = ("kind", "block", "shares", "setting", "width", "groups")
 """What a site of a plan and the site of its model have in common."""
 
 
@@ -25,7 +25,10 @@ def review(root: Placed, fields: Mapping[str, Any], sites: Sequence[Site] | None
         problems: where problems go.
     """
     if "sites" in fields:
-        _review_sites(root.value["sites"], fields["sites"], sites, problems)
+        uniform = fields.get("uniform") is True
+        if uniform and sites is not None:
+            sites = share_settings(sites)
+        _review_sites(root.value["sites"], fields["sites"], sites, problems, uniform=uniform)
         _review_head(root, fields, problems)
 
 
@@ -62,7 +65,12 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def _review_sites(
-    placed: Placed, listed: Sequence[Mapping[str, Any]], sites: Sequence[Site] | None, problems: Problems
+    placed: Placed,
+    listed: Sequence[Mapping[str, Any]],
+    sites: Sequence[Site] | None,
+    problems: Problems,
+    *,
+    uniform: bool,
 ) -> None:
     named: dict[str, int] = {}
     shared: dict[str, tuple[str, int, int]] = {}
@@ -82,6 +90,10 @@ def _review_sites(
             if key in site and "width" in site and not 1 <= site[key] <= site["width"]:
                 text = f"{label}: {key} must be a whole number from 1 to {site['width']}. Got {site[key]}."
                 problems.add(line(i, key), text)
+        stays_whole = uniform and site.get("setting", "") is None and {"keep", "width"} <= set(site)
+        if stays_whole and site["keep"] != site["width"]:
+            text = f"{label}: keep must be {site['width']}, the whole width, as the plan is uniform. "
+            problems.add(line(i, "keep"), f"{text}Got {site['keep']}.")
         if "keep" in site and "shares" in site:
             other, at, keep = shared.setdefault(site["shares"], (label, line(i, "keep"), site["keep"]))
             if keep != site["keep"]:

@@ -17,7 +17,7 @@ attention kernel survive) carry the same `shares`.
 
 from rmtkd.sites.parts import attention_sites, embedding_site, feed_forward_site, linear_site
 from rmtkd.sites.search import check_parameters, find_family, find_sites, layer_paths, longest_input, search
-from rmtkd.sites.site import Attribute, Axis, Kind, Quantity, Site, Stream, blocks_of, by_width
+from rmtkd.sites.site import Attribute, Axis, Kind, Quantity, Site, Stream, blocks_of, by_width, share_settings
 
 __all__ = [
     "Attribute",
@@ -38,4 +38,5 @@ __all__ = [
     "linear_site",
     "longest_input",
     "search",
+    "share_settings",
 ]

@@ -1,7 +1,7 @@
 """The nouns: what a site is made of, and what can be asked of several."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Kind = Literal["linear", "pointwise", "bilinear"]
@@ -91,6 +91,11 @@ def by_width(sites: Iterable[Site]) -> dict[str, tuple[Site, ...]]:
     for site in sites:
         groups[site.shares] = (*groups.get(site.shares, ()), site)
     return groups
+
+
+def share_settings(sites: Iterable[Site]) -> tuple[Site, ...]:
+    """The same sites; those whose width one entry of a stock configuration gives share a width of that entry's name."""
+    return tuple(site if site.setting is None else replace(site, shares=site.setting) for site in sites)
 
 
 def blocks_of(sites: Iterable[Site]) -> list[str]:
