@@ -73,6 +73,7 @@ BYTES: Mapping[str, Callable[[bytes, Dice], bytes]] = {
     "drop a range": drop_range,
     "other bytes": other_bytes,
     "pickle": lambda content, dice: b"\x80\x04cposix\nsystem\n(S'touch executed'\ntR.",
+    "script": lambda content, dice: b"open('executed', 'w')\n",
     "byte order mark": lambda content, dice: b"\xef\xbb\xbf" + content,
     "sixteen bits a letter": lambda content, dice: content[:999].decode("latin-1").encode("utf-16"),
     "other line ends": lambda content, dice: content.replace(b"\n", b"\r\n") + b"\r\n",
@@ -243,10 +244,32 @@ def of_tree(change: Callable[[Any, Dice], None]) -> Callable[[bytes, Dice], byte
     return changed
 
 
+ENTRIES = (
+    *("_attn_implementation", "attn_implementation", "auto_map", "base_model_pp_plan", "base_model_tp_plan"),
+    *("_commit_hash", "custom_pipelines", "head_dim", "num_labels", "pruned_heads", "quantization_config"),
+    *("rope_scaling", "sub_configs", "attribute_map", "torch_dtype", "transformers_weights", "trust_remote_code"),
+    *("__class__", "from_dict", "to_dict"),
+)
+"""What a configuration is not known to say, but could try."""
+
+
+def of_entry(key: str) -> Callable[[bytes, Dice], bytes]:
+    def spoil(tree: Any, dice: Dice) -> None:
+        tree[key] = hostile_value(dice)
+
+    return of_tree(spoil)
+
+
 def duplicate_key(content: bytes, dice: Dice) -> bytes:
     text = content.decode()
     key = dice.choice(list(json.loads(text)))
     return f"{{{json.dumps(key)}: {dumps(hostile_value(dice))}, {text.strip()[1:]}".encode()
+
+
+def deep(content: bytes, dice: Dice) -> bytes:
+    """So deep that it may be read, but not written."""
+    depth = sys.getrecursionlimit() - dice.randint(0, 40)
+    return content.rstrip()[:-1] + b', "more": ' + b"[" * depth + b"]" * depth + b"}"
 
 
 def many_nothings(content: bytes, dice: Dice) -> bytes:
@@ -258,6 +281,7 @@ JSON: Mapping[str, Callable[[bytes, Dice], bytes]] = {
     **{name: of_tree(change) for name, change in TREES.items()},
     "duplicate key": duplicate_key,
     "nested without end": lambda content, dice: b'{"a":' * 100_000,
+    "as deep as can be read": deep,
     "many nothings": many_nothings,
     "another value": lambda content, dice: dumps(hostile_value(dice)).encode(),
     "number beyond floats": lambda content, dice: content.replace(b"0", b"1e999", 1),
