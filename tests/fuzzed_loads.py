@@ -177,8 +177,11 @@ def resealed(folders: dict[str, Path]) -> Iterator[Mutation]:
         if name != "own":
             config = json.loads((folder / "config.json").read_bytes())
             stock = CONFIG_MAPPING[config["model_type"].removeprefix("rmtkd_")]
-            for key in sorted({*config, *stock().to_dict(), *mutations.ENTRIES}):
+            beyond = mutations.ENTRIES if name in ("layers", "stock", "eurobert") else ()
+            for key in sorted({*config, *stock().to_dict(), *beyond}):
                 yield name, f"config.json: {key}", of_content("config.json", mutations.of_entry(key), True)
+    for name in [name for name in ("modernbert", "eurobert") if name in folders] * 12:
+        yield name, "config.json: rotary", of_content("config.json", mutations.of_tree(mutations.rotary), True)
 
 
 TABLES = {"unsealed": unsealed, "resealed": resealed}
@@ -288,9 +291,12 @@ def main(root: Path, seed: int, rounds: int) -> None:
             shutil.copyfile(folders[name] / MANIFEST, copy / MANIFEST)
             spoil(copy, dice)
             write(what, call="begun", **facts)
-            for read in READ if table == "unsealed" or number % 4 == 0 else READ[:1]:
+            for read in READ if table == "unsealed" or number % 8 == 0 else READ[:1]:
                 watch.folder = str(copy)
                 result, fact = attempt(read, copy, watch)
+                if fact["extra"] > honest[name]:  # what is imported once, on the way to a new error, does not count
+                    result, again = attempt(read, copy, watch)
+                    fact["extra"] = min(fact["extra"], again["extra"])
                 if isinstance(result, nn.Module) and not differs(result, copy) <= TOLERANCE:
                     fact["outcome"] = "other answers"
                 write(what, call=read.__name__, share=fact["extra"] / max(1, honest[name]), **facts, **fact)

@@ -1,5 +1,5 @@
-"""A spoiled model folder ends in one named error: nothing is run, nothing hangs, and memory is at most twice that of
-the honest folder."""
+"""A spoiled model folder ends in one named error: nothing is run, nothing hangs, and at most twice the memory of the
+honest folder is taken."""
 
 import json
 import os

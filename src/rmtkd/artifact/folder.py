@@ -1,6 +1,7 @@
 """The model folder: written whole or not at all, loaded after every file is verified. Nothing is run or unpickled."""
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -250,6 +251,7 @@ def _pretrained(folder: Path, manifest: Mapping[str, Any], stored: Mapping[str, 
     with torch.device("meta"):
         model = model_class(config)
     check_shapes(_stored_shapes(model), stored)
+    _check_computed(model, stored)
     found_class, found = described(model)
     if found_class is not model_class or any(_entry(found, key) != _entry(config, key) for key in OURS):
         raise ArtifactError(
@@ -294,6 +296,17 @@ def _check_layers(
         raise ArtifactError(
             f"{CONFIG} and {WEIGHTS} must agree on layers, of at most {MOST_LAYERS}. They hold {told(said[0])} and "
             f"{there}. Fetch the folder again."
+        )
+
+
+def _check_computed(model: nn.Module, stored: Mapping[str, list[int]]) -> None:
+    """Raise `ArtifactError` where a configuration asks for larger buffers than all weights together: those that are not
+    stored are computed, such as the frequencies of rotary positions."""
+    computed = sum(value.numel() for name, value in model.named_buffers() if name not in stored)
+    if computed > sum(map(math.prod, stored.values())):
+        raise ArtifactError(
+            f"{CONFIG} must ask for smaller buffers than {WEIGHTS} holds. It asks for {computed:,} numbers. Fetch the "
+            "folder again."
         )
 
 
