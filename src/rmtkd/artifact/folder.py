@@ -131,11 +131,13 @@ def load(
     return verified(Path(folder), build, forward)[0].to(device)
 
 
-def verified(folder: Path, build: Build | None, forward: Forward | None) -> tuple[nn.Module, float]:
-    """The model in a folder, and by how much its self-test differs from the stored answers, relatively."""
+def verified(folder: Path, build: Build | None, forward: Forward | None) -> tuple[nn.Module, float | None]:
+    """The model in a folder, and by how much its self-test differs from the stored answers, relatively; None where its
+    maker's model could not be run on synthetic rows."""
     manifest = read_manifest(folder)
     is_own = manifest["library"] == "own"
-    verify_files(folder, manifest, (WEIGHTS, SELF_TEST) if is_own else (WEIGHTS, SELF_TEST, CONFIG))
+    is_tested = not (is_own and self_test.NOT_RUN in manifest["self_test"])
+    verify_files(folder, manifest, (WEIGHTS, *[SELF_TEST] * is_tested, *[CONFIG] * (not is_own)))
     if is_own and build is None:
         raise ArtifactError(
             f"{folder} holds a {manifest['model_class']}, a class of its maker's. Got no build. Pass the class, or a "
@@ -152,7 +154,8 @@ def verified(folder: Path, build: Build | None, forward: Forward | None) -> tupl
         if shapes_of(model) != manifest["shapes"]:
             raise ArtifactError(f"{MANIFEST} and {WEIGHTS} must agree on shapes. They do not. Fetch the folder again.")
         _assign(model, tensors)
-        return model.eval(), self_test.verify(model, folder, manifest["self_test"], forward)
+        model.eval()
+        return model, self_test.verify(model, folder, manifest["self_test"], forward) if is_tested else None
     except (ArtifactError, ImportError):
         raise
     except Exception as error:  # whatever safetensors, torch or transformers make of altered values
@@ -213,7 +216,7 @@ def _write_own(model: nn.Module, folder: Path, sites: Sequence[Site], example: B
             "attributes": [[path, name, getattr(model.get_submodule(path), name)] for path, name in sorted(attributes)],
         },
         "labels": {},
-        "self_test": self_test.write(model, folder, self_test.random_like(example)),
+        "self_test": self_test.write_if_it_runs(model, folder, example),
     }
 
 

@@ -10,13 +10,15 @@ from safetensors import safe_open
 from rmtkd import modeling_rmtkd
 from rmtkd.artifact.folder import CODE, WEIGHTS, Build, verified
 from rmtkd.artifact.manifest import read_manifest, sha256, verify_files
-from rmtkd.artifact.self_test import TOLERANCE
+from rmtkd.artifact.self_test import NOT_RUN, TOLERANCE
 from rmtkd.batches import Forward
 from rmtkd.environment import versions
 from rmtkd.errors import ArtifactError
 from rmtkd.measurement import count_parameters
 from rmtkd.modeling_rmtkd import PREFIX
 from rmtkd.sites import find_sites
+
+NEEDS_BUILD = "the model's class is its maker's. Pass it: rmtkd.inspect(FOLDER, build)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +38,8 @@ class Inspection:
         widths: by name of the width, as they are now; empty for models of one's own.
         labels: class names by index.
         versions, versions_here: of the libraries that wrote it, and of those that read it.
-        self_test: largest difference from the stored answers, relative to the largest; None where the model could not
-            be built.
+        self_test: largest difference from the stored answers, relative to the largest; None where it was not run.
+        self_test_remark: why it was not.
         provenance: what its maker wrote of it.
     """
 
@@ -55,6 +57,7 @@ class Inspection:
     versions: dict[str, str]
     versions_here: dict[str, str]
     self_test: float | None
+    self_test_remark: str | None
     provenance: dict[str, Any]
 
     def lines(self) -> Iterator[str]:
@@ -68,7 +71,7 @@ class Inspection:
             yield f"- widths: {', '.join(f'{name} {width}' for name, width in self.widths.items())}"
         if self.labels:
             yield f"- labels: {', '.join(f'{index} {name}' for index, name in self.labels.items())}"
-        told = "not run, it needs the class: rmtkd.inspect(FOLDER, build)"
+        told = f"not run: {self.self_test_remark}"
         if self.self_test is not None:
             told = f"answers differ by {self.self_test:.1e} from the stored ones, of {TOLERANCE:g} allowed"
         yield f"- self-test: {told}"
@@ -114,6 +117,7 @@ def inspect(folder: str | Path, build: Build | None = None, *, forward: Forward 
         versions=manifest["versions"],
         versions_here=versions(),
         self_test=error,
+        self_test_remark=None if error is not None else manifest["self_test"].get(NOT_RUN, NEEDS_BUILD),
         provenance=manifest["provenance"],
     )
 
