@@ -70,11 +70,27 @@ def without_values() -> Iterator[None]:
             return None  # as it is
         return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
 
-    handle = register_module_parameter_registration_hook(empty)
+    handle = register_module_parameter_registration_hook(empty)  # type: ignore[arg-type]
     try:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Transformers without progress bars and remarks of its own: what is going on is told by us."""
+    from transformers.utils import logging
+
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _stock_values(model: nn.Module) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from rmtkd.environment import check_device, versions
 from rmtkd.errors import ArtifactError
 from rmtkd.families import FAMILIES
 from rmtkd.modeling_rmtkd import PREFIX, FactorizedEmbedding
-from rmtkd.pretrained import OURS, described, presented, without_values
+from rmtkd.pretrained import OURS, described, presented, quietly, without_values
 from rmtkd.sites import Site
 from rmtkd.surgery import factorize_embedding, fill, resize, tensors_of
 
@@ -193,7 +193,8 @@ def shapes_of(model: nn.Module) -> dict[str, list[int]]:
 
 def _write_pretrained(model: Any, folder: Path) -> dict[str, Any]:
     """Weights, configuration and code, as transformers saves them; and what the manifest says of them."""
-    model.save_pretrained(folder)
+    with quietly():
+        model.save_pretrained(folder)
     return {
         "library": "transformers",
         "model_class": type(model).__name__,
