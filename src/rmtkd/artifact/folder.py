@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +163,20 @@ def verified(folder: Path, build: Build | None, forward: Forward | None) -> tupl
             f"{folder} must hold a {manifest['model_class']} as it was written. Building it gave: {error!r}. "
             "Fetch the folder again, or pass another build."
         ) from error
+
+
+def ways_to_load(model_class: str, *, is_own: bool) -> Iterator[str]:
+    """What reads a folder with a model of this class, in Python."""
+    if is_own:
+        yield f"`rmtkd.load(FOLDER, build)`, where `build` gives a {model_class} as it was before the cut"
+        return
+    yield "`rmtkd.load(FOLDER)`"
+    auto = "`AutoModelForSequenceClassification.from_pretrained(FOLDER)`"
+    if model_class.startswith(PREFIX):
+        yield f"{auto} after `import rmtkd`"
+        yield "the same with `trust_remote_code=True` where rmtkd is not installed"
+    else:
+        yield f"{auto}, a stock model: nothing of ours is needed"
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:

@@ -8,14 +8,13 @@ from typing import Any
 from safetensors import safe_open
 
 from rmtkd import modeling_rmtkd
-from rmtkd.artifact.folder import CODE, WEIGHTS, Build, verified
+from rmtkd.artifact.folder import CODE, WEIGHTS, Build, verified, ways_to_load
 from rmtkd.artifact.manifest import read_manifest, sha256, verify_files
 from rmtkd.artifact.self_test import NOT_RUN, TOLERANCE
 from rmtkd.batches import Forward
 from rmtkd.environment import versions
 from rmtkd.errors import ArtifactError
 from rmtkd.measurement import count_parameters
-from rmtkd.modeling_rmtkd import PREFIX
 from rmtkd.sites import find_sites
 
 NEEDS_BUILD = "the model's class is its maker's. Pass it: rmtkd.inspect(FOLDER, build)"
@@ -94,7 +93,8 @@ def inspect(folder: str | Path, build: Build | None = None, *, forward: Forward 
     folder = Path(folder)
     manifest = read_manifest(folder)
     widths: dict[str, int] = {}
-    if manifest["library"] == "own" and build is None:
+    is_own = manifest["library"] == "own"
+    if is_own and build is None:
         verify_files(folder, manifest, (WEIGHTS,))
         parameters, error = _parameters(folder, manifest), None
     else:
@@ -110,7 +110,7 @@ def inspect(folder: str | Path, build: Build | None = None, *, forward: Forward 
         parameters=parameters,
         bytes=sum(facts["bytes"] for facts in manifest["files"].values()),
         files=len(manifest["files"]),
-        loads_with=tuple(_ways(manifest)),
+        loads_with=tuple(ways_to_load(manifest["model_class"], is_own=is_own)),
         code=_whose(folder) if CODE in manifest["files"] else None,
         widths=widths,
         labels=manifest["labels"],
@@ -140,19 +140,6 @@ def _parameters(folder: Path, manifest: Mapping[str, Any]) -> int:
             f"{folder} must hold the weights that it says. Reading them gave: {error!r}. Fetch the folder again."
         ) from error
     return total
-
-
-def _ways(manifest: Mapping[str, Any]) -> Iterator[str]:
-    if manifest["library"] == "own":
-        yield f"rmtkd.load(FOLDER, build), where build gives a {manifest['model_class']} as it was before the cut"
-        return
-    yield "rmtkd.load(FOLDER)"
-    auto = "AutoModelForSequenceClassification.from_pretrained(FOLDER)"
-    if manifest["model_class"].startswith(PREFIX):
-        yield f"{auto} after `import rmtkd`"
-        yield "where rmtkd is not installed, the same with trust_remote_code=True"
-    else:
-        yield f"{auto}: a stock model, nothing of ours is needed"
 
 
 def _whose(folder: Path) -> str:
