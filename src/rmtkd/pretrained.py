@@ -189,9 +189,12 @@ class _Later:
 
 
 def _register_classes() -> None:
+    import transformers
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     for family in FAMILIES:
+        if not hasattr(transformers, family.model_class):
+            continue  # younger than this version
         model = getattr(modeling_rmtkd, PREFIX + family.model_class)
         AutoConfig.register(model.config_class.model_type, model.config_class, exist_ok=True)
         AutoModelForSequenceClassification.register(model.config_class, model, exist_ok=True)
