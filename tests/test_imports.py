@@ -44,6 +44,7 @@ ORDER = [
     "run",
     "compression",
     "conformance",
+    "exports",
     "recipes",
     "teaching",
     "cli",
