@@ -60,4 +60,6 @@ def export_model(
         sys.stdout.write(json.dumps(record) + "\n")
         return
     out_console.print(exports.table(record))
-    say(f"{out / record['file']}: {', '.join(record['inputs'])} of shape [batch, length], any batch and length")
+    rows = "any batch" if record["most_rows"] is None else f"batch up to {record['most_rows']}"
+    inputs = f"{', '.join(record['inputs'])}, int64 of shape [batch, length]"
+    say(f"{out / record['file']}: {inputs}; {rows}, length up to {record['longest']:,}")

@@ -21,7 +21,7 @@ from rmtkd.conformance import random_batches
 from rmtkd.environment import machine, versions
 from rmtkd.errors import ExportError
 from rmtkd.exports.comparison import TOLERANCE, compare, hold_to, in_shapes, spread
-from rmtkd.exports.formats import find_format, start
+from rmtkd.exports.formats import find_format, needed, start
 from rmtkd.exports.tracing import OUTPUT, complete, input_names, quiet, told, trace
 from rmtkd.measurement import count_disk_bytes, quality, time_forward
 from rmtkd.sites import longest_input
@@ -73,10 +73,14 @@ def export(
         DataError: if rows are none that it takes.
     """
     form, folder = find_format(to, int8=int8), check_free(Path(folder))
-    names, longest = input_names(model), longest_input(model) or LENGTH
-    given = [complete(batch, names) for batch in (random_batches(model, RANDOM_TOKENS) if rows is None else rows)]
+    names = input_names(model)
+    whole = [complete(batch, names) for batch in (random_batches(model, RANDOM_TOKENS) if rows is None else rows)]
+    given = [piece for batch in whole for piece in _at_most(form.most_rows, batch)]
     shown = list(in_shapes(spread(given)))
+    longest = longest_input(model) or max(batching.length(batch) for batch in given)
     timed = complete(_random_example(model, min(longest, LENGTH)) if example is None else example, names)
+    if form.most_tokens is not None:
+        longest = min(longest, max(form.most_tokens, *(batching.length(batch) for batch in (timed, *given))))
 
     program = trace(model, names, longest, form.most_rows)
     with new_folder(folder) as partial, tempfile.TemporaryDirectory() as aside:
@@ -103,6 +107,7 @@ def export(
             "model_class": type(model).__name__,
             "inputs": list(names),
             "output": OUTPUT,
+            "most_rows": form.most_rows,
             "longest": longest,
             "labels": _labels(model),
             "checked_on": "random tokens" if rows is None else "rows",
@@ -110,7 +115,7 @@ def export(
             "checks": {name: asdict(check) for name, check in checks.items()},
             "measured": _measure({PYTORCH: model, **engines}, sizes, timed, given if int8 else [], repeats),
             "files": {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in _files(partial)},
-            "versions": versions() | {name: importlib.metadata.version(name) for name in form.packages},
+            "versions": versions() | {name: importlib.metadata.version(name) for name in needed(form, int8=int8)},
             "machine": machine(),
         }
         if form.facts is not None:
@@ -170,6 +175,11 @@ def _measure(
     ]
 
 
+def _at_most(rows: int | None, batch: Batch) -> list[Batch]:
+    """The batch in pieces of at most so many rows."""
+    return [batch] if rows is None else batching.split(batch, -(-batching.rows(batch) // rows))
+
+
 def _random_example(model: nn.Module, length: int) -> Batch:
     config: Any = model.config
     ids = torch.randint(0, config.vocab_size, (max(BATCHES), length), generator=torch.Generator().manual_seed(0))
@@ -184,7 +194,7 @@ def _labels(model: nn.Module) -> list[str]:
 def _save_tokenizer(tokenizer: Any, names: Sequence[str], folder: Path) -> None:
     """A tokenizer that makes just what the network takes; the caller's is left as it was."""
     own = copy.deepcopy(tokenizer)
-    own.model_input_names = list(names)
+    own.init_kwargs["model_input_names"] = list(names)  # what is written of a tokenizer is what it was made with
     own.save_pretrained(folder)
 
 

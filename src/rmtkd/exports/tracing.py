@@ -22,8 +22,6 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 """What networks are called with, int64 of shape `(batch, length)` each, in the order of an exported network."""
 OUTPUT = "logits"
 """What an exported network gives: class scores, float32 of shape `(batch, classes)`."""
-MOST_ROWS = 1024
-"""Largest batch of an exported network: some formats must know it."""
 
 
 class _Scores(nn.Module):
@@ -44,14 +42,14 @@ def input_names(model: nn.Module) -> tuple[str, ...]:
     """The inputs of a network, token types among them where it knows more than one.
 
     Raises:
-        UnsupportedModelError: if the network is of no known family, or not in float32.
+        UnsupportedModelError: if the network is of no known family, or not in float32 on the CPU.
     """
     find_family(model)
-    dtypes = {parameter.dtype for parameter in model.parameters()}
-    if dtypes != {torch.float32}:
-        came = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    kinds = {f"{str(parameter.dtype).removeprefix('torch.')} on {parameter.device}" for parameter in model.parameters()}
+    if kinds != {"float32 on cpu"}:
+        came = ", ".join(sorted(kinds))
         raise UnsupportedModelError(
-            f"a model that is exported must be in float32. Got {came}. Call model.float() before."
+            f"a model that is exported must be in float32 on the cpu. Got {came}. Call model.float().cpu() before."
         )
     known = inspect.signature(model.forward).parameters
     typed = "token_type_ids" in known and getattr(model.config, "type_vocab_size", 0) > 1
@@ -78,8 +76,8 @@ def complete(batch: Batch, names: tuple[str, ...]) -> dict[str, Tensor]:
     return inputs if found is None else {**inputs, "labels": found}
 
 
-def trace(model: nn.Module, names: tuple[str, ...], longest: int, most_rows: int = MOST_ROWS) -> ExportedProgram:
-    """The graph of a network, for every batch of 1 to `most_rows` rows of 1 to `longest` tokens.
+def trace(model: nn.Module, names: tuple[str, ...], longest: int, most_rows: int | None) -> ExportedProgram:
+    """The graph of a network, for every batch of any or up to `most_rows` rows of up to `longest` tokens.
 
     Raises:
         ExportError: if torch.export stops.
