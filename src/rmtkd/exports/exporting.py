@@ -194,7 +194,8 @@ def _labels(model: nn.Module) -> list[str]:
 def _save_tokenizer(tokenizer: Any, names: Sequence[str], folder: Path) -> None:
     """A tokenizer that makes just what the network takes; the caller's is left as it was."""
     own = copy.deepcopy(tokenizer)
-    own.init_kwargs["model_input_names"] = list(names)  # what is written of a tokenizer is what it was made with
+    own.model_input_names = list(names)
+    own.init_kwargs["model_input_names"] = list(names)  # or it is not written
     own.save_pretrained(folder)
 
 
