@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import importlib.metadata
 import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +20,7 @@ from rmtkd.conformance import random_batches
 from rmtkd.environment import machine, versions
 from rmtkd.errors import ExportError
 from rmtkd.exports.comparison import TOLERANCE, compare, hold_to, in_shapes, spread
-from rmtkd.exports.formats import find_format, needed, start
+from rmtkd.exports.formats import Format, find_format, start
 from rmtkd.exports.tracing import OUTPUT, complete, input_names, quiet, told, trace
 from rmtkd.measurement import count_disk_bytes, quality, time_forward
 from rmtkd.sites import longest_input
@@ -87,16 +86,17 @@ def export(
         full = Path(aside if int8 else partial) / form.file
         with quiet(), told(model, form.describe):
             form.write(program, full)
-        engines = {form.describe: start(form, full)}
+        engines = {form.describe: _open(model, form, full)}
         sizes = {form.describe: _size(full.parent)}
         checks = {form.describe: hold_to(compare(model, engines[form.describe], shown), int8=False)}
         if form.quantize is not None and int8:
             name = f"{form.describe}, int8"
             with quiet(), told(model, name):
                 form.quantize(full, partial / form.file)
-            engines[name] = start(form, partial / form.file)
+            engines[name] = _open(model, form, partial / form.file)
             sizes[name] = _size(partial)
-            checks[name] = hold_to(compare(model, engines[name], [*shown, *given]), int8=True)
+            compare(model, engines[name], shown)  # it runs in every shape; how well it does is told of whole rows
+            checks[name] = hold_to(compare(model, engines[name], given), int8=True)
         if tokenizer is not None:
             _save_tokenizer(tokenizer, names, partial)
         record = {
@@ -115,7 +115,7 @@ def export(
             "checks": {name: asdict(check) for name, check in checks.items()},
             "measured": _measure({PYTORCH: model, **engines}, sizes, timed, given if int8 else [], repeats),
             "files": {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in _files(partial)},
-            "versions": versions() | {name: importlib.metadata.version(name) for name in needed(form, int8=int8)},
+            "versions": versions(),
             "machine": machine(),
         }
         if form.facts is not None:
@@ -138,9 +138,10 @@ def check_free(folder: Path) -> Path:
 def table(record: Mapping[str, Any]) -> Table:
     """What was measured, one line for PyTorch and one for every exported network."""
     lines = record["measured"]
-    made = Table(
-        title=f"{record['model_class']}, {lines[0]['latency_ms'][0]['threads']} thread(s)", title_justify="left"
-    )
+    threads = lines[0]["latency_ms"][0]["threads"]
+    on = f"{threads} {'thread' if threads == 1 else 'threads'}"
+    title = f"{record['model_class']}, checked on {record['checked_on']}, timed on {on}"
+    made = Table(title=title, title_justify="left")
     columns = ["", "MB", *(f"ms, {at['batch']} x {at['length']} tokens" for at in lines[0]["latency_ms"])]
     for name in [*columns, "difference", "same answers", "accuracy"]:
         made.add_column(name, justify="right" if name else "left")
@@ -155,6 +156,11 @@ def table(record: Mapping[str, Any]) -> Table:
             f"{accuracy['value']:.2%} ± {accuracy['stderr']:.2%}" if accuracy else "",
         )
     return made
+
+
+def _open(model: nn.Module, form: Format, path: Path) -> nn.Module:
+    with told(model, form.describe):
+        return start(form, path)
 
 
 def _measure(

@@ -109,9 +109,9 @@ def told(model: nn.Module, what: str) -> Iterator[None]:
     """Errors of an exporter in our own words."""
     try:
         yield
-    except (ExportError, ImportError):
+    except ExportError:
         raise
-    except Exception as error:  # whatever exporters make of an operation that they do not know
+    except Exception as error:  # whatever exporters make of an operation that they do not know, or of their own parts
         raise ExportError(
             f"{type(model).__name__} must be understood by {what}. It stops with: {first_line(error)}. Export to "
             "another format, or with other versions; nothing was written."
