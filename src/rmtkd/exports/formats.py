@@ -111,6 +111,8 @@ def _write_onnx(program: ExportedProgram, path: Path) -> None:
         verbose=False,
     )
     assert written is not None  # with dynamo=True
+    for node in written.model.graph.all_nodes():
+        node.metadata_props.clear()  # of the exporter's own debugging: a megabyte
     written.save(path)
 
 

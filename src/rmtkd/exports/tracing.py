@@ -86,9 +86,12 @@ def trace(model: nn.Module, names: tuple[str, ...], longest: int, most_rows: int
     inputs = {name: torch.ones(2, min(8, longest), dtype=torch.int64) for name in names}
     batch, length = Dim("batch", max=most_rows), Dim("length", max=longest)
     with evaluation(model), quiet(), told(model, "torch.export"):
-        return torch.export.export(
+        program = torch.export.export(
             _Scores(model), (), inputs, dynamic_shapes={name: {0: batch, 1: length} for name in names}, strict=False
         )
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # formats would carry the paths of this machine
+    return program
 
 
 @contextmanager
