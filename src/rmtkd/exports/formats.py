@@ -112,7 +112,7 @@ def _write_onnx(program: ExportedProgram, path: Path) -> None:
     )
     assert written is not None  # with dynamo=True
     for node in written.model.graph.all_nodes():
-        node.metadata_props.clear()  # of the exporter's own debugging: a megabyte
+        node.metadata_props.clear()  # of the exporter's own debugging: 0.7 MB of a BERT of six layers
     written.save(path)
 
 
