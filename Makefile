@@ -15,7 +15,7 @@ setup: .venv/ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade 'pip>=25.1'
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[text,demo]' --group dev
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[text,demo,onnx]' --group dev
 	@touch $@
 
 demo: setup
@@ -27,7 +27,7 @@ test: setup
 
 # What touches transformers, against the oldest that pyproject.toml declares.
 test-oldest: .oldest/ready
-	.oldest/bin/python -m pytest -q $(addprefix tests/test_,$(addsuffix .py,families sites surgery artifact conformance))
+	.oldest/bin/python -m pytest -q $(addprefix tests/test_,$(addsuffix .py,families sites surgery artifact conformance export))
 
 # Laid over .venv, so that only what differs is fetched: torch is not.
 .oldest/ready: .venv/ready

@@ -265,6 +265,44 @@ def write(what: str, **facts: Any) -> None:
     print(json.dumps({"what": what, **facts}), flush=True)
 
 
+class Stop:
+    """Ends what is going on, as Ctrl-C and a full disk do, at the so many-th thing that Python does with a file."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.left, self.error, self.what = str(folder), 0, BaseException, ""
+        sys.addaudithook(self)
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self.left and event.startswith(("open", "os.")) and self.folder in str(arguments):
+            self.left -= 1
+            if not self.left:
+                self.what = event
+                raise self.error
+
+
+def stopped_saves(folder: Path) -> None:
+    """Save a model, stopped at every step in turn; print what is left of it."""
+    model, stop = tiny("bert"), Stop(folder)
+    for error in (KeyboardInterrupt, OSError):
+        for step in range(1, 1000):
+            folder.mkdir()
+            stop.left, stop.error = step, error
+            try:
+                artifact.save(model, folder / "model")
+            except (error, ArtifactError):
+                outcome = "stopped"
+            else:
+                outcome = "saved"
+            is_over, stop.left = stop.left > 0, 0
+            if outcome == "saved":
+                rmtkd.load(folder / "model")
+            left = sorted(path.name for path in folder.iterdir())
+            write(f"{error.__name__}: {stop.what}", table="saves", call="save", outcome=outcome, left=left)
+            shutil.rmtree(folder)
+            if is_over:
+                break
+
+
 def main(root: Path, seed: int, rounds: int) -> None:
     """Every mutation of both tables, with as many throws of the dice as there are rounds."""
     torch.set_num_threads(1)
@@ -302,6 +340,7 @@ def main(root: Path, seed: int, rounds: int) -> None:
                 write(what, call=read.__name__, share=fact["extra"] / max(1, honest[name]), **facts, **fact)
                 del result
             shutil.rmtree(copy)
+    stopped_saves(root / "saves")
 
 
 if __name__ == "__main__":

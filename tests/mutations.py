@@ -255,7 +255,11 @@ ENTRIES = (
 
 def rotary(tree: Any, dice: Dice) -> None:
     """Rotary positions with frequencies by the billion, for all layers or for each kind of them."""
-    rope = {"rope_theta": 10000.0, "factor": 2.0, "partial_rotary_factor": dice.choice([1e6, 1e7, 1e9, 1e12])}
+    rope: dict[str, Any] = {
+        "rope_theta": 10000.0,
+        "factor": 2.0,
+        "partial_rotary_factor": dice.choice([1e6, 1e7, 1e9, 1e12]),
+    }
     rope["rope_type"] = dice.choice(["linear", "dynamic", "yarn", "longrope", "llama3", "proportional"])
     tree["rope_parameters"] = dice.choice([rope, {"full_attention": rope, "sliding_attention": rope}])
 

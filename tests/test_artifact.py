@@ -144,7 +144,7 @@ def test_an_interrupted_save_leaves_no_folder(tmp_path: Path, small: torch.nn.Mo
     def interrupt(*_: object):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(artifact.folder, "versions", interrupt)  # when all is written but the manifest
+    monkeypatch.setattr("rmtkd.artifact.folder.versions", interrupt)  # when all is written but the manifest
     with pytest.raises(KeyboardInterrupt):
         artifact.save(small, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []

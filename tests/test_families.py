@@ -174,7 +174,7 @@ def test_gradients_reach_every_parameter_of_a_cut_model_that_they_reached_before
         parameter for parameter, _ in model.named_parameters() if not parameter.endswith(("k_lin.bias", "key.bias"))
     }
     student = halved(model)
-    assert reached(student, names) == reached(model, names) - {f"{find_family(model).word_embeddings}.weight"}
+    assert reached(student, names) == reached(model, names)
 
 
 def test_a_layer_that_is_called_again_and_again_is_seen_at_each_call() -> None:
@@ -352,8 +352,7 @@ def test_a_cut_model_is_saved_and_loaded_to_the_bit(name: str, tmp_path: Path) -
         assert torch.equal(run(loaded, batch), run(model, batch))
     assert find_sites(loaded) == find_sites(model)
     manifest = json.loads((tmp_path / "model" / artifact.MANIFEST).read_text())
-    assert manifest["model_class"] == type(model).__name__
-    assert len(manifest["attributes"]) == sum(len(site.attributes) for site in find_sites(model))
+    assert manifest["model_class"] == f"Rmtkd{type(model).__name__}" == type(loaded).__name__
 
 
 HEADS: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {

@@ -46,6 +46,7 @@ ORDER = [
     "run",
     "compression",
     "conformance",
+    "exports",
     "recipes",
     "teaching",
     "cli",

@@ -11,6 +11,7 @@ from rmtkd.compression import resume as resume
 from rmtkd.conformance import Verdict as Verdict
 from rmtkd.conformance import check as check
 from rmtkd.distillation import Recovery as Recovery
+from rmtkd.exports import export as export
 from rmtkd.measurement import Footprint as Footprint
 from rmtkd.measurement import measure as measure
 from rmtkd.planning import Plan as Plan

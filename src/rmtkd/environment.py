@@ -9,7 +9,8 @@ import torch
 
 from rmtkd.errors import OptionError, check_choice
 
-PACKAGES = ("rmtkd", "torch", "numpy", "scipy", "safetensors", "transformers", "datasets", "tokenizers")
+CORE = ("rmtkd", "torch", "numpy", "scipy", "safetensors", "transformers", "datasets", "tokenizers")
+PACKAGES = (*CORE, "onnx", "onnxscript", "onnxruntime", "openvino", "nncf", "executorch")
 
 
 def versions() -> dict[str, str]:

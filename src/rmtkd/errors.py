@@ -44,6 +44,10 @@ class ArtifactError(RmtkdError, ValueError):
     """A model folder is incomplete, altered, or of another format."""
 
 
+class ExportError(RmtkdError, RuntimeError):
+    """A model cannot be written in a format, or what was written is not the same network. Nothing was left behind."""
+
+
 class RunError(RmtkdError, RuntimeError):
     """A run folder cannot be used as asked."""
 

@@ -70,11 +70,27 @@ def without_values() -> Iterator[None]:
             return None  # as it is
         return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
 
-    handle = register_module_parameter_registration_hook(empty)
+    handle = register_module_parameter_registration_hook(empty)  # type: ignore[arg-type]
     try:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Transformers without progress bars and remarks of its own: what is going on is told by us."""
+    from transformers.utils import logging
+
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _stock_values(model: nn.Module) -> dict[str, Any]:
@@ -173,9 +189,12 @@ class _Later:
 
 
 def _register_classes() -> None:
+    import transformers
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     for family in FAMILIES:
+        if not hasattr(transformers, family.model_class):
+            continue  # younger than this version
         model = getattr(modeling_rmtkd, PREFIX + family.model_class)
         AutoConfig.register(model.config_class.model_type, model.config_class, exist_ok=True)
         AutoModelForSequenceClassification.register(model.config_class, model, exist_ok=True)

@@ -1,6 +1,6 @@
 """Renderings of a plan and of a record: terminal tables, model card. Nothing here computes a result."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -194,8 +194,14 @@ def summary_table(record: Mapping[str, Any], width: int = 110) -> str:
     return captured.get()
 
 
-def model_card(record: Mapping[str, Any], plan: Plan) -> str:
-    """A model card in Markdown."""
+def model_card(record: Mapping[str, Any], plan: Plan, loads_with: Iterable[str]) -> str:
+    """A model card in Markdown.
+
+    Args:
+        record: of the run.
+        plan: that it applied.
+        loads_with: what reads the model, each in a few words.
+    """
     lines = [
         "---",
         "tags: [rmtkd, model-compression, knowledge-distillation]",
@@ -209,8 +215,8 @@ def model_card(record: Mapping[str, Any], plan: Plan) -> str:
         "|---|--:|--:|--:|",
         *(f"| {' | '.join(row)} |" for row in summary_rows(record)),
         "",
-        "Load it with `rmtkd.load(FOLDER)`: no flags, no pickle; every file is verified by its checksum and the "
-        "model by the outputs stored for a synthetic batch.",
+        f"Load it with {'; '.join(loads_with)}. There is no pickle in it. `rmtkd.load` and `rmtkd inspect FOLDER` "
+        "verify every file by its checksum, and the model by the outputs stored for a synthetic batch.",
         "",
         "## Widths",
         "",

@@ -68,10 +68,11 @@ class Compressed:
 
     def save(self, folder: str | Path, *, extra_files: Iterable[Path] = ()) -> None:
         """Write the model folder that `rmtkd.load` reads: weights, shapes, checksums, self-test, model card."""
+        loads_with = artifact.ways_to_load(type(self.model).__name__, is_own=self.sites is not None)
         artifact.save(
             self.model,
             folder,
-            card=reporting.model_card(self.record, self.plan),
+            card=reporting.model_card(self.record, self.plan, loads_with),
             provenance=self.record,
             extra_files=extra_files,
             sites=self.sites,

@@ -3,7 +3,7 @@
 docs/format.md is the specification.
 """
 
-from rmtkd.artifact.folder import check_extra_files, load, load_weights, save, weights_of
+from rmtkd.artifact.folder import check_extra_files, load, load_weights, save, ways_to_load, weights_of
 from rmtkd.artifact.inspection import Inspection, inspect
 from rmtkd.artifact.manifest import FORMAT, MANIFEST, is_artifact, read_manifest
 
@@ -18,5 +18,6 @@ __all__ = [
     "load_weights",
     "read_manifest",
     "save",
+    "ways_to_load",
     "weights_of",
 ]

@@ -4,7 +4,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from rmtkd.environment import check_device, versions
 from rmtkd.errors import ArtifactError
 from rmtkd.families import FAMILIES, EncoderFamily
 from rmtkd.modeling_rmtkd import PREFIX, FactorizedEmbedding
-from rmtkd.pretrained import OURS, described, presented, without_values
+from rmtkd.pretrained import OURS, described, presented, quietly, without_values
 from rmtkd.sites import Site
 from rmtkd.surgery import factorize_embedding, fill, resize, tensors_of
 
@@ -134,11 +134,13 @@ def load(
     return verified(Path(folder), build, forward)[0].to(device)
 
 
-def verified(folder: Path, build: Build | None, forward: Forward | None) -> tuple[nn.Module, float]:
-    """The model in a folder, and by how much its self-test differs from the stored answers, relatively."""
+def verified(folder: Path, build: Build | None, forward: Forward | None) -> tuple[nn.Module, float | None]:
+    """The model in a folder, and by how much its self-test differs from the stored answers, relatively; None where its
+    maker's model could not be run on synthetic rows."""
     manifest = read_manifest(folder)
     is_own = manifest["library"] == "own"
-    verify_files(folder, manifest, (WEIGHTS, SELF_TEST) if is_own else (WEIGHTS, SELF_TEST, CONFIG))
+    is_tested = not (is_own and self_test.NOT_RUN in manifest["self_test"])
+    verify_files(folder, manifest, (WEIGHTS, *[SELF_TEST] * is_tested, *[CONFIG] * (not is_own)))
     if is_own and build is None:
         raise ArtifactError(
             f"{folder} holds a {manifest['model_class']}, a class of its maker's. Got no build. Pass the class, or a "
@@ -156,7 +158,10 @@ def verified(folder: Path, build: Build | None, forward: Forward | None) -> tupl
         check_shapes(manifest["shapes"], shapes_of(model))
         check_shapes(_stored_shapes(model), stored)
         _assign(model, load_file(folder / WEIGHTS))
-        return model.eval(), self_test.verify(model, folder, manifest["self_test"], forward, is_own=is_own)
+        model.eval()
+        if not is_tested:
+            return model, None
+        return model, self_test.verify(model, folder, manifest["self_test"], forward, is_own=is_own)
     except (ArtifactError, ImportError):
         raise
     except Exception as error:  # whatever safetensors, torch or transformers make of altered values
@@ -164,6 +169,20 @@ def verified(folder: Path, build: Build | None, forward: Forward | None) -> tupl
             f"{folder} must hold a {manifest['model_class']} as it was written. Building it gave: {told(error)}. "
             "Fetch the folder again, or pass another build."
         ) from error
+
+
+def ways_to_load(model_class: str, *, is_own: bool) -> Iterator[str]:
+    """What reads a folder with a model of this class, in Python."""
+    if is_own:
+        yield f"`rmtkd.load(FOLDER, build)`, where `build` gives a {model_class} as it was before the cut"
+        return
+    yield "`rmtkd.load(FOLDER)`"
+    auto = "`AutoModelForSequenceClassification.from_pretrained(FOLDER)`"
+    if model_class.startswith(PREFIX):
+        yield f"{auto} after `import rmtkd`"
+        yield "the same with `trust_remote_code=True` where rmtkd is not installed"
+    else:
+        yield f"{auto}, a stock model: nothing of ours is needed"
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
@@ -192,7 +211,8 @@ def shapes_of(model: nn.Module) -> dict[str, list[int]]:
 
 def _write_pretrained(model: Any, folder: Path) -> dict[str, Any]:
     """Weights, configuration and code, as transformers saves them; and what the manifest says of them."""
-    model.save_pretrained(folder)
+    with quietly():
+        model.save_pretrained(folder)
     return {
         "library": "transformers",
         "model_class": type(model).__name__,
@@ -215,7 +235,7 @@ def _write_own(model: nn.Module, folder: Path, sites: Sequence[Site], example: B
             "attributes": [[path, name, getattr(model.get_submodule(path), name)] for path, name in sorted(attributes)],
         },
         "labels": {},
-        "self_test": self_test.write(model, folder, self_test.random_like(example)),
+        "self_test": self_test.write_if_it_runs(model, folder, example),
     }
 
 

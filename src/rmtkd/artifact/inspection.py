@@ -8,14 +8,15 @@ from typing import Any
 
 from rmtkd import modeling_rmtkd
 from rmtkd.artifact.files import WEIGHTS, read_shapes, sha256
-from rmtkd.artifact.folder import CODE, Build, check_shapes, verified
+from rmtkd.artifact.folder import CODE, Build, check_shapes, verified, ways_to_load
 from rmtkd.artifact.manifest import read_manifest, verify_files
-from rmtkd.artifact.self_test import TOLERANCE
+from rmtkd.artifact.self_test import NOT_RUN, TOLERANCE
 from rmtkd.batches import Forward
 from rmtkd.environment import versions
 from rmtkd.measurement import count_parameters
-from rmtkd.modeling_rmtkd import PREFIX
 from rmtkd.sites import find_sites
+
+NEEDS_BUILD = "the model's class is its maker's. Pass it: rmtkd.inspect(FOLDER, build)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +36,8 @@ class Inspection:
         widths: by name of the width, as they are now; empty for models of one's own.
         labels: class names by index.
         versions, versions_here: of the libraries that wrote it, and of those that read it.
-        self_test: largest difference from the stored answers, relative to the largest; None where the model could not
-            be built.
+        self_test: largest difference from the stored answers, relative to the largest; None where it was not run.
+        self_test_remark: why it was not.
         provenance: what its maker wrote of it.
     """
 
@@ -54,6 +55,7 @@ class Inspection:
     versions: dict[str, str]
     versions_here: dict[str, str]
     self_test: float | None
+    self_test_remark: str | None
     provenance: dict[str, Any]
 
     def lines(self) -> Iterator[str]:
@@ -67,7 +69,7 @@ class Inspection:
             yield f"- widths: {', '.join(f'{name} {width}' for name, width in self.widths.items())}"
         if self.labels:
             yield f"- labels: {', '.join(f'{index} {name}' for index, name in self.labels.items())}"
-        told = "not run, it needs the class: rmtkd.inspect(FOLDER, build)"
+        told = f"not run: {self.self_test_remark}"
         if self.self_test is not None:
             told = f"answers differ by {self.self_test:.1e} from the stored ones, of {TOLERANCE:g} allowed"
         yield f"- self-test: {told}"
@@ -90,7 +92,8 @@ def inspect(folder: str | Path, build: Build | None = None, *, forward: Forward 
     folder = Path(folder)
     manifest = read_manifest(folder)
     widths: dict[str, int] = {}
-    if manifest["library"] == "own" and build is None:
+    is_own = manifest["library"] == "own"
+    if is_own and build is None:
         verify_files(folder, manifest, (WEIGHTS,))
         parameters, error = _parameters(folder, manifest), None
     else:
@@ -106,13 +109,14 @@ def inspect(folder: str | Path, build: Build | None = None, *, forward: Forward 
         parameters=parameters,
         bytes=sum(facts["bytes"] for facts in manifest["files"].values()),
         files=len(manifest["files"]),
-        loads_with=tuple(_ways(manifest)),
+        loads_with=tuple(ways_to_load(manifest["model_class"], is_own=is_own)),
         code=_whose(folder) if CODE in manifest["files"] else None,
         widths=widths,
         labels=manifest["labels"],
         versions=manifest["versions"],
         versions_here=versions(),
         self_test=error,
+        self_test_remark=None if error is not None else manifest["self_test"].get(NOT_RUN, NEEDS_BUILD),
         provenance=manifest["provenance"],
     )
 
@@ -122,19 +126,6 @@ def _parameters(folder: Path, manifest: Mapping[str, Any]) -> int:
     found = read_shapes(folder / WEIGHTS)
     check_shapes(manifest["shapes"], {name: found.get(name) for name in manifest["shapes"]})
     return sum(math.prod(found[name]) for name in manifest["shapes"])
-
-
-def _ways(manifest: Mapping[str, Any]) -> Iterator[str]:
-    if manifest["library"] == "own":
-        yield f"rmtkd.load(FOLDER, build), where build gives a {manifest['model_class']} as it was before the cut"
-        return
-    yield "rmtkd.load(FOLDER)"
-    auto = "AutoModelForSequenceClassification.from_pretrained(FOLDER)"
-    if manifest["model_class"].startswith(PREFIX):
-        yield f"{auto} after `import rmtkd`"
-        yield "where rmtkd is not installed, the same with trust_remote_code=True"
-    else:
-        yield f"{auto}: a stock model, nothing of ours is needed"
 
 
 def _whose(folder: Path) -> str:

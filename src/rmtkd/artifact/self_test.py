@@ -16,6 +16,7 @@ from rmtkd.measurement import evaluation
 from rmtkd.sites import find_family
 
 SELF_TEST = "self-test.safetensors"
+NOT_RUN = "not_run"
 ANSWERS = "logits"
 TOLERANCE = 1e-3
 """Largest difference of the answers, relative to the largest answer: other processors round differently."""
@@ -41,6 +42,16 @@ def write(model: nn.Module, folder: Path, batch: Batch) -> dict[str, Any]:
     tensors = {f"inputs.{name}": value.contiguous() for name, value in inputs.items()} | {ANSWERS: answers}
     save_file(tensors, folder / SELF_TEST)
     return {"named_inputs": isinstance(rows, Mapping), "own_forward": isinstance(batch, Call)}
+
+
+def write_if_it_runs(model: nn.Module, folder: Path, example: Batch) -> dict[str, Any]:
+    """The same for a model of one's own, on random rows like an example. It may want more of its rows than that: then
+    there is no self-test, and the manifest says why."""
+    try:
+        return write(model, folder, random_like(example))
+    except Exception as error:  # whatever a forward of somebody else's makes of random values
+        (folder / SELF_TEST).unlink(missing_ok=True)
+        return {NOT_RUN: f"the model did not run on random rows: {error}"}
 
 
 def verify(model: nn.Module, folder: Path, facts: Mapping[str, Any], forward: Forward | None, *, is_own: bool) -> float:

@@ -9,6 +9,7 @@ from torch import nn
 
 from rmtkd import artifact
 from rmtkd.errors import DataError
+from rmtkd.pretrained import quietly
 from rmtkd.recipes.recipe import Source
 from rmtkd.sites import find_sites, longest_input
 
@@ -113,9 +114,9 @@ def load_tokenizer(path: str, model: nn.Module) -> Any:
 
 def save_classifier(source: Source, folder: Path) -> None:
     """Write a model as a transformers folder, with its tokenizer."""
-    _be_quiet()
     model: Any = source.model
-    model.save_pretrained(folder)
+    with quietly():
+        model.save_pretrained(folder)
     if source.tokenizer is not None:
         source.tokenizer.save_pretrained(folder)
 
@@ -124,15 +125,15 @@ def _from_pretrained(path: str, **config: Any) -> tuple[nn.Module, list[str], li
     """A model and the names of its weights that the checkpoint does not hold, or not in this shape."""
     import transformers
 
-    _be_quiet()
     if artifact.is_artifact(Path(path) / "model"):
         raise DataError(f"--model must be a model folder. {path!r} is a run. Did you mean '{Path(path) / 'model'}'?")
     if path.startswith((".", "/", "~")) and not Path(path).is_dir():  # no name of the hub: do not ask there
         raise DataError(f"--model must be a model folder or a hub name. There is no folder {path!r}. Check the path.")
     try:
-        model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
-            path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **config
-        )
+        with quietly():
+            model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+                path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **config
+            )
     except Exception as error:  # whatever transformers, torch or safetensors make of what is there
         raise DataError(
             f"--model must be a model folder or a hub name. Reading {path!r} gave: {_first_line(error)}. "
@@ -143,11 +144,3 @@ def _from_pretrained(path: str, **config: Any) -> tuple[nn.Module, list[str], li
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")
-
-
-def _be_quiet() -> None:
-    """Our own progress and errors are told by us."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()

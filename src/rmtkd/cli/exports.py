@@ -1,0 +1,65 @@
+"""The command that writes models for other runtimes: export."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rmtkd.cli.console import app, log, out_console, say
+from rmtkd.cli.options import AsJson, Columns, Data, Label, MaxLength
+
+
+@app.command("export")
+def export_model(
+    model: Annotated[str, typer.Argument(help="Model folder, compressed or not, or a name on the hub.")],
+    out: Annotated[Path, typer.Option(help="Folder for the exported model; must be new.")],
+    to: Annotated[str, typer.Option(help="Format: onnx, torch-export, openvino, executorch.")] = "onnx",
+    int8: Annotated[bool, typer.Option("--int8", help="Weights as 8-bit integers; says what it costs.")] = False,
+    recipe: Annotated[
+        str | None, typer.Option(help="The task on whose report rows it is checked; random tokens by default.")
+    ] = None,
+    data: Data = None,
+    columns: Columns = None,
+    label: Label = None,
+    max_length: MaxLength = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a model for another runtime, checked against PyTorch on rows and timed beside it.
+
+    \b
+    rmtkd export runs/sst2/model --to onnx --recipe sst2 --data DIR --out runs/sst2/onnx
+    rmtkd export runs/sst2/model --to onnx --int8 --recipe sst2 --data DIR --out runs/sst2/onnx-int8
+    """
+    from rmtkd import exports, recipes
+    from rmtkd.recipes.checkpoints import load_any_classifier, load_tokenizer
+
+    exports.find_format(to, int8=int8)
+    exports.check_free(out)
+    if recipe is None:
+        if data is not None:
+            raise typer.BadParameter("--data needs --recipe NAME, which says what the rows mean.")
+        network = load_any_classifier(model)
+        log("checked on random tokens: name a --recipe to check on rows")
+        record = exports.export(network, out, to=to, int8=int8, tokenizer=load_tokenizer(model, network))
+    else:
+        task = recipes.get(recipe, columns=columns, label=label, max_length=max_length)
+        source = task.load(model)
+        rows = task.rows(data, source, 0)
+        record = exports.export(
+            source.model,
+            out,
+            to=to,
+            int8=int8,
+            rows=rows.report,
+            example=task.example(source.model, rows),
+            tokenizer=source.tokenizer,
+        )
+    if as_json:
+        sys.stdout.write(json.dumps(record) + "\n")
+        return
+    out_console.print(exports.table(record))
+    rows = "any batch" if record["most_rows"] is None else f"batch up to {record['most_rows']}"
+    inputs = f"{', '.join(record['inputs'])}, int64 of shape [batch, length]"
+    say(f"{out / record['file']}: {inputs}; {rows}, length up to {record['longest']:,}")
