@@ -182,6 +182,7 @@ def resealed(folders: dict[str, Path]) -> Iterator[Mutation]:
                 yield name, f"config.json: {key}", of_content("config.json", mutations.of_entry(key), True)
     for name in [name for name in ("modernbert", "eurobert") if name in folders] * 12:
         yield name, "config.json: rotary", of_content("config.json", mutations.of_tree(mutations.rotary), True)
+        yield name, f"{SELF_TEST}: long input", of_content(SELF_TEST, mutations.long_input, True)
 
 
 TABLES = {"unsealed": unsealed, "resealed": resealed}
