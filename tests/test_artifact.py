@@ -310,6 +310,7 @@ SELF = "bert.encoder.layer.0.attention.self"
         pytest.param(lambda m: m["files"].update({"..": NOTHING}), id="folder above"),
         pytest.param(lambda m: m["files"].update({"": NOTHING}), id="file without a name"),
         pytest.param(lambda m: m["files"].update({"a\0b": NOTHING}), id="file name with a zero byte"),
+        pytest.param(lambda m: m["files"].update({"x" * 300: NOTHING}), id="file name that is too long"),
         pytest.param(lambda m: m["files"].pop(WEIGHTS), id="weights without a checksum"),
         pytest.param(lambda m: m["files"].clear(), id="no checksums"),
         pytest.param(lambda m: m["files"][WEIGHTS].pop("bytes"), id="no size"),
@@ -395,6 +396,15 @@ def test_a_manifest_of_another_form_is_refused(folder: Path, text: str):
     (folder / MANIFEST).write_bytes(text.encode("latin-1"))
     with pytest.raises(ArtifactError):
         rmtkd.load(folder)
+
+
+def test_a_manifest_of_any_depth_is_refused(folder: Path):
+    """Also one that can be read, but not written again."""
+    text = (folder / MANIFEST).read_text()
+    for depth in range(900, 1010):
+        (folder / MANIFEST).write_text(f'{text.rstrip()[:-1]}, "more": {"[" * depth}{"]" * depth}}}')
+        with pytest.raises(ArtifactError):
+            rmtkd.load(folder)
 
 
 def test_a_manifest_with_a_key_twice_is_refused(folder: Path):

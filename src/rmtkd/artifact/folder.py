@@ -1,6 +1,8 @@
 """The model folder: written whole or not at all, loaded after every file is verified. Nothing is run or unpickled."""
 
 import json
+import math
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,25 +14,25 @@ from torch import Tensor, nn
 
 from rmtkd import modeling_rmtkd
 from rmtkd.artifact import self_test
+from rmtkd.artifact.files import WEIGHTS, read_json, read_shapes, told
 from rmtkd.artifact.manifest import FORMAT, MANIFEST, read_manifest, sealed, verify_files, vouch
 from rmtkd.artifact.self_test import SELF_TEST
 from rmtkd.batches import Batch, Forward
 from rmtkd.checkpoint import new_folder, write_atomically
 from rmtkd.environment import check_device, versions
 from rmtkd.errors import ArtifactError
-from rmtkd.families import FAMILIES
+from rmtkd.families import FAMILIES, EncoderFamily
 from rmtkd.modeling_rmtkd import PREFIX, FactorizedEmbedding
 from rmtkd.pretrained import OURS, described, presented, quietly, without_values
 from rmtkd.sites import Site
 from rmtkd.surgery import factorize_embedding, fill, resize, tensors_of
 
-WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 CARD = "README.md"
 CODE = f"{modeling_rmtkd.__name__.rpartition('.')[2]}.py"
 OWN_FILES = frozenset({MANIFEST, WEIGHTS, CONFIG, CARD, CODE, SELF_TEST})
-MOST_LAYERS = 200
-"""As many layers are built before it is known whether there are weights for them all."""
+MOST_LAYERS = 1000
+"""Layers that share their weights may be many, but no more than this."""
 
 Build = Callable[[], nn.Module]
 """A model of one's own as it was before it was cut: its class, or a function that calls it. Values do not matter."""
@@ -86,6 +88,7 @@ def save(
         }
         # Read back what JSON makes of it: its keys are texts.
         write_atomically(partial / MANIFEST, sealed(json.loads(json.dumps(manifest))).encode())
+        _check_readable(partial)
 
 
 def check_extra_files(files: Iterable[Path]) -> tuple[Path, ...]:
@@ -149,18 +152,21 @@ def verified(folder: Path, build: Build | None, forward: Forward | None) -> tupl
             "out."
         )
     try:
-        tensors = load_file(folder / WEIGHTS)
-        model = _pretrained(folder, manifest, tensors) if build is None else _own(build, manifest, tensors)
-        if shapes_of(model) != manifest["shapes"]:
-            raise ArtifactError(f"{MANIFEST} and {WEIGHTS} must agree on shapes. They do not. Fetch the folder again.")
-        _assign(model, tensors)
+        # Nothing is read or allocated before all sizes agree: those of the manifest, the model and the weights.
+        stored = read_shapes(folder / WEIGHTS)
+        model = _pretrained(folder, manifest, stored) if build is None else _own(build, manifest, stored)
+        check_shapes(manifest["shapes"], shapes_of(model))
+        check_shapes(_stored_shapes(model), stored)
+        _assign(model, load_file(folder / WEIGHTS))
         model.eval()
-        return model, self_test.verify(model, folder, manifest["self_test"], forward) if is_tested else None
+        if not is_tested:
+            return model, None
+        return model, self_test.verify(model, folder, manifest["self_test"], forward, is_own=is_own)
     except (ArtifactError, ImportError):
         raise
     except Exception as error:  # whatever safetensors, torch or transformers make of altered values
         raise ArtifactError(
-            f"{folder} must hold a {manifest['model_class']} as it was written. Building it gave: {error!r}. "
+            f"{folder} must hold a {manifest['model_class']} as it was written. Building it gave: {told(error)}. "
             "Fetch the folder again, or pass another build."
         ) from error
 
@@ -185,10 +191,8 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     Raises:
         ArtifactError: if they cannot be read.
     """
-    try:
-        return load_file(folder / WEIGHTS)
-    except Exception as error:  # whatever safetensors makes of missing or damaged bytes
-        raise ArtifactError(f"{folder} must hold {WEIGHTS} as it was written. Reading it gave: {error!r}.") from error
+    read_shapes(folder / WEIGHTS)
+    return load_file(folder / WEIGHTS)
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
@@ -235,35 +239,39 @@ def _write_own(model: nn.Module, folder: Path, sites: Sequence[Site], example: B
     }
 
 
+def _check_readable(folder: Path) -> None:
+    """Raise `ArtifactError` where texts are so large that `load` would refuse them."""
+    read_manifest(folder)
+    read_shapes(folder / WEIGHTS)
+    if (folder / CONFIG).exists():
+        read_json(folder / CONFIG)
+
+
 # ---------------------------------------------------------------------- building
 
 
-def _pretrained(folder: Path, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+def _pretrained(folder: Path, manifest: Mapping[str, Any], stored: Mapping[str, list[int]]) -> nn.Module:
     """A model of transformers, its parameters without values. Only classes in the families' tables are ever built."""
     import transformers
 
-    known = {prefix + family.model_class for family in FAMILIES for prefix in ("", PREFIX)}
+    known = {prefix + family.model_class: family for family in FAMILIES for prefix in ("", PREFIX)}
     name = manifest["model_class"]
     if manifest["library"] != "transformers" or name not in known:
         raise ArtifactError(
-            f"model_class must be one of {', '.join(sorted(known))}, of transformers. Got {name!r} of "
-            f"{manifest['library']!r}. Use the rmtkd that wrote the folder."
+            f"model_class must be one of {', '.join(sorted(known))}, of transformers. Got {told(name)} of "
+            f"{told(manifest['library'])}. Use the rmtkd that wrote the folder."
         )
     model_class = getattr(modeling_rmtkd if name.startswith(PREFIX) else transformers, name)
     # Only what a stock configuration has, and ours: others name kernels to fetch and run, or sizes to unfold.
     stock = getattr(transformers, name.removeprefix(PREFIX)).config_class
     allowed = {*stock().to_dict(), *OURS}
-    values = {key: value for key, value in json.loads((folder / CONFIG).read_bytes()).items() if key in allowed}
-    # Anything that would take time or memory before it fails must agree with the weights that are really there.
-    repeated = ("num_hidden_layers", "num_hidden_groups", "inner_group_num")
-    numbers = [values.get(stock.attribute_map.get(key, key), 0) for key in repeated]
-    # (Layers that are called again and again may be more than the tensors, but not by much.)
-    if max(numbers) > max(len(tensors), MOST_LAYERS):
-        raise ArtifactError(f"{CONFIG} and {WEIGHTS} must agree on layers. They do not. Fetch the folder again.")
+    values = {key: value for key, value in read_json(folder / CONFIG).items() if key in allowed}
+    _check_layers(known[name], stock.attribute_map, {**stock().to_dict(), **values}, stored)
     config = model_class.config_class.from_dict(values)
     with torch.device("meta"):
         model = model_class(config)
-    _check_shapes(model, tensors)
+    check_shapes(_stored_shapes(model), stored)
+    _check_computed(model, stored)
     found_class, found = described(model)
     if found_class is not model_class or any(_entry(found, key) != _entry(config, key) for key in OURS):
         raise ArtifactError(
@@ -278,14 +286,14 @@ def _entry(config: Any, key: str) -> Any:
     return config.to_dict().get(key)
 
 
-def _own(build: Build, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+def _own(build: Build, manifest: Mapping[str, Any], stored: Mapping[str, list[int]]) -> nn.Module:
     """A model of one's own, its parameters without values."""
     narrowed = manifest["narrowed"]
     with without_values():
         model = build()
         for path in narrowed["factorized"]:
             factorize_embedding(model, path)
-    resize(model, {name: tensors[name].shape for name in manifest["shapes"]})
+    resize(model, {name: stored[name] for name in manifest["shapes"]})
     for path, name, value in narrowed["attributes"]:
         module = model.get_submodule(path)
         if type(getattr(module, name)) not in (int, float) or type(value) not in (int, float):
@@ -296,21 +304,50 @@ def _own(build: Build, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor
     return model
 
 
-def _check_shapes(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def _check_layers(
+    family: EncoderFamily, names: Mapping[str, str], config: Mapping[str, Any], stored: Mapping[str, Any]
+) -> None:
+    """Raise `ArtifactError` unless there are weights for as many layers as the configuration has built."""
+    layer = re.compile(re.escape(family.layers).replace(r"\*", r"\d+") + r"\.")
+    there = len({match.group() for match in map(layer.match, stored) if match})
+    said = [config.get(names.get(key, key), 1) for key in ("num_hidden_layers", "num_hidden_groups", "inner_group_num")]
+    whole = all(type(number) is int and 0 < number <= MOST_LAYERS for number in said)
+    if not whole or there != (said[1] * said[2] if family.repeats_layers else said[0]):
+        raise ArtifactError(
+            f"{CONFIG} and {WEIGHTS} must agree on layers, of at most {MOST_LAYERS}. They hold {told(said[0])} and "
+            f"{there}. Fetch the folder again."
+        )
+
+
+def _check_computed(model: nn.Module, stored: Mapping[str, list[int]]) -> None:
+    """Raise `ArtifactError` where a configuration asks for larger buffers than all weights together: those that are not
+    stored are computed, such as the frequencies of rotary positions."""
+    computed = sum(value.numel() for name, value in model.named_buffers() if name not in stored)
+    if computed > sum(map(math.prod, stored.values())):
+        raise ArtifactError(
+            f"{CONFIG} must ask for smaller buffers than {WEIGHTS} holds. It asks for {computed:,} numbers. Fetch the "
+            "folder again."
+        )
+
+
+def check_shapes(expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Raise `ArtifactError` unless both hold the same tensors of the same shapes."""
+    odd = sorted({*expected} ^ {*found}) or sorted(name for name in expected if expected[name] != found[name])
+    if odd:
+        name = odd[0]
+        raise ArtifactError(
+            f"{MANIFEST}, {CONFIG} and {WEIGHTS} must agree on shapes. They differ in {len(odd)}, such as "
+            f"{told(name)}: {told(expected.get(name))} and {told(found.get(name))}. Fetch the folder again."
+        )
+
+
+def _stored_shapes(model: nn.Module) -> dict[str, list[int]]:
+    """The shape of all that is stored of a model."""
     state = model.state_dict().keys()
-    expected = {name: value for name, value in tensors_of(model).items() if name in state}
-    if set(expected) != set(tensors):
-        odd = sorted(set(expected) ^ set(tensors))
-        raise ArtifactError(f"{WEIGHTS} must hold exactly the model's tensors. They differ in {', '.join(odd[:5])}.")
-    for name, value in tensors.items():
-        if value.shape != expected[name].shape:
-            raise ArtifactError(
-                f"{name} must have shape {list(expected[name].shape)}. Got {list(value.shape)}. Fetch the folder again."
-            )
+    return {name: list(value.shape) for name, value in tensors_of(model).items() if name in state}
 
 
 def _assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    _check_shapes(model, tensors)
     fill(model, tensors)
     for name, buffer in model.named_buffers():
         if name not in tensors and buffer.is_floating_point():  # of a model that had been cast as a whole

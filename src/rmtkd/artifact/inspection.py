@@ -1,19 +1,18 @@
 """What a model folder is, told after all of it is verified."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from rmtkd import modeling_rmtkd
-from rmtkd.artifact.folder import CODE, WEIGHTS, Build, verified, ways_to_load
-from rmtkd.artifact.manifest import read_manifest, sha256, verify_files
+from rmtkd.artifact.files import WEIGHTS, read_shapes, sha256
+from rmtkd.artifact.folder import CODE, Build, check_shapes, verified, ways_to_load
+from rmtkd.artifact.manifest import read_manifest, verify_files
 from rmtkd.artifact.self_test import NOT_RUN, TOLERANCE
 from rmtkd.batches import Forward
 from rmtkd.environment import versions
-from rmtkd.errors import ArtifactError
 from rmtkd.measurement import count_parameters
 from rmtkd.sites import find_sites
 
@@ -124,22 +123,9 @@ def inspect(folder: str | Path, build: Build | None = None, *, forward: Forward 
 
 def _parameters(folder: Path, manifest: Mapping[str, Any]) -> int:
     """The number of parameters, if the weights have the shapes that the manifest says."""
-    total = 0
-    try:
-        with safe_open(folder / WEIGHTS, "pt") as weights:
-            for name, shape in manifest["shapes"].items():
-                part = weights.get_slice(name).get_shape()
-                if part != shape:
-                    raise ValueError(f"{name} has shape {part}, not {shape}")
-                size = 1
-                for side in part:
-                    size *= side
-                total += size
-    except Exception as error:  # whatever safetensors makes of altered values
-        raise ArtifactError(
-            f"{folder} must hold the weights that it says. Reading them gave: {error!r}. Fetch the folder again."
-        ) from error
-    return total
+    found = read_shapes(folder / WEIGHTS)
+    check_shapes(manifest["shapes"], {name: found.get(name) for name in manifest["shapes"]})
+    return sum(math.prod(found[name]) for name in manifest["shapes"])
 
 
 def _whose(folder: Path) -> str:

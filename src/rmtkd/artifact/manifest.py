@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rmtkd.artifact.files import read_json, sha256, told
 from rmtkd.errors import ArtifactError
 
 FORMAT = 2
@@ -27,8 +28,6 @@ FIELDS: Mapping[str, type] = {
     "checksum": str,
 }
 """What `rmtkd.json` holds."""
-MOST_BYTES = 64 * 2**20
-"""A manifest is not read beyond this size."""
 
 
 def is_artifact(folder: Path) -> bool:
@@ -45,16 +44,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not is_artifact(folder):
         raise ArtifactError(f"a model folder must hold {MANIFEST}. {folder} does not. Is the path right?")
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
-        text = path.read_bytes().decode()
-        manifest = json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, OSError, RecursionError) as error:
-        raise ArtifactError(f"{path} must be JSON. Reading it gave: {error}. Fetch the folder again.") from None
+    manifest = read_json(path)
     if isinstance(manifest, dict) and manifest.get("format", FORMAT) != FORMAT:
         raise ArtifactError(
-            f"the folder's format must be {FORMAT}. Got {manifest['format']!r}. Use the rmtkd that wrote it."
+            f"the folder's format must be {FORMAT}. Got {told(manifest['format'])}. Use the rmtkd that wrote it."
         )
     wrong = [
         key for key, kind in FIELDS.items() if not isinstance(manifest, dict) or type(manifest.get(key)) is not kind
@@ -64,7 +57,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path} must hold {', '.join(FIELDS)}. Missing or odd: {', '.join(wrong)}. Fetch it again."
         )
     # Every byte counts: a repeated key or other white space is not what was written either.
-    if text != sealed({key: value for key, value in manifest.items() if key != "checksum"}):
+    try:
+        whole = path.read_bytes() == sealed({key: manifest[key] for key in manifest if key != "checksum"}).encode()
+    except RecursionError:  # lists may be nested deeper when they are read than when they are written
+        whole = False
+    if not whole:
         raise ArtifactError(f"{path} must be as it was written. Its checksum differs. Fetch the folder again.")
     return manifest
 
@@ -85,18 +82,15 @@ def verify_files(folder: Path, manifest: Mapping[str, Any], needed: tuple[str, .
     are needed are among them."""
     for name, expected in {**dict.fromkeys(needed), **manifest["files"]}.items():
         path = folder / name
-        if Path(name).name != name or not path.is_file():
-            raise ArtifactError(f"the folder must hold {name!r}. It does not. Fetch the folder again.")
+        if Path(name).name != name or not _is_file(path):
+            raise ArtifactError(f"the folder must hold {told(name)}. It does not. Fetch the folder again.")
         # Size first: a file that has grown without end is not read.
         if not isinstance(expected, dict) or path.stat().st_size != expected.get("bytes") or vouch(path) != expected:
             raise ArtifactError(f"{path} must be as it was written. Its checksum differs. Fetch the folder again.")
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rmtkd import batches as batching
+from rmtkd.artifact.files import read_shapes
 from rmtkd.batches import Batch, Call, Forward
 from rmtkd.errors import ArtifactError
 from rmtkd.measurement import evaluation
@@ -53,20 +54,26 @@ def write_if_it_runs(model: nn.Module, folder: Path, example: Batch) -> dict[str
         return {NOT_RUN: f"the model did not run on random rows: {error}"}
 
 
-def verify(model: nn.Module, folder: Path, facts: Mapping[str, Any], forward: Forward | None) -> float:
+def verify(model: nn.Module, folder: Path, facts: Mapping[str, Any], forward: Forward | None, *, is_own: bool) -> float:
     """Hold the model against the stored answers.
 
     Returns:
         The largest difference, relative to the largest answer.
 
     Raises:
-        ArtifactError: if it is more than `TOLERANCE`, or a forward is missing.
+        ArtifactError: if it is more than `TOLERANCE`, a forward is missing, or a model of transformers is to be asked
+            anything else than is written: attention takes the square of an input's length.
     """
     if facts["own_forward"] != (forward is not None):
         raise ArtifactError(
             f"a model that was saved with{'' if facts['own_forward'] else 'out'} a forward of its own must be loaded "
             f"so. Got {'none' if forward is None else 'one'}. Pass the forward= that compress was given, or none."
         )
+    shapes = read_shapes(folder / SELF_TEST)
+    if not is_own:
+        asked = {f"inputs.{name}": list(value.shape) for name, value in random_tokens(model).items()}
+        if {name: shape for name, shape in shapes.items() if name != ANSWERS} != asked or not facts["named_inputs"]:
+            raise ArtifactError(f"{SELF_TEST} must ask what rmtkd asks. It does not. Fetch the folder again.")
     tensors = load_file(folder / SELF_TEST)
     expected = tensors.pop(ANSWERS)
     inputs = {name.removeprefix("inputs."): value for name, value in tensors.items()}
@@ -82,7 +89,7 @@ def verify(model: nn.Module, folder: Path, facts: Mapping[str, Any], forward: Fo
     return error
 
 
-def random_tokens(model: nn.Module) -> Batch:
+def random_tokens(model: nn.Module) -> dict[str, Tensor]:
     """Two rows of random tokens for a model of a supported family, the second half padding."""
     config: Any = model.config
     length = min(8, find_family(model).longest_input(config))

@@ -1,7 +1,6 @@
 """The one verb: write a classifier in a format, once it is shown to be the same network."""
 
 import copy
-import hashlib
 import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from rmtkd import batches as batching
+from rmtkd.artifact import vouch
 from rmtkd.batches import Batch
 from rmtkd.checkpoint import new_folder, write_json
 from rmtkd.conformance import random_batches
@@ -114,7 +114,7 @@ def export(
             "tolerance": TOLERANCE,
             "checks": {name: asdict(check) for name, check in checks.items()},
             "measured": _measure({PYTORCH: model, **engines}, sizes, timed, given if int8 else [], repeats),
-            "files": {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in _files(partial)},
+            "files": {file.name: vouch(file) for file in _files(partial)},
             "versions": versions(),
             "machine": machine(),
         }
@@ -211,8 +211,3 @@ def _files(folder: Path) -> list[Path]:
 
 def _size(folder: Path) -> int:
     return sum(file.stat().st_size for file in _files(folder))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
