@@ -37,7 +37,7 @@ import torch, transformers
 assert importlib.util.find_spec("rmtkd") is None
 folder, texts, scores = sys.argv[1:]
 model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True).eval()
-tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 answers = []
 with torch.no_grad():
     for text in json.load(open(texts)):
@@ -85,7 +85,7 @@ def train_further(folder: Path, data: Path, out: Path) -> None:
 
 def main() -> None:
     """Run what has no record yet, and print all of it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="A compressed model on its way through other hands.")
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--python", action="append", default=[])

@@ -21,7 +21,7 @@ from conftest import FAMILY_NAMES, assert_untouched, make_tokenizer, pair_batche
 from rmtkd import artifact
 from rmtkd.batches import logits
 from rmtkd.cutting import cut_in_order
-from rmtkd.pretrained import described, presented
+from rmtkd.pretrained import described, presented, save_tokenizer
 from rmtkd.sites import find_family, find_sites
 
 
@@ -161,6 +161,15 @@ def test_a_pipeline_classifies_text_with_it(folder: Path) -> None:
     (answer,) = classify("good film")
     assert answer["label"] == f"LABEL_{scores.argmax()}"
     assert answer["score"] == pytest.approx(float(scores.max()), abs=1e-6)
+
+
+def test_a_tokenizer_read_by_the_general_class_makes_what_it_made(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    save_tokenizer(tokenizer, tmp_path)
+    again = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert "token_type_ids" in again("good", "film")
+    assert "model_input_names" not in tokenizer.init_kwargs
 
 
 def test_trainer_trains_it_further_and_its_checkpoint_loads(folder: Path, tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """A narrowed model as one of transformers: a class and a configuration that say its widths, so that `from_pretrained`,
 `save_pretrained`, `pipeline` and `Trainer` work on it. A stock class where a stock configuration can say them."""
 
+import copy
 import importlib.abc
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,6 +93,21 @@ def quietly() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+def save_tokenizer(tokenizer: Any, folder: str | Path, names: Sequence[str] | None = None) -> None:
+    """Write a tokenizer with the names of what it makes: some versions of transformers read it with a general class,
+    where the model type is not theirs, and that one makes no token types unless told.
+
+    Args:
+        tokenizer: left as it was.
+        folder: where to.
+        names: the inputs that it is to make, such as `input_ids`; its own by default.
+    """
+    own = copy.deepcopy(tokenizer)
+    own.model_input_names = list(names or tokenizer.model_input_names)
+    own.init_kwargs["model_input_names"] = own.model_input_names  # or they are not written
+    own.save_pretrained(folder)
 
 
 def _stock_values(model: nn.Module) -> dict[str, Any]:

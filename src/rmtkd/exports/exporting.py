@@ -1,6 +1,5 @@
 """The one verb: write a classifier in a format, once it is shown to be the same network."""
 
-import copy
 import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +22,7 @@ from rmtkd.exports.comparison import TOLERANCE, compare, hold_to, in_shapes, spr
 from rmtkd.exports.formats import Format, find_format, start
 from rmtkd.exports.tracing import OUTPUT, complete, input_names, quiet, told, trace
 from rmtkd.measurement import count_disk_bytes, quality, time_forward
+from rmtkd.pretrained import save_tokenizer
 from rmtkd.sites import longest_input
 
 FORMAT_VERSION = 1
@@ -98,7 +98,7 @@ def export(
             compare(model, engines[name], shown)  # it runs in every shape; how well it does is told of whole rows
             checks[name] = hold_to(compare(model, engines[name], given), int8=True)
         if tokenizer is not None:
-            _save_tokenizer(tokenizer, names, partial)
+            save_tokenizer(tokenizer, partial, names)
         record = {
             "format_version": FORMAT_VERSION,
             "to": to,
@@ -195,14 +195,6 @@ def _random_example(model: nn.Module, length: int) -> Batch:
 def _labels(model: nn.Module) -> list[str]:
     config: Any = model.config
     return [config.id2label[i] for i in range(config.num_labels)]
-
-
-def _save_tokenizer(tokenizer: Any, names: Sequence[str], folder: Path) -> None:
-    """A tokenizer that makes just what the network takes; the caller's is left as it was."""
-    own = copy.deepcopy(tokenizer)
-    own.model_input_names = list(names)
-    own.init_kwargs["model_input_names"] = list(names)  # or it is not written
-    own.save_pretrained(folder)
 
 
 def _files(folder: Path) -> list[Path]:
