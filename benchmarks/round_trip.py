@@ -9,6 +9,7 @@ again.
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 from dataclasses import asdict
@@ -62,7 +63,8 @@ def scores_elsewhere(python: str, folder: Path, texts: list[str], scratch: Path)
     """Class scores of texts in another environment, and what is installed there."""
     (scratch / "texts.json").write_text(json.dumps(texts))
     files = [str(folder), str(scratch / "texts.json"), str(scratch / "scores.json")]
-    done = subprocess.run([python, "-c", ELSEWHERE, *files], capture_output=True, text=True, check=True)
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([python, "-c", ELSEWHERE, *files], capture_output=True, text=True, check=True, env=clean)
     return torch.tensor(json.loads((scratch / "scores.json").read_text())), json.loads(done.stdout.splitlines()[-1])
 
 
