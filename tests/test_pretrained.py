@@ -96,6 +96,17 @@ def test_per_layer_widths_are_written_in_the_schema_of_transformers() -> None:
         assert [layer.intermediate_size for layer in config.per_layer_config] == [24, 16]
 
 
+@pytest.mark.skipif("eurobert" not in FAMILY_NAMES, reason="this transformers has no EuroBERT")
+@pytest.mark.parametrize("widths", [FFN_ALONE, {"word": 8, "ffn": 24, "layer.1.ffn": 16}])
+def test_a_head_width_of_the_stock_configuration_stays(widths: dict[str, int], tmp_path: Path) -> None:
+    model = cut(tiny("eurobert", head_dim=8), widths)
+    artifact.save(model, tmp_path / "model")
+    loaded: Any = rmtkd.load(tmp_path / "model")
+    assert loaded.config.head_dim == 8
+    batch = pair_batches(model)[0]
+    assert torch.equal(run(loaded, batch), run(model, batch))
+
+
 def test_a_model_cut_twice_says_its_last_widths() -> None:
     once = presented(uneven(tiny_bert()))
     twice = presented(cut(once, {"word": 4, "head": 4, "ffn": 12}))

@@ -53,8 +53,9 @@ def described(model: nn.Module) -> tuple[Any, Any]:
     """
     import transformers
 
-    family, sites, config = find_family(model), find_sites(model), _stock_values(model)
+    family, sites = find_family(model), find_sites(model)
     stock = getattr(transformers, family.model_class)
+    config = _stock_values(model, stock)
     common = stock.config_class.from_dict(config | _common_widths(sites))
     if _shapes(_on_meta(stock, common)) == _shapes(model):
         return stock, _as_in(model, common)
@@ -110,11 +111,12 @@ def save_tokenizer(tokenizer: Any, folder: str | Path, names: Sequence[str] | No
     own.save_pretrained(folder)
 
 
-def _stock_values(model: nn.Module) -> dict[str, Any]:
+def _stock_values(model: nn.Module, stock: Any) -> dict[str, Any]:
     """The entries of the model's configuration that a stock one has."""
     config: Any = model.config
+    ours = {*OURS, "auto_map"} - stock.config_class().to_dict().keys()  # some families have a `head_dim` of their own
     # Where the model lay on this machine is nobody's business.
-    left_out = {*OURS, "auto_map", "model_type", "architectures", "_name_or_path"}
+    left_out = {*ours, "model_type", "architectures", "_name_or_path"}
     return {name: value for name, value in config.to_dict().items() if name not in left_out}
 
 
