@@ -21,7 +21,7 @@ from conftest import FAMILY_NAMES, assert_untouched, make_tokenizer, pair_batche
 from rmtkd import artifact
 from rmtkd.batches import logits
 from rmtkd.cutting import cut_in_order
-from rmtkd.pretrained import described, presented
+from rmtkd.pretrained import described, presented, save_tokenizer
 from rmtkd.sites import find_family, find_sites
 
 
@@ -96,6 +96,17 @@ def test_per_layer_widths_are_written_in_the_schema_of_transformers() -> None:
         assert [layer.intermediate_size for layer in config.per_layer_config] == [24, 16]
 
 
+@pytest.mark.skipif("eurobert" not in FAMILY_NAMES, reason="this transformers has no EuroBERT")
+@pytest.mark.parametrize("widths", [FFN_ALONE, {"word": 8, "ffn": 24, "layer.1.ffn": 16}])
+def test_a_head_width_of_the_stock_configuration_stays(widths: dict[str, int], tmp_path: Path) -> None:
+    model = cut(tiny("eurobert", head_dim=8), widths)
+    artifact.save(model, tmp_path / "model")
+    loaded: Any = rmtkd.load(tmp_path / "model")
+    assert loaded.config.head_dim == 8
+    batch = pair_batches(model)[0]
+    assert torch.equal(run(loaded, batch), run(model, batch))
+
+
 def test_a_model_cut_twice_says_its_last_widths() -> None:
     once = presented(uneven(tiny_bert()))
     twice = presented(cut(once, {"word": 4, "head": 4, "ffn": 12}))
@@ -161,6 +172,15 @@ def test_a_pipeline_classifies_text_with_it(folder: Path) -> None:
     (answer,) = classify("good film")
     assert answer["label"] == f"LABEL_{scores.argmax()}"
     assert answer["score"] == pytest.approx(float(scores.max()), abs=1e-6)
+
+
+def test_a_tokenizer_read_by_the_general_class_makes_what_it_made(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    save_tokenizer(tokenizer, tmp_path)
+    again = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert "token_type_ids" in again("good", "film")
+    assert "model_input_names" not in tokenizer.init_kwargs
 
 
 def test_trainer_trains_it_further_and_its_checkpoint_loads(folder: Path, tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """A narrowed model as one of transformers: a class and a configuration that say its widths, so that `from_pretrained`,
 `save_pretrained`, `pipeline` and `Trainer` work on it. A stock class where a stock configuration can say them."""
 
+import copy
 import importlib.abc
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,8 +53,9 @@ def described(model: nn.Module) -> tuple[Any, Any]:
     """
     import transformers
 
-    family, sites, config = find_family(model), find_sites(model), _stock_values(model)
+    family, sites = find_family(model), find_sites(model)
     stock = getattr(transformers, family.model_class)
+    config = _stock_values(model, stock)
     common = stock.config_class.from_dict(config | _common_widths(sites))
     if _shapes(_on_meta(stock, common)) == _shapes(model):
         return stock, _as_in(model, common)
@@ -93,11 +96,27 @@ def quietly() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _stock_values(model: nn.Module) -> dict[str, Any]:
+def save_tokenizer(tokenizer: Any, folder: str | Path, names: Sequence[str] | None = None) -> None:
+    """Write a tokenizer with the names of what it makes: some versions of transformers read it with a general class,
+    where the model type is not theirs, and that one makes no token types unless told.
+
+    Args:
+        tokenizer: left as it was.
+        folder: where to.
+        names: the inputs that it is to make, such as `input_ids`; its own by default.
+    """
+    own = copy.deepcopy(tokenizer)
+    own.model_input_names = list(names or tokenizer.model_input_names)
+    own.init_kwargs["model_input_names"] = own.model_input_names  # or they are not written
+    own.save_pretrained(folder)
+
+
+def _stock_values(model: nn.Module, stock: Any) -> dict[str, Any]:
     """The entries of the model's configuration that a stock one has."""
     config: Any = model.config
+    ours = {*OURS, "auto_map"} - stock.config_class().to_dict().keys()  # some families have a `head_dim` of their own
     # Where the model lay on this machine is nobody's business.
-    left_out = {*OURS, "auto_map", "model_type", "architectures", "_name_or_path"}
+    left_out = {*ours, "model_type", "architectures", "_name_or_path"}
     return {name: value for name, value in config.to_dict().items() if name not in left_out}
 
 

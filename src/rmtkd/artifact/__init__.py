@@ -5,7 +5,7 @@ docs/format.md is the specification.
 
 from rmtkd.artifact.folder import check_extra_files, load, load_weights, save, ways_to_load, weights_of
 from rmtkd.artifact.inspection import Inspection, inspect
-from rmtkd.artifact.manifest import FORMAT, MANIFEST, is_artifact, read_manifest
+from rmtkd.artifact.manifest import FORMAT, MANIFEST, is_artifact, read_manifest, vouch
 
 __all__ = [
     "FORMAT",
@@ -18,6 +18,7 @@ __all__ = [
     "load_weights",
     "read_manifest",
     "save",
+    "vouch",
     "ways_to_load",
     "weights_of",
 ]

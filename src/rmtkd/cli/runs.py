@@ -204,6 +204,7 @@ def resume(
 def prepared(command: Mapping[str, Any], seed: int) -> Iterator[tuple[dict[str, Any], "Listener"]]:
     """Model, rows and extra files of a run, and who watches it."""
     from rmtkd import recipes
+    from rmtkd.pretrained import save_tokenizer
     from rmtkd.progress import watcher
 
     task = recipes.get(command["recipe"], **{name: command[name] for name in ("columns", "label", "max_length")})
@@ -212,7 +213,7 @@ def prepared(command: Mapping[str, Any], seed: int) -> Iterator[tuple[dict[str, 
     log(rows.note)
     with tempfile.TemporaryDirectory() as written, watcher(log_console) as on_event:
         if source.tokenizer is not None:
-            source.tokenizer.save_pretrained(written)
+            save_tokenizer(source.tokenizer, written)
         parts = {
             "model": source.model,
             "train": rows.train,

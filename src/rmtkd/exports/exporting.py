@@ -1,7 +1,5 @@
 """The one verb: write a classifier in a format, once it is shown to be the same network."""
 
-import copy
-import hashlib
 import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +12,7 @@ from rich.table import Table
 from torch import nn
 
 from rmtkd import batches as batching
+from rmtkd.artifact import vouch
 from rmtkd.batches import Batch
 from rmtkd.checkpoint import new_folder, write_json
 from rmtkd.conformance import random_batches
@@ -23,6 +22,7 @@ from rmtkd.exports.comparison import TOLERANCE, compare, hold_to, in_shapes, spr
 from rmtkd.exports.formats import Format, find_format, start
 from rmtkd.exports.tracing import OUTPUT, complete, input_names, quiet, told, trace
 from rmtkd.measurement import count_disk_bytes, quality, time_forward
+from rmtkd.pretrained import save_tokenizer
 from rmtkd.sites import longest_input
 
 FORMAT_VERSION = 1
@@ -98,7 +98,7 @@ def export(
             compare(model, engines[name], shown)  # it runs in every shape; how well it does is told of whole rows
             checks[name] = hold_to(compare(model, engines[name], given), int8=True)
         if tokenizer is not None:
-            _save_tokenizer(tokenizer, names, partial)
+            save_tokenizer(tokenizer, partial, names)
         record = {
             "format_version": FORMAT_VERSION,
             "to": to,
@@ -114,7 +114,7 @@ def export(
             "tolerance": TOLERANCE,
             "checks": {name: asdict(check) for name, check in checks.items()},
             "measured": _measure({PYTORCH: model, **engines}, sizes, timed, given if int8 else [], repeats),
-            "files": {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in _files(partial)},
+            "files": {file.name: vouch(file) for file in _files(partial)},
             "versions": versions(),
             "machine": machine(),
         }
@@ -197,22 +197,9 @@ def _labels(model: nn.Module) -> list[str]:
     return [config.id2label[i] for i in range(config.num_labels)]
 
 
-def _save_tokenizer(tokenizer: Any, names: Sequence[str], folder: Path) -> None:
-    """A tokenizer that makes just what the network takes; the caller's is left as it was."""
-    own = copy.deepcopy(tokenizer)
-    own.model_input_names = list(names)
-    own.init_kwargs["model_input_names"] = list(names)  # or it is not written
-    own.save_pretrained(folder)
-
-
 def _files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if file.is_file())
 
 
 def _size(folder: Path) -> int:
     return sum(file.stat().st_size for file in _files(folder))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,7 +9,7 @@ from torch import nn
 
 from rmtkd import artifact
 from rmtkd.errors import DataError
-from rmtkd.pretrained import quietly
+from rmtkd.pretrained import quietly, save_tokenizer
 from rmtkd.recipes.recipe import Source
 from rmtkd.sites import find_sites, longest_input
 
@@ -118,7 +118,7 @@ def save_classifier(source: Source, folder: Path) -> None:
     with quietly():
         model.save_pretrained(folder)
     if source.tokenizer is not None:
-        source.tokenizer.save_pretrained(folder)
+        save_tokenizer(source.tokenizer, folder)
 
 
 def _from_pretrained(path: str, **config: Any) -> tuple[nn.Module, list[str], list[str]]:
