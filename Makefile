@@ -23,11 +23,11 @@ demo: setup
 	$(BIN)/rmtkd compress digits --out runs/digits --control
 
 test: setup
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 # What touches transformers, against the oldest that pyproject.toml declares.
 test-oldest: .oldest/ready
-	.oldest/bin/python -m pytest -q $(addprefix tests/test_,$(addsuffix .py,families sites surgery artifact conformance export))
+	OMP_NUM_THREADS=1 .oldest/bin/python -m pytest -q -n 2 $(addprefix tests/test_,$(addsuffix .py,families sites surgery artifact pretrained conformance export))
 
 # Laid over .venv, so that only what differs is fetched: torch is not.
 .oldest/ready: .venv/ready
