@@ -201,6 +201,42 @@ def test_a_device_that_is_not_there_is_refused(folder: Path):
         rmtkd.load(folder, device="cuda:99")
 
 
+def test_a_maker_may_change_the_card_add_files_and_remove_them(folder: Path):
+    (folder / "README.md").write_text("# My model, under my licence")
+    (folder / "LICENSE").write_text("mine")
+    (folder / "tokenizer_config.json").unlink()
+    assert rmtkd_unlisted(folder) is None
+    rmtkd.seal(folder, ["README.md", "LICENSE", "tokenizer_config.json"])
+    assert rmtkd_unlisted(folder) == ()
+    (folder / "notes.txt").write_text("more")
+    assert rmtkd_unlisted(folder) == ("notes.txt",)
+
+
+def rmtkd_unlisted(folder: Path) -> tuple[str, ...] | None:
+    """What nobody vouches for, or None where the folder is refused."""
+    try:
+        return rmtkd.inspect(folder).unlisted
+    except ArtifactError:
+        return None
+
+
+@pytest.mark.parametrize(
+    "name", [*sorted(OWN_FILES - {"README.md"}), "gone", "../small/README.md", "", ".", "/etc/hostname"]
+)
+def test_nobody_vouches_anew_for_what_the_model_is_made_of_or_what_is_elsewhere(folder: Path, name: str):
+    before = (folder / MANIFEST).read_bytes()
+    with pytest.raises(ArtifactError):
+        rmtkd.seal(folder, [name])
+    assert (folder / MANIFEST).read_bytes() == before
+
+
+def test_sealing_one_file_does_not_hide_that_another_was_altered(folder: Path):
+    (folder / "README.md").write_text("mine")
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ArtifactError, match=r"config\.json must be as it was written"):
+        rmtkd.seal(folder, ["README.md"])
+
+
 # What is refused
 
 
@@ -263,7 +299,18 @@ def test_a_folder_with_one_byte_flipped_is_refused(folder: Path, name: str):
                 rmtkd.load(folder)
 
 
-def test_a_folder_that_is_not_one_is_refused(tmp_path: Path):
+def test_a_folder_that_is_not_one_is_refused_and_told_what_it_is(folder: Path, tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    shutil.copytree(folder, tmp_path / "run" / "model")
+    (tmp_path / "theirs").mkdir()
+    shutil.copy(folder / "config.json", tmp_path / "theirs")
+    for name, hint in (
+        ("run", "is a run. Its model is"),
+        ("theirs", "AutoModelForSequenceClassification"),
+        ("no", "no folder"),
+    ):
+        with pytest.raises(ArtifactError, match=hint):
+            rmtkd.load(tmp_path / name)
     for path in (tmp_path, tmp_path / "gone", Path(__file__)):
         with pytest.raises(ArtifactError, match=r"must hold rmtkd\.json"):
             rmtkd.load(path)

@@ -93,7 +93,7 @@ def test_a_data_loader_will_do(model: Classifier, points: tuple[Tensor, Tensor])
     assert small.record["compressed"]["accuracy_selection"]["value"] > 0.9
 
 
-def test_an_unusual_call_is_the_users(model: Classifier, points: tuple[Tensor, Tensor]):
+def test_an_unusual_call_is_the_users(model: Classifier, points: tuple[Tensor, Tensor], tmp_path: Path):
     """Batches are mappings that the module is not called with."""
 
     class Unusual(nn.Module):
@@ -110,13 +110,16 @@ def test_an_unusual_call_is_the_users(model: Classifier, points: tuple[Tensor, T
         linear_site(whole, "bottleneck", writer="inner.down", reader="inner.out"),
     )
     rows = {role: [{"points": x, "labels": labels} for x, labels in batches] for role, batches in parts(points).items()}
-    small = rmtkd.compress(
-        whole,
-        **rows,  # type: ignore
-        sites=described,
-        forward=lambda module, batch: module({"points": batch["points"]})["scores"],
-        **OPTIONS,
-    )
+
+    def call(module: nn.Module, batch: Any) -> Tensor:
+        return module({"points": batch["points"]})["scores"]
+
+    assert all(verdict.ok for verdict in rmtkd.check(whole, rows["train"], described, forward=call))
+    small = rmtkd.compress(whole, **rows, sites=described, forward=call, **OPTIONS)  # type: ignore
+    small.save(tmp_path / "small")
+    assert "forward=forward" in (tmp_path / "small" / "README.md").read_text()
+    loaded = rmtkd.load(tmp_path / "small", lambda: Unusual(Classifier()), forward=call)
+    assert_untouched(loaded, snapshot(small.model))
     assert small.record["compressed"]["parameters"] <= 0.4 * small.record["baseline"]["parameters"]
     assert small.record["compressed"]["accuracy"]["value"] > small.record["baseline"]["accuracy"]["value"] - 0.05
     assert small.record["compressed"]["latency_ms"]["batch"] == 50

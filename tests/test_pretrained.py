@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 
 import rmtkd
 from conftest import FAMILY_NAMES, assert_untouched, make_tokenizer, pair_batches, snapshot, tiny, tiny_bert
-from rmtkd import artifact
+from rmtkd import artifact, modeling_rmtkd
 from rmtkd.batches import logits
 from rmtkd.cutting import cut_in_order
 from rmtkd.pretrained import described, presented, save_tokenizer
@@ -115,6 +115,14 @@ def test_a_model_cut_twice_says_its_last_widths() -> None:
     assert config.word_embedding_size == 4
     batch = pair_batches(once)[0]
     assert torch.equal(run(presented(twice), batch), run(twice, batch))
+
+
+def test_there_is_one_class_of_each_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in vars(modeling_rmtkd) if name.startswith("RmtkdBert")]:
+        monkeypatch.delitem(vars(modeling_rmtkd), name)
+    model = modeling_rmtkd.RmtkdBertForSequenceClassification
+    assert model.config_class is modeling_rmtkd.RmtkdBertConfig
+    assert modeling_rmtkd.RmtkdBertForSequenceClassification is model
 
 
 def test_a_narrowed_class_starts_at_random_from_its_configuration() -> None:
@@ -251,7 +259,7 @@ def python(interpreter: Path | str, script: str, home: Path | None = None) -> su
 
 
 LOAD = """
-import importlib.util, json, sys, torch
+import importlib.util, json, pickle, sys, torch
 assert importlib.util.find_spec("rmtkd") is None
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 folder, again, options = sys.argv_here
@@ -261,6 +269,7 @@ answer = model(input_ids=ids).logits
 model.save_pretrained(again)
 same = AutoModelForSequenceClassification.from_pretrained(again, **options).eval()
 torch.testing.assert_close(same(input_ids=ids).logits, answer)
+pickle.dumps(model)
 label = pipeline("text-classification", model=folder, **options)("good film")[0]["label"]
 print(json.dumps([type(model).__name__, answer.tolist(), label]))
 """
@@ -319,7 +328,7 @@ def test_without_rmtkd_and_without_the_modelling_file_there_is_a_clear_error(
 
 
 def test_the_modelling_file_needs_torch_and_transformers_alone() -> None:
-    source = Path(rmtkd.modeling_rmtkd.__file__).read_text()  # type: ignore[attr-defined]
+    source = Path(modeling_rmtkd.__file__).read_text()
     imports = [
         line.split()[1].split(".")[0] for line in source.splitlines() if line.strip().startswith(("import", "from"))
     ]

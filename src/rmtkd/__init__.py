@@ -3,6 +3,8 @@
 from rmtkd.artifact import Inspection as Inspection
 from rmtkd.artifact import inspect as inspect
 from rmtkd.artifact import load as load
+from rmtkd.artifact import save as save
+from rmtkd.artifact import seal as seal
 from rmtkd.compression import Compressed as Compressed
 from rmtkd.compression import compress as compress
 from rmtkd.compression import narrow as narrow

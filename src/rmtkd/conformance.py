@@ -8,6 +8,7 @@ import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from rmtkd import batches as batching
 from rmtkd.activations import collect
-from rmtkd.batches import Batch
+from rmtkd.batches import Batch, Calls, Forward
 from rmtkd.covariance import Covariance
 from rmtkd.cutting import fit_bases
 from rmtkd.errors import DataError, RmtkdError, SurgeryError, UnsupportedModelError
@@ -58,7 +59,11 @@ class Verdict:
 
 
 def check(
-    model: nn.Module, batches: Iterable[Batch] | None = None, sites: Sequence[Site] | None = None
+    model: nn.Module,
+    batches: Iterable[Any] | None = None,
+    sites: Sequence[Site] | None = None,
+    *,
+    forward: Forward | None = None,
 ) -> tuple[Verdict, ...]:
     """Try on this model what a compression will do to it: fold every site at full width, and cut it to half.
 
@@ -66,6 +71,7 @@ def check(
         model: the model, left as it was.
         batches: rows that it is made for, read until they are enough; random tokens, some padded, by default.
         sites: the sites of a model of one's own; those of its family by default.
+        forward: class scores from the model and a batch, as `compress` takes it.
 
     Returns:
         One verdict per site, shallow to deep.
@@ -74,6 +80,8 @@ def check(
         UnsupportedModelError: if the model is of no known family and no sites are given, or is in half precision.
         DataError: if the batches are too few, or missing where they cannot be made up.
     """
+    if batches is not None and forward is not None:
+        batches = Calls(batches, forward)
     refused: dict[str, Verdict] = {}
     described: list[Site | str] = list(sites) if sites is not None else []
     if sites is None:

@@ -10,7 +10,10 @@ The `config.json` of such a model is a stock configuration with
 - `per_layer_config`: what differs from layer to layer, in transformers' schema: `head_dim`, and the width of the
   feed-forward block by its stock name. Layers that share their weights count once;
 - `word_embedding_size`: columns of the embedding table, where it is narrower than the model;
-- `narrowed`: the parameters and attributes that have these widths, as paths within a layer.
+- `narrowed`: which parameters have these widths, by path within a layer: the dimension of the parameter, and how many
+  times it holds the width in each of `groups` (attention heads); and which attributes are to be set with them.
+
+Stock entries of the same names as in `per_layer_config` are the widths of layers that it does not list.
 """
 
 from collections.abc import Iterator
@@ -112,6 +115,8 @@ def _model_class(stock: Any, name: str) -> Any:
 
 def __getattr__(name: str) -> Any:
     """The narrowed class of any stock one, made when it is first asked for."""
+    if name in globals():  # made before: there is one class of each name
+        return globals()[name]
     if not name.startswith(PREFIX):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import transformers

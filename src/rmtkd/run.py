@@ -17,7 +17,7 @@ from torch import nn
 
 from rmtkd import artifact, progress, reporting
 from rmtkd import batches as batching
-from rmtkd.batches import Batch
+from rmtkd.batches import Batch, Call
 from rmtkd.checkpoint import RunFolder, checksum
 from rmtkd.cutting import cut_in_order
 from rmtkd.distillation import Teacher
@@ -68,7 +68,9 @@ class Compressed:
 
     def save(self, folder: str | Path, *, extra_files: Iterable[Path] = ()) -> None:
         """Write the model folder that `rmtkd.load` reads: weights, shapes, checksums, self-test, model card."""
-        loads_with = artifact.ways_to_load(type(self.model).__name__, is_own=self.sites is not None)
+        loads_with = artifact.ways_to_load(
+            type(self.model).__name__, is_own=self.sites is not None, own_forward=isinstance(self.example, Call)
+        )
         artifact.save(
             self.model,
             folder,

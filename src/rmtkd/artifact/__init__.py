@@ -3,7 +3,7 @@
 docs/format.md is the specification.
 """
 
-from rmtkd.artifact.folder import check_extra_files, load, load_weights, save, ways_to_load, weights_of
+from rmtkd.artifact.folder import check_extra_files, load, load_weights, save, seal, ways_to_load, weights_of
 from rmtkd.artifact.inspection import Inspection, inspect
 from rmtkd.artifact.manifest import FORMAT, MANIFEST, is_artifact, read_manifest, vouch
 
@@ -18,6 +18,7 @@ __all__ = [
     "load_weights",
     "read_manifest",
     "save",
+    "seal",
     "vouch",
     "ways_to_load",
     "weights_of",

@@ -107,6 +107,32 @@ def check_extra_files(files: Iterable[Path]) -> tuple[Path, ...]:
     return files
 
 
+def seal(folder: str | Path, names: Iterable[str]) -> None:
+    """Vouch for files of a model folder that its maker has changed, added or removed, such as the model card.
+
+    Args:
+        folder: what `save` wrote.
+        names: of files that lie in it, or did.
+
+    Raises:
+        ArtifactError: if a name is none of a file that may change, or anything else has been altered. Then nothing is.
+    """
+    folder, names = Path(folder), set(names)
+    manifest = read_manifest(folder)
+    for name in names:
+        if name in OWN_FILES - {CARD}:
+            raise ArtifactError(
+                f"what the model is made of must stay as it was written. Got {name}. Save the model anew: rmtkd.save."
+            )
+        if Path(name).name != name or not ((folder / name).is_file() or name in manifest["files"]):
+            raise ArtifactError(f"files must lie in {folder}. There is no {told(name)}. Name one, without a path.")
+    files = {name: facts for name, facts in manifest["files"].items() if name not in names}
+    verify_files(folder, {"files": files}, ())
+    files |= {name: vouch(folder / name) for name in names if (folder / name).is_file()}
+    del manifest["checksum"]
+    write_atomically(folder / MANIFEST, sealed({**manifest, "files": dict(sorted(files.items()))}).encode())
+
+
 def load(
     folder: str | Path,
     build: Build | None = None,
@@ -171,16 +197,19 @@ def verified(folder: Path, build: Build | None, forward: Forward | None) -> tupl
         ) from error
 
 
-def ways_to_load(model_class: str, *, is_own: bool) -> Iterator[str]:
+def ways_to_load(model_class: str, *, is_own: bool, own_forward: bool = False) -> Iterator[str]:
     """What reads a folder with a model of this class, in Python."""
     if is_own:
-        yield f"`rmtkd.load(FOLDER, build)`, where `build` gives a {model_class} as it was before the cut"
+        forward = ", forward=forward" * own_forward
+        yield f"`rmtkd.load(FOLDER, build{forward})`, where `build` gives a {model_class} as it was before the cut" + (
+            " and `forward` is the one that it was compressed with" * own_forward
+        )
         return
     yield "`rmtkd.load(FOLDER)`"
     auto = "`AutoModelForSequenceClassification.from_pretrained(FOLDER)`"
     if model_class.startswith(PREFIX):
         yield f"{auto} after `import rmtkd`"
-        yield "the same with `trust_remote_code=True` where rmtkd is not installed"
+        yield "where rmtkd is not installed, the same with `trust_remote_code=True`, as `AutoTokenizer` and `pipeline`"
     else:
         yield f"{auto}, a stock model: nothing of ours is needed"
 

@@ -9,7 +9,7 @@ from typing import Any
 from rmtkd import modeling_rmtkd
 from rmtkd.artifact.files import WEIGHTS, read_shapes, sha256
 from rmtkd.artifact.folder import CODE, Build, check_shapes, verified, ways_to_load
-from rmtkd.artifact.manifest import read_manifest, verify_files
+from rmtkd.artifact.manifest import MANIFEST, read_manifest, verify_files
 from rmtkd.artifact.self_test import NOT_RUN, TOLERANCE
 from rmtkd.batches import Forward
 from rmtkd.environment import versions
@@ -39,6 +39,7 @@ class Inspection:
         self_test: largest difference from the stored answers, relative to the largest; None where it was not run.
         self_test_remark: why it was not.
         provenance: what its maker wrote of it.
+        unlisted: files that are there and that nobody vouches for.
     """
 
     folder: str
@@ -57,6 +58,7 @@ class Inspection:
     self_test: float | None
     self_test_remark: str | None
     provenance: dict[str, Any]
+    unlisted: tuple[str, ...]
 
     def lines(self) -> Iterator[str]:
         """The facts in words, without the provenance."""
@@ -74,6 +76,8 @@ class Inspection:
             told = f"answers differ by {self.self_test:.1e} from the stored ones, of {TOLERANCE:g} allowed"
         yield f"- self-test: {told}"
         yield f"- files: {self.files} verified by SHA-256, format {self.format}"
+        if self.unlisted:
+            yield f"- nobody vouches for: {', '.join(self.unlisted)} (`rmtkd seal {self.folder} FILE` does)"
         here = {name: version for name, version in self.versions_here.items() if self.versions.get(name) != version}
         yield f"- written with: {_listed(self.versions)}" + (f"; here: {_listed(here)}" if here else "")
 
@@ -109,7 +113,11 @@ def inspect(folder: str | Path, build: Build | None = None, *, forward: Forward 
         parameters=parameters,
         bytes=sum(facts["bytes"] for facts in manifest["files"].values()),
         files=len(manifest["files"]),
-        loads_with=tuple(ways_to_load(manifest["model_class"], is_own=is_own)),
+        loads_with=tuple(
+            ways_to_load(
+                manifest["model_class"], is_own=is_own, own_forward=bool(manifest["self_test"].get("own_forward"))
+            )
+        ),
         code=_whose(folder) if CODE in manifest["files"] else None,
         widths=widths,
         labels=manifest["labels"],
@@ -118,6 +126,7 @@ def inspect(folder: str | Path, build: Build | None = None, *, forward: Forward 
         self_test=error,
         self_test_remark=None if error is not None else manifest["self_test"].get(NOT_RUN, NEEDS_BUILD),
         provenance=manifest["provenance"],
+        unlisted=tuple(sorted({path.name for path in folder.iterdir()} - {MANIFEST, *manifest["files"]})),
     )
 
 

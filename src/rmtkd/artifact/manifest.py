@@ -43,7 +43,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     if not is_artifact(folder):
-        raise ArtifactError(f"a model folder must hold {MANIFEST}. {folder} does not. Is the path right?")
+        raise ArtifactError(f"a model folder must hold {MANIFEST}. {folder} {_what_else(folder)}")
     manifest = read_json(path)
     if isinstance(manifest, dict) and manifest.get("format", FORMAT) != FORMAT:
         raise ArtifactError(
@@ -64,6 +64,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not whole:
         raise ArtifactError(f"{path} must be as it was written. Its checksum differs. Fetch the folder again.")
     return manifest
+
+
+def _what_else(folder: Path) -> str:
+    """What a path is that is no model folder, and what to do."""
+    if not folder.is_dir():
+        return "is no folder. Is the path right?"
+    if is_artifact(folder / "model"):
+        return f"is a run. Its model is '{folder / 'model'}'."
+    if (folder / "config.json").is_file():
+        return (
+            "is one of transformers'. AutoModelForSequenceClassification.from_pretrained reads it; rmtkd.save(model, "
+            "FOLDER) makes one that verifies itself."
+        )
+    return "does not. Is the path right?"
 
 
 def sealed(manifest: Mapping[str, Any]) -> str:

@@ -65,10 +65,8 @@ def verify(model: nn.Module, folder: Path, facts: Mapping[str, Any], forward: Fo
             anything else than is written: attention takes the square of an input's length.
     """
     if facts["own_forward"] != (forward is not None):
-        raise ArtifactError(
-            f"a model that was saved with{'' if facts['own_forward'] else 'out'} a forward of its own must be loaded "
-            f"so. Got {'none' if forward is None else 'one'}. Pass the forward= that compress was given, or none."
-        )
+        how = "the forward= that compress was given" if facts["own_forward"] else "no forward="
+        raise ArtifactError(f"the model must be called as it was when it was compressed. Pass {how}.")
     shapes = read_shapes(folder / SELF_TEST)
     if not is_own:
         asked = {f"inputs.{name}": list(value.shape) for name, value in random_tokens(model).items()}

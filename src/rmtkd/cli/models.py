@@ -146,3 +146,19 @@ def inspect(
     else:
         for line in found.lines():
             say(line)
+
+
+@app.command()
+def seal(
+    folder: Annotated[Path, typer.Argument(help="Model folder, such as RUN/model.")],
+    files: Annotated[list[str], typer.Argument(help="Files in it that you have changed, added or removed.")],
+) -> None:
+    """Vouch for files of a model folder that you have changed, such as the model card. The model itself stays.
+
+    \b
+    rmtkd seal runs/sst2/model README.md
+    """
+    from rmtkd import artifact
+
+    artifact.seal(folder, files)
+    say(f"{folder}: sealed, with {', '.join(files)}")
