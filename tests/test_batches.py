@@ -77,6 +77,8 @@ def test_rows_and_lengths_are_counted() -> None:
         3,
         1,
     ]
+    assert batching.length({"points": torch.zeros(5, 6)}) == 1  # one vector a row
+    assert batching.length({"inputs_embeds": torch.zeros(5, 6, 8)}) == 6
 
 
 def test_the_head_of_a_batch_is_its_first_rows() -> None:

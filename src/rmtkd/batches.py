@@ -168,7 +168,9 @@ def length(batch: Batch) -> int:
     """The number of positions of each row, padding included; 1 where rows are not token sequences."""
     _, kwargs = inputs(batch)
     tokens = next(iter(kwargs.values()), None)
-    return 1 if tokens is None or tokens.ndim < 2 else tokens.shape[1]
+    if tokens is None or tokens.ndim < 2 or (tokens.ndim == 2 and tokens.is_floating_point()):
+        return 1  # a row of floating-point numbers is one vector
+    return tokens.shape[1]
 
 
 def head(batch: Batch, count: int) -> Batch:
