@@ -43,6 +43,7 @@ ORDER = [
     "dry_run",
     "roles",
     "standing",
+    "result",
     "run",
     "compression",
     "conformance",

@@ -27,7 +27,8 @@ from rmtkd.distillation import Recovery
 from rmtkd.errors import ArtifactError, DataError, RunError
 from rmtkd.progress import describe
 from rmtkd.recipes import TokenRows
-from rmtkd.run import Compressed, made_with
+from rmtkd.result import Compressed
+from rmtkd.run import made_with
 from rmtkd.sites import find_sites
 
 OPTIONS: dict[str, Any] = {

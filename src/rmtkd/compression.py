@@ -13,8 +13,9 @@ from rmtkd.checkpoint import RunFolder
 from rmtkd.dry_run import narrow, plan
 from rmtkd.errors import RunError
 from rmtkd.planning import Plan
+from rmtkd.result import Compressed
 from rmtkd.roles import Roles, share_of
-from rmtkd.run import Compressed, Run, seeded
+from rmtkd.run import Run, seeded
 from rmtkd.schedule import Options
 from rmtkd.sites import Site
 

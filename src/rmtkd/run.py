@@ -8,16 +8,16 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from rmtkd import artifact, progress, reporting
+from rmtkd import artifact, progress
 from rmtkd import batches as batching
-from rmtkd.batches import Batch, Call
+from rmtkd.batches import Batch
 from rmtkd.checkpoint import RunFolder, checksum
 from rmtkd.cutting import cut_in_order
 from rmtkd.distillation import Teacher
@@ -36,6 +36,7 @@ from rmtkd.memory import Pieces, peak_bytes
 from rmtkd.modules import randomize
 from rmtkd.planning import Plan
 from rmtkd.pretrained import presented
+from rmtkd.result import Compressed
 from rmtkd.roles import Answered, Roles, check_report, check_teacher, fingerprint, share_of
 from rmtkd.schedule import History, Options, Round, stop_reason, too_much_lost
 from rmtkd.sites import Site, blocks_of, by_width, find_family, find_sites, share_settings
@@ -45,41 +46,6 @@ from rmtkd.training import Phase, PhaseState, Precision
 
 CONTROL = 0
 """The number under which the control's training goes; rounds begin at 1."""
-
-
-@dataclass(frozen=True)
-class Compressed:
-    """A compressed model and the evidence: what was planned, what happened, what it costs now."""
-
-    model: nn.Module
-    plan: Plan
-    rounds: tuple[Round, ...]
-    record: dict[str, Any]
-    """What `summary.json` holds."""
-    sites: tuple[Site, ...] | None = None
-    """Of a model of one's own."""
-    example: Batch | None = None
-    """The batch whose costs were measured; its shape, not its values, is what the self-test of a model of one's own is
-    made after."""
-
-    def summary(self) -> str:
-        """The result as a table of plain text."""
-        return reporting.summary_table(self.record)
-
-    def save(self, folder: str | Path, *, extra_files: Iterable[Path] = ()) -> None:
-        """Write the model folder that `rmtkd.load` reads: weights, shapes, checksums, self-test, model card."""
-        loads_with = artifact.ways_to_load(
-            type(self.model).__name__, is_own=self.sites is not None, own_forward=isinstance(self.example, Call)
-        )
-        artifact.save(
-            self.model,
-            folder,
-            card=reporting.model_card(self.record, self.plan, loads_with),
-            provenance=self.record,
-            extra_files=extra_files,
-            sites=self.sites,
-            example=self.example,
-        )
 
 
 @contextmanager

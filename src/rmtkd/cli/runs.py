@@ -40,7 +40,7 @@ from rmtkd.cli.options import (
 
 if TYPE_CHECKING:
     from rmtkd.progress import Listener
-    from rmtkd.run import Compressed
+    from rmtkd.result import Compressed
 
 
 @app.command()
