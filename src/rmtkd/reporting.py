@@ -55,7 +55,7 @@ def _per_head(site: SitePlan, width: int) -> str:
 
 
 def _mark(site: SitePlan, plan: Plan) -> str:
-    """`*` for a width changed by hand, `=` for one that was asked for."""
+    """`*` for a width changed by hand, `=` for one that was asked for, or stays whole with `--uniform`."""
     return "*" if site.by_hand else "=" if site.shares in plan.fixed else ""
 
 
@@ -65,7 +65,7 @@ def plan_notes(plan: Plan) -> list[str]:
     if by_hand := [f"{site.name} {site.planned} → {site.keep}" for site in plan.sites if site.by_hand]:
         notes.append(f"* changed by hand: {', '.join(by_hand)}.")
     if any(_mark(site, plan) == "=" for site in plan.sites):
-        notes.append("= the width that was asked for.")
+        notes.append("= the width that was asked for" + (", or whole with --uniform." if plan.uniform else "."))
     return [*notes, *(f"! {remark}" for remark in plan.remarks)]
 
 

@@ -34,6 +34,8 @@ OWN_FILES = frozenset({MANIFEST, WEIGHTS, CONFIG, CARD, CODE, SELF_TEST})
 MOST_LAYERS = 1000
 """Layers that share their weights may be many, but no more than this."""
 
+REMEDY = "Fetch the folder again."
+
 Build = Callable[[], nn.Module]
 """A model of one's own as it was before it was cut: its class, or a function that calls it. Values do not matter."""
 
@@ -169,20 +171,21 @@ def verified(folder: Path, build: Build | None, forward: Forward | None) -> tupl
     verify_files(folder, manifest, (WEIGHTS, *[SELF_TEST] * is_tested, *[CONFIG] * (not is_own)))
     if is_own and build is None:
         raise ArtifactError(
-            f"{folder} holds a {manifest['model_class']}, a class of its maker's. Got no build. Pass the class, or a "
-            f"function that makes the model as it was before the cut: rmtkd.load({str(folder)!r}, build)."
+            f"{folder} holds a {manifest['model_class']}, a class of its maker's. Got no build. From Python, pass the "
+            f"class, or a function that makes the model as it was before the cut: rmtkd.load({str(folder)!r}, build)."
         )
     if not is_own and build is not None:
         raise ArtifactError(
             f"build is for models of one's own. {folder} holds a {manifest['model_class']} of transformers. Leave it "
             "out."
         )
+    remedy = f"Pass the class as it was before the cut, with its arguments, or {REMEDY.lower()}" if is_own else REMEDY
     try:
         # Nothing is read or allocated before all sizes agree: those of the manifest, the model and the weights.
         stored = read_shapes(folder / WEIGHTS)
         model = _pretrained(folder, manifest, stored) if build is None else _own(build, manifest, stored)
-        check_shapes(manifest["shapes"], shapes_of(model))
-        check_shapes(_stored_shapes(model), stored)
+        check_shapes(manifest["shapes"], shapes_of(model), remedy)
+        check_shapes(_stored_shapes(model), stored, remedy)
         _assign(model, load_file(folder / WEIGHTS))
         model.eval()
         if not is_tested:
@@ -193,7 +196,7 @@ def verified(folder: Path, build: Build | None, forward: Forward | None) -> tupl
     except Exception as error:  # whatever safetensors, torch or transformers make of altered values
         raise ArtifactError(
             f"{folder} must hold a {manifest['model_class']} as it was written. Building it gave: {told(error)}. "
-            "Fetch the folder again, or pass another build."
+            f"{remedy}"
         ) from error
 
 
@@ -359,14 +362,14 @@ def _check_computed(model: nn.Module, stored: Mapping[str, list[int]]) -> None:
         )
 
 
-def check_shapes(expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+def check_shapes(expected: Mapping[str, Any], found: Mapping[str, Any], remedy: str = REMEDY) -> None:
     """Raise `ArtifactError` unless both hold the same tensors of the same shapes."""
     odd = sorted({*expected} ^ {*found}) or sorted(name for name in expected if expected[name] != found[name])
     if odd:
         name = odd[0]
         raise ArtifactError(
             f"{MANIFEST}, {CONFIG} and {WEIGHTS} must agree on shapes. They differ in {len(odd)}, such as "
-            f"{told(name)}: {told(expected.get(name))} and {told(found.get(name))}. Fetch the folder again."
+            f"{told(name)}: {told(expected.get(name))} and {told(found.get(name))}. {remedy}"
         )
 
 
