@@ -9,7 +9,7 @@ from transformers import BatchEncoding
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from rmtkd import batches as batching
-from rmtkd.errors import DataError
+from rmtkd.errors import DataError, UnsupportedModelError
 
 IDS = torch.tensor([[5, 6, 0], [7, 0, 0]])
 MASK = torch.tensor([[1, 1, 0], [1, 0, 0]])
@@ -144,3 +144,12 @@ def test_a_forward_must_return_class_scores(scores: object) -> None:
     (call,) = batching.Calls([MAPPING], lambda model, rows: scores)  # type: ignore[arg-type, return-value]
     with pytest.raises(DataError, match=r"forward must return class scores of shape \[2, classes\]"):
         batching.logits(torch.nn.Identity(), call)
+
+
+def test_an_output_that_holds_no_scores_is_named():
+    class Silent(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+            return (x,)
+
+    with pytest.raises(UnsupportedModelError, match=r"Silent returned tuple\. Pass a forward="):
+        batching.logits(Silent(), PAIR)

@@ -51,6 +51,7 @@ ORDER = [
     "recipes",
     "teaching",
     "cli",
+    "__main__",
 ]
 """A part of the package imports, when it is imported, only parts that stand before it. `rmtkd` itself, which re-exports
 what users need, comes last. A new part finds its place here."""

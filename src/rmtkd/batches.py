@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rmtkd.errors import DataError
+from rmtkd.errors import DataError, UnsupportedModelError
 
 Rows = Mapping[str, Tensor] | tuple[Tensor, ...] | list[Tensor]
 """What data loaders give: tensors whose first dimension is the row."""
@@ -196,12 +196,22 @@ def _first_tensor(batch: Batch) -> Tensor:
 
 
 def logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Class scores of shape `(rows, classes)`: the model's output, or its field `logits`, or what `forward` makes."""
+    """Class scores of shape `(rows, classes)`: the model's output, or its field `logits`, or what `forward` makes.
+
+    Raises:
+        UnsupportedModelError: if the output is neither.
+    """
     if isinstance(batch, Call):
         return batch.forward(model, batch.rows)
     args, kwargs = inputs(batch)
     output = model(*args, **kwargs)
-    return output if isinstance(output, Tensor) else output.logits
+    scores = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if scores is None:
+        raise UnsupportedModelError(
+            f"a model must return class scores, or an output with `logits`. {type(model).__name__} returned "
+            f"{type(output).__name__}. Pass a forward= that gives them, or set its config.return_dict to True."
+        )
+    return scores
 
 
 def _class_scores(forward: Forward, model: nn.Module, batch: Rows) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn import functional
 from rmtkd import batches as batching
 from rmtkd.activations import first_output
 from rmtkd.batches import Batch
-from rmtkd.errors import DataError, OptionError
+from rmtkd.errors import DataError, OptionError, check_kinds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,7 @@ class Recovery:
     cache_teacher: bool = True
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         for name in ("alpha", "warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise OptionError(f"{name} must be within [0, 1]. Got {getattr(self, name)}.")

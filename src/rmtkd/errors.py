@@ -6,7 +6,11 @@ Messages follow one grammar: *what must hold — what came — what to do*. Each
 
 import difflib
 import math
+import numbers
+import types
+import typing
 from collections.abc import Iterable
+from typing import Any
 
 
 class RmtkdError(Exception):
@@ -64,3 +68,27 @@ def check_choice(what: str, value: str, allowed: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.4)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise OptionError(f"{what} must be one of {', '.join(names)}. Got {value!r}.{hint}")
+
+
+_KINDS: dict[Any, tuple[type, str]] = {
+    float: (numbers.Real, "a number"),
+    int: (numbers.Integral, "a whole number"),
+    bool: (bool, "True or False"),
+    str: (str, "text"),
+    type(None): (type(None), "None"),
+}
+
+
+def check_kinds(options: Any) -> None:
+    """Hold the fields of a dataclass against their annotations, as far as these are plain: `epochs: float`.
+
+    Raises:
+        OptionError: naming the first field that holds something else; neither True nor False is a number.
+    """
+    for name, hint in typing.get_type_hints(type(options)).items():
+        allowed = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+        if not all(kind in _KINDS for kind in allowed):
+            continue
+        value, kinds = getattr(options, name), [_KINDS[kind] for kind in allowed]
+        if not any(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) for kind, _ in kinds):
+            raise OptionError(f"{name} must be {' or '.join(told for _, told in kinds)}. Got {value!r}.")

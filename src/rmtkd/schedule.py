@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from rmtkd.distillation import Recovery
 from rmtkd.environment import check_device
-from rmtkd.errors import OptionError, check_choice
+from rmtkd.errors import OptionError, check_choice, check_kinds
 from rmtkd.planning import Plan, Target, fixed_widths
 from rmtkd.spectra import RULES
 from rmtkd.training import PRECISIONS
@@ -64,7 +64,10 @@ class Options:
     save_every_s: float = 30.0
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         self._make_plain()
+        if not isinstance(self.recovery, Recovery):
+            raise OptionError(f"recovery must be a Recovery. Got {self.recovery!r}.")
         check_choice("rule", self.rule, RULES)
         check_choice("granularity", self.granularity, ("site", "layer", "round"))
         check_choice("teacher", self.teacher, ("previous", "original"))
@@ -130,6 +133,9 @@ class Options:
     def _make_plain(self) -> None:
         """Lists, as JSON has them, and mappings become tuples."""
         exclude, keep = self.exclude, self.keep
+        for name, value in (("exclude", exclude), ("keep", keep)):
+            if not isinstance(value, Iterable):
+                raise OptionError(f"{name} must be names of sites. Got {value!r}.")
         pairs = keep.items() if isinstance(keep, Mapping) else keep
         object.__setattr__(self, "exclude", (exclude,) if isinstance(exclude, str) else tuple(exclude))
         object.__setattr__(self, "keep", tuple(tuple(pair) if isinstance(pair, list) else pair for pair in pairs))
