@@ -27,7 +27,7 @@ from rmtkd import batches as batching
 from rmtkd import recipes
 from rmtkd.artifact import read_manifest
 from rmtkd.exports import FORMATS, formats, tracing
-from rmtkd.measurement import evaluation, predict, quality
+from rmtkd.measurement import evaluation, predict, quality, relative_difference
 
 RESULTS = Path(__file__).parent / "results" / "round_trip"
 TRAINER = {"max_steps": 100, "learning_rate": 2e-5, "per_device_train_batch_size": 32}
@@ -54,7 +54,7 @@ def difference(got: Tensor, expected: Tensor) -> dict[str, Any]:
     """Of class scores: relative to the largest, and in the answers."""
     return {
         "rows": len(expected),
-        "difference": float((got - expected).abs().max() / expected.abs().max()),
+        "difference": relative_difference(got, expected),
         "same_answers": float((got.argmax(-1) == expected.argmax(-1)).double().mean()),
     }
 

@@ -20,7 +20,7 @@ from rmtkd.batches import Batch, Calls, Forward
 from rmtkd.covariance import Covariance
 from rmtkd.cutting import fit_bases
 from rmtkd.errors import DataError, RmtkdError, SurgeryError, UnsupportedModelError
-from rmtkd.measurement import evaluation
+from rmtkd.measurement import evaluation, relative_difference
 from rmtkd.sites import Site, by_width, check_parameters, find_family, search
 from rmtkd.surgery import check_cut, fold
 
@@ -219,7 +219,7 @@ def _try_full_width(
         got = _outputs(student, sample)
     except RuntimeError as failure:
         return None, f"a fold at full width must run. It fails with {failure}."
-    error = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+    error = relative_difference(got, expected)
     if error <= tolerance:
         return error, ""
     found = f"It changes the outputs by {error:.1e}. The network does more there than the site says: leave it whole."

@@ -156,6 +156,11 @@ def measure(model: nn.Module, batch: Batch, *, encoder: str | None = None, laten
     )
 
 
+def relative_difference(got: Tensor, expected: Tensor) -> float:
+    """The largest difference of two tensors of one shape, relative to the largest entry of the expected one."""
+    return float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+
+
 def proportion(hits: int, n: int) -> Estimate:
     """A proportion with its binomial standard error, sqrt(p (1 - p) / n)."""
     if n == 0:

@@ -57,9 +57,9 @@ def described(model: nn.Module) -> tuple[Any, Any]:
     stock = getattr(transformers, family.model_class)
     config = _stock_values(model, stock)
     common = stock.config_class.from_dict(config | _common_widths(sites))
-    if _shapes(_on_meta(stock, common)) == _shapes(model):
+    if shapes_of(on_meta(stock, common)) == shapes_of(model):
         return stock, _as_in(model, common)
-    full = {site.name: site.width for site in find_sites(_on_meta(stock, stock.config_class.from_dict(config)))}
+    full = {site.name: site.width for site in find_sites(on_meta(stock, stock.config_class.from_dict(config)))}
     narrowed = getattr(modeling_rmtkd, PREFIX + family.model_class)
     return narrowed, _as_in(model, narrowed.config_class.from_dict(config | _own_entries(model, sites, full)))
 
@@ -162,13 +162,15 @@ def _as_in(model: nn.Module, config: Any) -> Any:
     return config
 
 
-def _on_meta(model_class: Any, config: Any) -> nn.Module:
+def on_meta(model_class: Any, config: Any) -> nn.Module:
+    """The shape of a model of this class and configuration: neither parameters nor buffers take memory."""
     with torch.device("meta"):
         return model_class(config)
 
 
-def _shapes(model: nn.Module) -> dict[str, torch.Size]:
-    return {name: parameter.shape for name, parameter in model.named_parameters()}
+def shapes_of(model: nn.Module) -> dict[str, list[int]]:
+    """The shape of every parameter by name."""
+    return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 # ---------------------------------------------------------------------- transformers' Auto classes

@@ -18,7 +18,7 @@ from rmtkd.activations import attach, in_groups
 from rmtkd.bases import Basis
 from rmtkd.batches import Batch
 from rmtkd.errors import PlanError, SurgeryError
-from rmtkd.measurement import evaluation
+from rmtkd.measurement import evaluation, relative_difference
 from rmtkd.modeling_rmtkd import FactorizedEmbedding
 from rmtkd.modules import factorized
 from rmtkd.sites import Axis, Site, Stream
@@ -152,7 +152,7 @@ def check_cut(
     try:
         with evaluation(student):
             got = batching.logits(student, batch)
-        error = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+        error = relative_difference(got, expected)
         found = f"It differs by {error:.1e}"
     except RuntimeError as failure:  # shapes that do not fit
         error, found = math.nan, f"It fails with {failure}"

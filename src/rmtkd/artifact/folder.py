@@ -23,7 +23,7 @@ from rmtkd.environment import check_device, versions
 from rmtkd.errors import ArtifactError
 from rmtkd.families import FAMILIES, EncoderFamily
 from rmtkd.modeling_rmtkd import PREFIX, FactorizedEmbedding
-from rmtkd.pretrained import OURS, described, presented, quietly, without_values
+from rmtkd.pretrained import OURS, described, on_meta, presented, quietly, shapes_of, without_values
 from rmtkd.sites import Site
 from rmtkd.surgery import factorize_embedding, fill, resize, tensors_of
 
@@ -229,13 +229,7 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """What is stored of a model: parameters, and the buffers that belong to its state, by name, once each."""
-    state = model.state_dict().keys()
-    return {name: value.detach().cpu().contiguous() for name, value in tensors_of(model).items() if name in state}
-
-
-def shapes_of(model: nn.Module) -> dict[str, list[int]]:
-    """The shape of every parameter by name."""
-    return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    return {name: value.detach().cpu().contiguous() for name, value in _stored(model).items()}
 
 
 # ---------------------------------------------------------------------- writing
@@ -300,22 +294,18 @@ def _pretrained(folder: Path, manifest: Mapping[str, Any], stored: Mapping[str, 
     values = {key: value for key, value in read_json(folder / CONFIG).items() if key in allowed}
     _check_layers(known[name], stock.attribute_map, {**stock().to_dict(), **values}, stored)
     config = model_class.config_class.from_dict(values)
-    with torch.device("meta"):
-        model = model_class(config)
+    model = on_meta(model_class, config)
     check_shapes(_stored_shapes(model), stored)
     _check_computed(model, stored)
-    found_class, found = described(model)
-    if found_class is not model_class or any(_entry(found, key) != _entry(config, key) for key in OURS):
+    found_class, found_config = described(model)
+    said, found = config.to_dict(), found_config.to_dict()
+    if found_class is not model_class or any(found.get(key) != said.get(key) for key in OURS):
         raise ArtifactError(
             f"{CONFIG} must say which widths were narrowed, as a {name} has them. It says something else. Fetch the "
             "folder again."
         )
     with without_values():
         return model_class(config)
-
-
-def _entry(config: Any, key: str) -> Any:
-    return config.to_dict().get(key)
 
 
 def _own(build: Build, manifest: Mapping[str, Any], stored: Mapping[str, list[int]]) -> nn.Module:
@@ -373,10 +363,14 @@ def check_shapes(expected: Mapping[str, Any], found: Mapping[str, Any], remedy: 
         )
 
 
-def _stored_shapes(model: nn.Module) -> dict[str, list[int]]:
-    """The shape of all that is stored of a model."""
+def _stored(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a model that belong to its state, by name, once each."""
     state = model.state_dict().keys()
-    return {name: list(value.shape) for name, value in tensors_of(model).items() if name in state}
+    return {name: value for name, value in tensors_of(model).items() if name in state}
+
+
+def _stored_shapes(model: nn.Module) -> dict[str, list[int]]:
+    return {name: list(value.shape) for name, value in _stored(model).items()}
 
 
 def _assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -12,7 +12,7 @@ from rmtkd import batches as batching
 from rmtkd.artifact.files import read_shapes
 from rmtkd.batches import Batch, Call, Forward
 from rmtkd.errors import ArtifactError
-from rmtkd.measurement import evaluation
+from rmtkd.measurement import evaluation, relative_difference
 from rmtkd.sites import find_family
 
 SELF_TEST = "self-test.safetensors"
@@ -78,7 +78,7 @@ def verify(model: nn.Module, folder: Path, facts: Mapping[str, Any], forward: Fo
     rows = inputs if facts["named_inputs"] else tuple(inputs[str(i)] for i in range(len(inputs)))
     got = _answers(model, rows if forward is None else Call(rows, forward))
     same_shape = got.shape == expected.shape
-    error = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-12)) if same_shape else float("inf")
+    error = relative_difference(got, expected) if same_shape else float("inf")
     if not error <= TOLERANCE:
         raise ArtifactError(
             f"the loaded model must give the outputs stored with it, to {TOLERANCE:g}. They differ by {error:.1e}. "
