@@ -1,0 +1,131 @@
+"""What narrowing a width costs, measured: the loss on held-out rows of cuts that are made in closed form, by hooks.
+
+The loss is the Kullback–Leibler divergence from the teacher's answers, averaged over rows: it needs no labels, moves before
+the accuracy does, and is nothing at full width. Nothing is built and nothing trained: a stream is replaced by its
+projection `mean + lift reduce (h - mean)` at full width, which is what the narrowed model computes.
+"""
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rmtkd import batches as batching
+from rmtkd.activations import attach, in_groups
+from rmtkd.bases import Basis
+from rmtkd.batches import Batch
+from rmtkd.covariance import Covariance
+from rmtkd.cutting import fit_bases
+from rmtkd.errors import DataError
+from rmtkd.measurement import evaluation
+from rmtkd.memory import Pieces
+from rmtkd.planning.budget import Curve
+from rmtkd.sites import Site, by_width
+
+ROWS = 768
+"""Held-out rows on which losses are measured, spread evenly over all of them."""
+SHARES = (0.02, 0.05, 0.12, 0.25, 0.45, 0.7)
+"""Shares of a full width at which its loss is measured, beside the widths that the rules give."""
+
+
+class Sensitivity:
+    """The teacher's answers to some held-out rows, and how far cuts move them.
+
+    Args:
+        model: the untouched model.
+        sites: its sites.
+        moments: of their activations, from `activations.collect`.
+        rows: held-out batches; `ROWS` of their rows are used.
+        bf16: whether forward passes run under bfloat16 autocast (teacher and cuts alike).
+        pieces: in how many pieces a batch is run, should memory run out.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        moments: Mapping[str, Sequence[Covariance]],
+        rows: Iterable[Batch],
+        *,
+        bf16: bool = False,
+        pieces: Pieces | None = None,
+    ):
+        self.model, self.groups, self.moments = model, by_width(sites), moments
+        self.device = next(model.parameters()).device
+        self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16) if bf16 else nullcontext
+        self.pieces = pieces or Pieces()
+        self.batches = [batching.to(batch, self.device) for batch in spread(rows, ROWS)]
+        self.teacher = self._log_probabilities()
+        self.evaluations = 0
+        self._bases: dict[str, tuple[int, tuple[Basis, ...]]] = {}
+
+    def loss(self, widths: Mapping[str, int]) -> float:
+        """The divergence with these shared widths cut, all others full. In nats a row."""
+        self.evaluations += 1
+        with ExitStack() as hooks:
+            for shares, width in widths.items():
+                if width < self.groups[shares][0].width:
+                    for site, basis in zip(self.groups[shares], self._fit(shares, width), strict=True):
+                        # In a product it is enough to project one of the two streams.
+                        hooks.callback(attach(self.model, site.streams[0], projection(basis, self.device)).remove)
+            student = self._log_probabilities()
+        return max(0.0, float((self.teacher.exp() * (self.teacher - student)).sum(-1).mean()))
+
+    def curve(self, shares: str, widths: Iterable[int]) -> Curve:
+        """The losses of one shared width, all others full.
+
+        Args:
+            shares: its name.
+            widths: where to measure; those that are not below the full width are left out.
+        """
+        full = self.groups[shares][0].width
+        points = [(width, self.loss({shares: width})) for width in sorted({*widths}) if width < full]
+        return Curve(points=(*points, (full, 0.0)))
+
+    def _fit(self, shares: str, width: int) -> tuple[Basis, ...]:
+        if self._bases.get(shares, (None,))[0] != width:
+            group = self.groups[shares]
+            bases = tuple(fit_bases(self.model, site, self.moments[site.name], width)[0] for site in group)
+            self._bases[shares] = width, bases
+        return self._bases[shares][1]
+
+    def _log_probabilities(self) -> Float[Tensor, "rows classes"]:
+        answers: list[Tensor] = []
+
+        def run(parts: Sequence[Batch]) -> Tensor:
+            return torch.cat([batching.logits(self.model, part).float() for part in parts])
+
+        with evaluation(self.model), self.autocast():
+            answers = [self.pieces(batch, run) for batch in self.batches]
+        return torch.cat(answers).double().log_softmax(-1)
+
+
+def projection(basis: Basis, device: torch.device):  # noqa: ANN201
+    """A hook that replaces activations by what a basis keeps of them."""
+    reduce, lift, mean = (part.to(device, torch.float32) for part in (basis.reduce, basis.lift, basis.mean))
+
+    def project(activations: Tensor) -> Tensor:
+        centred = in_groups(activations, len(mean)).float() - mean
+        kept = torch.einsum("...gw,gkw->...gk", centred, reduce)
+        return (torch.einsum("...gk,gwk->...gw", kept, lift) + mean).flatten(-2).to(activations.dtype)
+
+    return project
+
+
+def spread(rows: Iterable[Batch], most: int) -> list[Batch]:
+    """At most about so many rows, every n-th of each batch: collections that are sorted by length stay in proportion.
+
+    Raises:
+        DataError: if there are no rows.
+    """
+    total = sum(batching.rows(batch) for batch in rows)
+    if total == 0:
+        raise DataError("held-out rows must hold at least one row. Got none. Pass selection rows.")
+    step = -(-total // most)
+    begins = itertools.count()
+    found = [batching.map_tensors(batch, lambda value, at=next(begins) % step: value[at::step]) for batch in rows]
+    return [batch for batch in found if batching.rows(batch)]
