@@ -31,6 +31,7 @@ ORDER = [
     "pretrained",
     "cutting",
     "planning",
+    "sensitivity",
     "distillation",
     "training",
     "forecast",

@@ -1,6 +1,6 @@
 """The dry run: what would be cut and why; and the cut alone, without recovery."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -9,9 +9,12 @@ from rmtkd import batches as batching
 from rmtkd.activations import collect
 from rmtkd.batches import Batch
 from rmtkd.cutting import cut_in_order
+from rmtkd.environment import has_bf16
+from rmtkd.errors import OptionError
 from rmtkd.memory import Pieces
-from rmtkd.planning import Plan, Spectrum, Target, make_plan, settle, spectra_of, uniform_sites
+from rmtkd.planning import Curve, Plan, Spectrum, Target, make_plan, retarget, settle, spectra_of, uniform_sites
 from rmtkd.schedule import Options
+from rmtkd.sensitivity import Sensitivity
 from rmtkd.sites import Site, blocks_of, find_sites
 from rmtkd.surgery import check_cut
 
@@ -23,6 +26,7 @@ def plan(
     model: nn.Module,
     *,
     calibration: Iterable[Batch],
+    selection: Iterable[Batch] | None = None,
     example: Batch | None = None,
     given: Plan | None = None,
     sites: Sequence[Site] | None = None,
@@ -34,6 +38,7 @@ def plan(
     Args:
         model: the untouched model.
         calibration: batches whose activations are seen.
+        selection: held-out batches, on which guarded widths are measured.
         example: the batch whose FLOPs are predicted; the first calibration batch by default.
         given: a plan whose widths are used instead of chosen ones.
         sites: the widths that may be narrowed; those of the model's family by default.
@@ -49,26 +54,63 @@ def plan(
         given.check_fits(sites)
     elif chosen.uniform:
         uniform_sites(sites)  # refused before anything takes time
-    spectrums = spectra_of(collect(model, sites, calibration, pieces=pieces))
+    if given is None and chosen.policy == "guarded" and selection is None:
+        raise OptionError(
+            "a guarded plan must have held-out rows to measure losses on. Got none. Pass selection=ROWS, or "
+            'policy="paper".'
+        )
+    moments = collect(model, sites, calibration, pieces=pieces)
+    spectrums = spectra_of(moments)
     if example is None:
         example = batching.first(calibration, "calibration")
     if given is not None:
         return settle(given, model, sites, spectrums, example), spectrums
-    made = make_plan(
+    published = _make(model, sites, spectrums, example, chosen)
+    if chosen.policy == "paper" or selection is None:
+        return published, spectrums
+    sensitivity = Sensitivity(
+        model,
+        uniform_sites(sites) if chosen.uniform else sites,
+        moments,
+        selection,
+        bf16=has_bf16(chosen.device),
+        pieces=pieces,
+    )
+
+    def again(curves: Mapping[str, Curve]) -> Plan:
+        if published.costs is None:
+            return _make(model, sites, spectrums, example, chosen, curves)
+        return retarget(published, spectrums, target=chosen.target, curves=curves)
+
+    return sensitivity.guarded(published, again), spectrums
+
+
+def _make(
+    model: nn.Module,
+    sites: Sequence[Site],
+    spectrums: Mapping[str, Sequence[Spectrum]],
+    example: Batch,
+    chosen: Options,
+    curves: Mapping[str, Curve] | None = None,
+) -> Plan:
+    """The plan of these curves; without, the published one, with a target only if that is what was asked for."""
+    has_target = chosen.target is not None and (curves is not None or chosen.policy == "paper")
+    return make_plan(
         model,
         sites,
         spectrums,
         example,
         rule=chosen.rule,
         tau=chosen.tau,
-        target=None if chosen.target is None else Target.parse(chosen.target),
+        target=Target.parse(chosen.target or "") if has_target else None,
         multiple_of=chosen.multiple_of,
         min_share=chosen.min_share,
         uniform=chosen.uniform,
+        max_loss=chosen.max_loss,
+        curves=curves,
         exclude=chosen.exclude,
         keep=chosen.pairs,
     )
-    return made, spectrums
 
 
 def narrow(

@@ -155,6 +155,7 @@ class Run:
         made, spectrums = plan(
             self.model,
             calibration=self.calibration,
+            selection=self.selection,
             example=self.example,
             given=given,
             sites=self.sites,

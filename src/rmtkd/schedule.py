@@ -8,7 +8,7 @@ from typing import Any, Literal
 from rmtkd.distillation import Recovery
 from rmtkd.environment import check_device
 from rmtkd.errors import OptionError, check_choice, check_kinds
-from rmtkd.planning import Plan, Target, fixed_widths
+from rmtkd.planning import MAX_LOSS, POLICIES, Plan, Target, fixed_widths
 from rmtkd.spectra import RULES
 from rmtkd.training import PRECISIONS
 
@@ -21,6 +21,9 @@ class Options:
 
     Attributes:
         target: what remains (`25%params`, `40%flops`, `5M`); without one, what the rule keeps.
+        policy: how widths are chosen: `guarded` by the loss that every width costs on selection rows, measured after
+            cuts in closed form; `paper` by the noise edges alone, moved by a common factor to meet a target.
+        max_loss: without a target, guarded widths cost at most this much in sum, in nats of divergence from the teacher.
         rule: spectral rule, a name in `spectra.RULES`.
         tau: quantile that starts the noise level; larger cuts more.
         granularity: what is cut between two recoveries: one width (`site`), one layer, or all (`round`).
@@ -44,6 +47,8 @@ class Options:
     """
 
     target: str | None = None
+    policy: Literal["guarded", "paper"] = "guarded"
+    max_loss: float = MAX_LOSS
     rule: str = "mp"
     tau: float = 0.5
     granularity: Granularity = "round"
@@ -68,6 +73,7 @@ class Options:
         self._make_plain()
         if not isinstance(self.recovery, Recovery):
             raise OptionError(f"recovery must be a Recovery. Got {self.recovery!r}.")
+        check_choice("policy", self.policy, POLICIES)
         check_choice("rule", self.rule, RULES)
         check_choice("granularity", self.granularity, ("site", "layer", "round"))
         check_choice("teacher", self.teacher, ("previous", "original"))
@@ -76,6 +82,7 @@ class Options:
             Target.parse(self.target)
         for name, ok, must in (
             ("tau", 0 < self.tau < 1, "within (0, 1)"),
+            ("max_loss", 0 < self.max_loss < math.inf, "greater than 0"),
             ("epochs", 0 <= self.epochs < math.inf, "at least 0"),
             ("tolerance", self.tolerance is None or 0 <= self.tolerance <= 1, "within [0, 1]"),
             ("max_rounds", self.max_rounds is None or self.max_rounds >= 1, "at least 1"),
@@ -110,7 +117,7 @@ class Options:
         Raises:
             OptionError: naming every option that does.
         """
-        names = ("target", "rule", "tau", "multiple_of", "min_share", "uniform")
+        names = ("target", "policy", "max_loss", "rule", "tau", "multiple_of", "min_share", "uniform")
         mine = {name: getattr(self, name) for name in names}
         if self.target is not None:
             mine["target"] = str(Target.parse(self.target))

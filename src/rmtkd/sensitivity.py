@@ -6,8 +6,10 @@ projection `mean + lift reduce (h - mean)` at full width, which is what the narr
 """
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -23,13 +25,19 @@ from rmtkd.cutting import fit_bases
 from rmtkd.errors import DataError
 from rmtkd.measurement import evaluation
 from rmtkd.memory import Pieces
-from rmtkd.planning.budget import Curve
+from rmtkd.planning import Curve, Plan
 from rmtkd.sites import Site, by_width
 
 ROWS = 768
 """Held-out rows on which losses are measured, spread evenly over all of them."""
-SHARES = (0.02, 0.05, 0.12, 0.25, 0.45, 0.7)
-"""Shares of a full width at which its loss is measured, beside the widths that the rules give."""
+SHARES = (0.05, 0.12, 0.25, 0.45, 0.7)
+"""Shares of a full width at which its loss is measured, beside the least one and those that the rules count."""
+PASSES = 2
+"""How often curves are weighed by the losses around a plan."""
+STEP = 0.25
+"""Of a width, by which it is moved either way to weigh its curve."""
+LARGEST_WEIGHT = 1e3
+"""A ratio of two small measured losses says no more than this, or its inverse."""
 
 
 class Sensitivity:
@@ -60,12 +68,10 @@ class Sensitivity:
         self.pieces = pieces or Pieces()
         self.batches = [batching.to(batch, self.device) for batch in spread(rows, ROWS)]
         self.teacher = self._log_probabilities()
-        self.evaluations = 0
         self._bases: dict[str, tuple[int, tuple[Basis, ...]]] = {}
 
     def loss(self, widths: Mapping[str, int]) -> float:
         """The divergence with these shared widths cut, all others full. In nats a row."""
-        self.evaluations += 1
         with ExitStack() as hooks:
             for shares, width in widths.items():
                 if width < self.groups[shares][0].width:
@@ -83,8 +89,56 @@ class Sensitivity:
             widths: where to measure; those that are not below the full width are left out.
         """
         full = self.groups[shares][0].width
-        points = [(width, self.loss({shares: width})) for width in sorted({*widths}) if width < full]
-        return Curve(points=(*points, (full, 0.0)))
+        below = sorted({width for width in widths if width < full})
+        return Curve(widths=(*below, full), losses=(*(self.loss({shares: width}) for width in below), 0.0))
+
+    def guarded(self, published: Plan, again: Callable[[Mapping[str, Curve]], Plan]) -> Plan:
+        """The plan of least loss: from curves of single widths, then from curves weighed where the plan stands.
+
+        Losses do not add up: a width that costs little by itself may cost much once another is narrow, or the other way
+        round. So the loss is measured with all cuts of the plan together, and each curve is weighed by how much it moves
+        that loss there. The best plan by measurement wins.
+
+        Args:
+            published: the plan by noise edges. What its rule and the detector count are two more widths to measure.
+            again: the plan for these curves.
+
+        Raises:
+            PlanError: see `planning.make_plan`.
+        """
+        guesses: dict[str, set[int]] = {shares: set() for shares in self.groups}
+        for site in published.sites:
+            counts = (site.count, site.floor)
+            guesses[site.shares] |= {max(1, math.ceil(count)) for count in counts if count is not None}
+        least = published.multiple_of
+        curves = {
+            shares: self.curve(shares, {least, *(round(share * group[0].width) for share in SHARES), *guesses[shares]})
+            for shares, group in self.groups.items()
+        }
+        plans: list[tuple[float, Plan]] = []
+        for _ in range(1 + PASSES):
+            if plans:
+                curves = self._weighed(curves, plans[-1][1])
+            plan = again(curves)
+            loss = self.loss(_shared(plan))
+            plans.append((loss, replace(plan, loss=loss)))
+        return min(plans, key=lambda pair: pair[0])[1]
+
+    def _weighed(self, curves: Mapping[str, Curve], plan: Plan) -> dict[str, Curve]:
+        """The curves with the weights that the loss around a plan gives them, half way (in logarithms) from those before."""
+        widths, weighed = _shared(plan), dict(curves)
+        for shares, curve in curves.items():
+            full, step = self.groups[shares][0].width, STEP * widths[shares]
+            low, high = (round(widths[shares] + sign * step) for sign in (-1, 1))
+            low, high = max(curve.least, low), min(full, high)
+            plain = replace(curve, weight=1.0)
+            alone = plain.loss(low) - plain.loss(high)
+            if shares in plan.fixed or alone <= 0:
+                continue
+            together = self.loss(widths | {shares: low}) - self.loss(widths | {shares: high})
+            ratio = min(max(together / alone, 1 / LARGEST_WEIGHT), LARGEST_WEIGHT)
+            weighed[shares] = replace(curve, weight=math.sqrt(curve.weight * ratio))
+        return weighed
 
     def _fit(self, shares: str, width: int) -> tuple[Basis, ...]:
         if self._bases.get(shares, (None,))[0] != width:
@@ -104,7 +158,11 @@ class Sensitivity:
         return torch.cat(answers).double().log_softmax(-1)
 
 
-def projection(basis: Basis, device: torch.device):  # noqa: ANN201
+def _shared(plan: Plan) -> dict[str, int]:
+    return {site.shares: site.keep for site in plan.sites}
+
+
+def projection(basis: Basis, device: torch.device):
     """A hook that replaces activations by what a basis keeps of them."""
     reduce, lift, mean = (part.to(device, torch.float32) for part in (basis.reduce, basis.lift, basis.mean))
 

@@ -122,6 +122,7 @@ def plan(
     made, spectrums = compression.plan(
         model_on_device,
         calibration=calibration,
+        selection=rows.selection,
         example=task.example(source.model, rows),
         **options,
     )

@@ -1,11 +1,12 @@
 """How a budget is divided among widths: by what each costs in held-out loss for what it saves.
 
 For every shared width a `Curve` holds measured losses: the Kullback–Leibler divergence from the teacher's answers on
-held-out rows when this width alone is narrowed in closed form. Taken as additive, the best widths for a budget minimise
-`Σ loss_a(x_a)` under `cost(x) ≤ limit`: with a multiplier μ each width stands where one unit of cost less would cost μ of
-loss (Everett 1963). On convex curves the greedy descent below, which always takes the step that loses least for
-what it saves, visits exactly these points for ever greater μ. Curves are therefore replaced by their convex minorants, whose
-vertices are the widths that are best for some μ.
+held-out rows when this width alone is narrowed in closed form. Taken as additive, the best widths for a budget
+minimise `Σ loss_a(x_a)` under `cost(x) ≤ limit`: with a multiplier μ, each width stands where one unit of cost less
+would cost μ of loss (Everett 1963). On convex curves and a cost that is a sum over widths, the greedy descent below,
+which always takes the step that loses least for what it saves, visits exactly these points for ever greater μ. Curves
+are therefore replaced by their convex minorants, whose vertices are the widths that are best for some μ. Where two
+widths meet in one matrix the descent sees the saving at the widths as they then are.
 
 References:
     H. Everett, "Generalized Lagrange multiplier method for solving problems of optimum allocation of resources",
@@ -17,45 +18,56 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
-from rmtkd.errors import PlanError
+POLICIES = ("guarded", "paper")
+"""How widths are chosen: by measured losses on held-out rows, or by the noise edges alone, as published."""
 
 CostOf = Callable[[Mapping[str, int]], float]
 """A cost at these shared widths, all of them."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Curve:
     """Held-out loss against one shared width, as measured.
 
     Attributes:
-        points: (width, loss) ascending in width, the last at full width, where nothing is lost.
+        widths: where it was measured, ascending, the last the full width.
+        losses: what was measured there; nothing at full width.
         weight: what a loss on this curve is worth once the other widths are narrowed too.
     """
 
-    points: tuple[tuple[int, float], ...]
+    widths: tuple[int, ...]
+    losses: tuple[float, ...]
     weight: float = 1.0
 
-    def __post_init__(self) -> None:
-        widths = [width for width, _ in self.points]
-        if not widths or widths != sorted(set(widths)):
-            raise PlanError("a curve must have points of ascending widths. Measure it anew.")
-        if not all(math.isfinite(loss) and loss >= 0 for _, loss in self.points) or not 0 < self.weight < math.inf:
-            raise PlanError("a curve must have finite losses from 0 and a positive weight. Measure it anew.")
+    @property
+    def is_sound(self) -> bool:
+        """Whether widths ascend, losses are finite and none below the last, and the weight is positive."""
+        return (
+            len(self.widths) == len(self.losses) > 0
+            and all(a < b for a, b in pairwise(self.widths))
+            and all(math.isfinite(loss) and loss >= self.losses[-1] for loss in self.losses)
+            and 0 < self.weight < math.inf
+        )
+
+    @property
+    def least(self) -> int:
+        """The smallest width that was measured."""
+        return self.widths[0]
 
     def loss(self, width: int) -> float:
-        """The weighted loss at a width, on the convex minorant; beyond the first point, as there."""
-        widths, losses = self.minorant
-        return self.weight * float(np.interp(width, widths, losses))
+        """The weighted loss at a width, on the convex minorant."""
+        return self.weight * float(np.interp(width, *self.minorant))
 
     @cached_property
     def minorant(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        """Vertices of the greatest convex function below the points. It never rises with the width, as the last point is
-        the lowest; where the measured losses do, that is noise."""
+        """Vertices of the greatest convex function below the points. It never rises with the width, as the last point
+        is the lowest; where the measured losses do, that is noise."""
         kept: list[tuple[int, float]] = []
-        for x, y in self.points:
+        for x, y in zip(self.widths, self.losses, strict=True):
             while len(kept) > 1 and _turns_down(kept[-2], kept[-1], (x, y)):
                 kept.pop()
             kept.append((x, y))

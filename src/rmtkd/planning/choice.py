@@ -7,11 +7,13 @@ from torch import nn
 from rmtkd.batches import Batch
 from rmtkd.covariance import Covariance
 from rmtkd.errors import PlanError
+from rmtkd.planning.budget import Curve
 from rmtkd.planning.costs import COSTS, Cost, CostTable, Target
-from rmtkd.planning.desk import Count, Desk, Spectrum
+from rmtkd.planning.desk import MAX_LOSS, Count, Desk
 from rmtkd.planning.pins import fixed_widths, uniform_sites
 from rmtkd.planning.plan import Plan
 from rmtkd.sites import Site, share_settings
+from rmtkd.spectra import Spectrum
 
 
 def spectra_of(moments: Mapping[str, Sequence[Covariance]]) -> dict[str, tuple[Spectrum, ...]]:
@@ -34,14 +36,17 @@ def make_plan(
     multiple_of: int = 8,
     min_share: float = 0.0,
     uniform: bool = False,
+    max_loss: float = MAX_LOSS,
+    curves: Mapping[str, Curve] | None = None,
     exclude: Iterable[str] = (),
     keep: Iterable[tuple[str, int]] = (),
 ) -> Plan:
     """Choose the width of every site.
 
-    Without a target a site keeps the directions above its noise edge. With one, all edges are raised or lowered by
-    one common multiplier, the smallest that meets the target. An embedding stays whole where its two factors would
-    have more parameters than it has.
+    With measured losses (the policy `guarded`), the widths lose least on held-out rows for the target, or, without one,
+    save most within `max_loss`. Without them (the policy `paper`), a site keeps the directions above its noise edge;
+    with a target, all edges are raised or lowered by one common multiplier, the smallest that meets it. An embedding
+    stays whole where its two factors would have more parameters than it has.
 
     Args:
         model: the untouched model.
@@ -55,6 +60,8 @@ def make_plan(
         min_share: no site keeps less than this share of its width (the method's ρ_min).
         uniform: narrow only widths that a stock configuration gives, each for all layers at once; the widest wish
             counts.
+        max_loss: largest sum of held-out losses of a plan with curves and without a target, in nats.
+        curves: measured losses by shared width, from `sensitivity`.
         exclude: sites that stay whole: names or patterns such as `layer.*.ffn`.
         keep: sites with the width that they are given, whatever `multiple_of` and `min_share` say. The other sites
             meet the target around them.
@@ -80,6 +87,8 @@ def make_plan(
         multiple_of=multiple_of,
         min_share=min_share,
         uniform=uniform,
+        max_loss=max_loss,
+        curves=curves,
     )
     return desk.plan(type(model).__name__, target, fixed, costs)
 
@@ -94,6 +103,9 @@ def retarget(
     multiple_of: int | None = None,
     min_share: float | None = None,
     uniform: bool | None = None,
+    policy: str | None = None,
+    max_loss: float | None = None,
+    curves: Mapping[str, Curve] | None = None,
     exclude: Iterable[str] = (),
     keep: Iterable[tuple[str, int]] = (),
 ) -> Plan:
@@ -108,6 +120,8 @@ def retarget(
         target: what is to remain, such as `20%params`.
         rule, tau, multiple_of, min_share, exclude, keep: see `make_plan`.
         uniform: what the earlier plan is, if it is given.
+        policy: `paper` turns a guarded plan into one of common edges; `guarded` takes a plan with curves.
+        curves: in place of the plan's.
 
     Raises:
         PlanError: see `make_plan`; also if `uniform` is not what the plan is, if the spectra are not those of the plan,
@@ -124,6 +138,11 @@ def retarget(
             f"a plan made anew without the model must stay as uniform as it was ({plan.uniform}). Got {uniform}. Plan "
             "with the model: `rmtkd plan RECIPE --model MODEL`, with or without --uniform."
         )
+    if policy == "guarded" and plan.curves is None and curves is None:
+        raise PlanError(
+            "a guarded plan takes losses that were measured with the model. This plan has none. Plan with the model: "
+            "`rmtkd plan RECIPE --model MODEL --policy guarded`."
+        )
     sites = [site.outline for site in plan.sites]
     _check_spectrums(sites, spectrums)
     fixed = plan.fixed | {site.shares: site.keep for site in plan.sites if site.by_hand}
@@ -137,6 +156,8 @@ def retarget(
         multiple_of=plan.multiple_of if multiple_of is None else multiple_of,
         min_share=plan.min_share if min_share is None else min_share,
         uniform=plan.uniform,
+        max_loss=plan.max_loss if max_loss is None else max_loss,
+        curves=None if policy == "paper" else curves or plan.curves,
     )
     words = plan.target if target is None else target
     aim = None if words is None else Target.parse(words)
@@ -175,6 +196,8 @@ def settle(
         multiple_of=plan.multiple_of,
         min_share=plan.min_share,
         uniform=plan.uniform,
+        max_loss=plan.max_loss,
+        curves=plan.curves,
     )
     target = None if plan.target is None else Target.parse(plan.target)
     planned = {site.name: site.planned for site in plan.sites}

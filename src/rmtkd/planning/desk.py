@@ -8,6 +8,7 @@ from jaxtyping import Float
 
 from rmtkd import spectra
 from rmtkd.errors import DataError, OptionError, PlanError, check_choice
+from rmtkd.planning.budget import Curve, allocate
 from rmtkd.planning.costs import COSTS, Cost, CostTable, Target
 from rmtkd.planning.plan import Plan, SitePlan
 from rmtkd.sites import Site, by_width
@@ -17,8 +18,18 @@ Count = Callable[[str, Mapping[str, int]], int]
 """Parameters or FLOPs, by name, at these widths of sites; full where a site is missing."""
 
 
+MAX_LOSS = 0.05
+"""Sum of held-out losses, in nats, up to which a guarded plan without a target narrows."""
+FINENESS = 1 / 16
+"""Between two widths that a budget considers, relative to the smaller one."""
+
+
 class Desk:
-    """Where widths are chosen: sites, their spectra and edges, and a way to count costs."""
+    """Where widths are chosen: sites, their spectra and edges, and a way to count costs.
+
+    With measured losses (`curves`, by shared width) the budget is divided by what each width costs in held-out loss;
+    without, all sites have a common multiple of their edges.
+    """
 
     def __init__(
         self,
@@ -32,6 +43,8 @@ class Desk:
         multiple_of: int,
         min_share: float,
         uniform: bool = False,
+        max_loss: float = MAX_LOSS,
+        curves: Mapping[str, Curve] | None = None,
     ):
         check_choice("rule", rule, spectra.RULES)
         if not 0 <= min_share <= 1:
@@ -42,26 +55,58 @@ class Desk:
             raise OptionError(f"tau must be within (0, 1). Got {tau}.")
         self.sites, self.spectrums, self.count, self.baseline = sites, spectrums, count, dict(baseline)
         self.rule, self.tau, self.multiple_of, self.min_share = rule, tau, multiple_of, min_share
-        self.uniform = uniform
+        self.uniform, self.max_loss, self.curves = uniform, max_loss, curves
         self.groups = by_width(sites)
         self.edges: dict[str, tuple[NoiseEdge, ...]] = {}
         self.pays = {shares: self._paying_width(group) for shares, group in self.groups.items()}
 
     def plan(self, model: str, target: Target | None, fixed: dict[str, int], costs: CostTable | None) -> Plan:
-        """Choose the smallest multiplier that meets the target, and the widths that follow."""
+        """Choose the widths: by their losses where these are known, else by a common multiple of the edges."""
         self._find_edges(fixed)
         multiplier = 1.0
-        if target is not None:
-            multiplier = _meet(
-                target,
-                self.baseline,
-                lambda multiplier: self.count(target.cost, self.widths_at(multiplier, fixed)),
-                self._candidates(fixed),
-                some_fixed=bool(set(fixed) - self._whole()),
-                alone=self._settings(),
-            )
-        widths = self.widths_at(multiplier, fixed)
+        if self.curves is not None:
+            widths = self._widths_by_loss(self.curves, target, fixed)
+        else:
+            if target is not None:
+                multiplier = _meet(
+                    lambda multiplier: self.count(target.cost, self.widths_at(multiplier, fixed)),
+                    self._candidates(fixed),
+                    target.limit(self.baseline),
+                    lambda least: self._unreachable(target, fixed, least),
+                )
+            widths = self.widths_at(multiplier, fixed)
         return self.write(model, target, fixed, costs, multiplier, widths, widths)
+
+    def _widths_by_loss(
+        self, curves: Mapping[str, Curve], target: Target | None, fixed: Mapping[str, int]
+    ) -> dict[str, int]:
+        """The widths that lose least within the target; without one, that save most within the largest loss."""
+        allowed = {
+            shares: [fixed[shares]] if shares in fixed else self._choices(shares, curves[shares])
+            for shares in self.groups
+        }
+
+        def cost(shared: Mapping[str, int]) -> int:
+            return self.count(target.cost if target else "params", self._by_site(shared))
+
+        limit = None if target is None else target.limit(self.baseline)
+        shared = allocate(curves, allowed, cost, limit=limit, most_loss=self.max_loss)
+        if limit is not None and target is not None and (least := cost(shared)) > limit:
+            raise self._unreachable(target, fixed, least)
+        return self._by_site(shared)
+
+    def _choices(self, shares: str, curve: Curve) -> list[int]:
+        """Widths that a shared width may be given, ascending: none below those that were measured, zero if it was,
+        then multiples at distances that grow with the width, as its losses have fewer digits there, and the full one."""
+        width, keep = self.groups[shares][0].width, self._rounded(shares, curve.least)
+        found = {0} if curve.least == 0 and self.min_share == 0 else set()
+        while keep <= min(self.pays[shares], width):
+            found.add(keep)
+            keep = self._rounded(shares, keep * (1 + FINENESS) + 1e-9)
+        return sorted(found | {width})
+
+    def _by_site(self, shared: Mapping[str, int]) -> dict[str, int]:
+        return {site.name: shared[shares] for shares, group in self.groups.items() for site in group}
 
     def write(
         self,
@@ -72,6 +117,7 @@ class Desk:
         multiplier: float,
         widths: Mapping[str, int],
         planned: Mapping[str, int],
+        loss: float | None = None,
     ) -> Plan:
         """The plan of these widths, its numbers derived from the spectra and counted costs."""
         self._find_edges(fixed)
@@ -84,6 +130,8 @@ class Desk:
             multiple_of=self.multiple_of,
             min_share=self.min_share,
             uniform=self.uniform,
+            policy="paper" if self.curves is None else "guarded",
+            max_loss=self.max_loss,
             fixed=fixed,
             multiplier=multiplier,
             sites=tuple(
@@ -93,6 +141,8 @@ class Desk:
             predicted=predicted,
             remarks=tuple(self._remarks(target, fixed, widths, predicted)),
             costs=costs,
+            curves=None if self.curves is None else dict(self.curves),
+            loss=loss,
         )
 
     def widths_at(self, multiplier: float, fixed: Mapping[str, int]) -> dict[str, int]:
@@ -103,13 +153,16 @@ class Desk:
             if shares in fixed:
                 keep = fixed[shares]
             else:
-                wish = max(self._count_above(site, multiplier) for site in group)
-                # Shares are no binary fractions: 0.28 · 25 is a little above 7, and means 7.
-                floor = max(self.multiple_of, self.min_share * width - 1e-9)
-                rounded = self.multiple_of * math.ceil(max(wish, floor) / self.multiple_of)
+                rounded = self._rounded(shares, max(self._count_above(site, multiplier) for site in group))
                 keep = rounded if rounded <= self.pays[shares] else width
             widths |= {site.name: keep for site in group}
         return widths
+
+    def _rounded(self, shares: str, wish: float) -> int:
+        """The multiple that a wish is rounded up to, at least the floor."""
+        # Shares are no binary fractions: 0.28 · 25 is a little above 7, and means 7.
+        floor = max(self.multiple_of, self.min_share * self.groups[shares][0].width - 1e-9)
+        return self.multiple_of * math.ceil(max(wish, floor) / self.multiple_of)
 
     def _find_edges(self, fixed: Mapping[str, int]) -> None:
         for site in self.sites:
@@ -155,6 +208,18 @@ class Desk:
     def _whole(self) -> set[str]:
         """The shared widths that stay whole because the plan is uniform."""
         return {site.shares for site in self.sites if self.uniform and site.setting is None}
+
+    def _unreachable(self, target: Target, fixed: Mapping[str, int], least: int) -> PlanError:
+        """The error that says the least that can be had."""
+        some_fixed, alone = bool(set(fixed) - self._whole()), self._settings()
+        only = f": --uniform narrows {alone} alone" if alone else ""
+        instead = ", or leave --uniform out: widths per layer go lower" if alone else ""
+        return PlanError(
+            f"the target must be at least {_share(least, target.cost, self.baseline)}, which remain with every "
+            f"{'free ' * (some_fixed or bool(alone))}site at its least width{only}. "
+            f"Got {target.limit(self.baseline):,.0f}. Raise the target, or lower multiple_of or min_share"
+            f"{', or fix fewer widths' * some_fixed}{instead}."
+        )
 
     def _remarks(
         self, target: Target | None, fixed: Mapping[str, int], widths: Mapping[str, int], predicted: Cost
@@ -208,9 +273,20 @@ class Desk:
             misfit=edge.misfit,
             margin=float(pooled[above - 1] / pooled[above]) if has_gap else None,
             energy=min(1.0, float(spectrum.eigenvalues[:, :keep].sum()) / total) if total > 0 else 1.0,
+            floor=self._floor(site),
+            loss=None if self.curves is None else self.curves[site.shares].loss(keep),
             why=why if keep == planned else f"changed by hand: {planned} → {keep}; planned: {why}",
             remarks=edge.remarks,
         )
+
+    def _floor(self, site: Site) -> float | None:
+        """Directions per group that the default detector tells from noise, in the stream that has fewer."""
+        counts = []
+        for spectrum in self.spectrums[site.name]:
+            if spectrum.eigenvalues.any() and spectra.DETECTOR in spectra.RULES and spectrum.variances is not None:
+                edge = spectra.rule_named(spectra.DETECTOR)(spectrum)
+                counts.append(_count(spectrum, edge, 1.0))
+        return min(counts, default=None)
 
     def _why(self, site: Site, count: float, keep: int, multiplier: float, *, is_fixed: bool) -> str:
         directions = f"{count:.1f} a head" if site.groups > 1 else f"{count:.0f}"
@@ -220,6 +296,10 @@ class Desk:
         if is_fixed:
             asked = "whole" if keep == site.width else f"width {keep}"
             return f"{above}: {asked} as asked"
+        if self.curves is not None:
+            return f"{above}; loss {self.curves[site.shares].loss(keep):.2g} by itself" + ": whole" * (
+                keep == site.width
+            )
         if keep == site.width:
             paying = ", two factors would be larger" if self.pays[site.shares] < site.width - 1 else ""
             return f"{above}: whole{paying}"
@@ -268,33 +348,19 @@ def _critical(pairs: Iterable[tuple[Spectrum, NoiseEdge]]) -> Float[np.ndarray, 
 
 
 def _meet(
-    target: Target,
-    baseline: Cost,
     cost_at: Callable[[float], int],
     candidates: Float[np.ndarray, " candidates"],
-    *,
-    some_fixed: bool,
-    alone: str,
+    limit: float,
+    unreachable: Callable[[int], PlanError],
 ) -> float:
-    """The smallest multiplier whose widths meet the target: cost falls as the multiplier rises, so bisect.
+    """The smallest multiplier whose widths meet the limit: cost falls as the multiplier rises, so bisect.
 
-    FLOPs need not fall everywhere, as a factorised embedding adds some. Whatever they do, the answer meets the target
+    FLOPs need not fall everywhere, as a factorised embedding adds some. Whatever they do, the answer meets the limit
     and the candidate before it does not.
     """
-    limit = target.limit(baseline)
-    least = cost_at(float(candidates[-1]))
-    if least > limit:
-        only, instead = "", ""
-        if alone:
-            only = f": --uniform narrows {alone} alone"
-            instead = ", or leave --uniform out: widths per layer go lower"
-        raise PlanError(
-            f"the target must be at least {_share(least, target.cost, baseline)}, which remain with every "
-            f"{'free ' * (some_fixed or bool(alone))}site at its least width{only}. "
-            f"Got {limit:,.0f}. Raise the target, or lower multiple_of or min_share"
-            f"{', or fix fewer widths' * some_fixed}{instead}."
-        )
-    low, high = 0, len(candidates) - 1  # `high` meets the target
+    if (least := cost_at(float(candidates[-1]))) > limit:
+        raise unreachable(least)
+    low, high = 0, len(candidates) - 1  # `high` meets the limit
     while low < high:
         middle = (low + high) // 2
         if cost_at(float(candidates[middle])) <= limit:

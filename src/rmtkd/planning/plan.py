@@ -6,12 +6,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rmtkd.errors import PlanError
+from rmtkd.planning.budget import Curve
 from rmtkd.planning.costs import CostTable, Target
 from rmtkd.planning.lines import Problems, brief, check, parse
 from rmtkd.planning.review import misfits, review
 from rmtkd.sites import Site, share_settings
 
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,8 @@ class SitePlan:
         margin: gap in the pooled spectrum: the smallest eigenvalue above the edge over the largest below it; None
             where there is no such pair.
         energy: share of the variance in the `keep` largest directions.
+        floor: directions that the default detector tells from noise, per group; None if it cannot say.
+        loss: held-out loss of narrowing this width alone, to `keep`; None where it was not measured.
         why: one sentence.
     """
 
@@ -56,6 +59,8 @@ class SitePlan:
     margin: float | None
     energy: float
     why: str
+    floor: float | None = None
+    loss: float | None = None
     setting: str | None = None
     remarks: tuple[str, ...] = ()
 
@@ -98,6 +103,10 @@ class Plan:
         baseline, predicted: `params` and `flops` of the untouched and of the narrowed model.
         remarks: what the reader of the plan must know, in sentences.
         costs: the model's cost as a formula of the widths; None where there is none.
+        policy: see `schedule.Options`.
+        max_loss: largest sum of held-out losses of a guarded plan without a target.
+        curves: measured losses by shared width, from which a guarded plan divides its budget.
+        loss: held-out loss, all cuts together in closed form, as measured at these widths; None where it was not.
     """
 
     model: str
@@ -107,6 +116,8 @@ class Plan:
     multiple_of: int
     min_share: float
     uniform: bool = False
+    policy: str = "paper"
+    max_loss: float
     fixed: dict[str, int]
     multiplier: float
     sites: tuple[SitePlan, ...]
@@ -114,6 +125,8 @@ class Plan:
     predicted: dict[str, int]
     remarks: tuple[str, ...] = ()
     costs: CostTable | None
+    curves: dict[str, Curve] | None = None
+    loss: float | None = None
     format: int = field(default=FORMAT)
 
     def __post_init__(self) -> None:
@@ -181,7 +194,10 @@ class Plan:
         review(root, fields, sites, problems)
         problems.stop()
         costs = fields["costs"] and CostTable(**fields["costs"])
-        return cls(**{**fields, "costs": costs, "sites": tuple(SitePlan(**site) for site in fields["sites"])})
+        curves = fields["curves"] and {name: Curve(**curve) for name, curve in fields["curves"].items()}
+        return cls(
+            **{**fields, "costs": costs, "curves": curves, "sites": tuple(SitePlan(**site) for site in fields["sites"])}
+        )
 
     @classmethod
     def read(cls, path: Path, *, sites: Sequence[Site] | None = None) -> "Plan":

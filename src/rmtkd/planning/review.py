@@ -6,6 +6,7 @@ from dataclasses import MISSING
 from typing import Any, get_args
 
 from rmtkd.errors import OptionError
+from rmtkd.planning.budget import POLICIES, Curve
 from rmtkd.planning.costs import COSTS, PAIR, Target
 from rmtkd.planning.lines import Placed, Problems, brief, show
 from rmtkd.sites import Kind, Site, share_settings
@@ -111,6 +112,13 @@ def _review_head(root: Placed, fields: Mapping[str, Any], problems: Problems) ->
         ("multiple_of", lambda number: number >= 1, "be at least 1"),
         ("min_share", lambda share: 0 <= share <= 1, "be within [0, 1]"),
         ("multiplier", lambda number: number > 0, "be greater than 0"),
+        ("policy", lambda policy: policy in POLICIES, f"be one of {', '.join(POLICIES)}"),
+        ("max_loss", lambda number: number > 0, "be greater than 0"),
+        (
+            "curves",
+            lambda curves: curves is None or bool(problems.found) or _are_curves(curves, full),
+            "have ascending widths up to the full one for every shared width, with losses from 0 and a weight above 0",
+        ),
         ("baseline", _is_cost, f"be {' and '.join(COSTS)}, each at least 1"),
         ("predicted", _is_cost, f"be {' and '.join(COSTS)}, each at least 1"),
         (
@@ -145,6 +153,12 @@ def _is_table(table: Mapping[str, Any], full: Mapping[str, int]) -> bool:
     pairs = [pair.split(PAIR) for part in table["together"].values() for pair in part]
     return all(len(pair) == 2 and set(pair) <= set(full) for pair in pairs) and all(
         set(table[name][cost]) == set(full) for name in ("once", "per_unit") for cost in COSTS
+    )
+
+
+def _are_curves(curves: Mapping[str, Any], full: Mapping[str, int]) -> bool:
+    return set(curves) == set(full) and all(
+        Curve(**curve).is_sound and curve["widths"][-1] == full[name] for name, curve in curves.items()
     )
 
 

@@ -16,6 +16,10 @@ RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (MarchenkoPasturRule
 """Every rule by name."""
 
 
+DETECTOR = "rdpa"
+"""The rule that counts what is not noise, where no rule is asked for: a floor for widths."""
+
+
 def rule_named(name: str, **options: Any) -> Rule:
     """The rule of this name, with those of the options that it has."""
     rule = RULES[name]
@@ -23,4 +27,4 @@ def rule_named(name: str, **options: Any) -> Rule:
     return rule(**{key: value for key, value in options.items() if key in known})
 
 
-__all__ = ["RULES", "MarchenkoPastur", "MarchenkoPasturRule", "NoiseEdge", "Rule", "Spectrum", "rule_named"]
+__all__ = ["DETECTOR", "RULES", "MarchenkoPastur", "MarchenkoPasturRule", "NoiseEdge", "Rule", "Spectrum", "rule_named"]
