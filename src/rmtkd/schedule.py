@@ -23,7 +23,7 @@ class Options:
         target: what remains (`25%params`, `40%flops`, `5M`); without one, what the rule keeps.
         policy: how widths are chosen: `guarded` by the loss that every width costs on selection rows, measured after
             cuts in closed form; `paper` by the noise edges alone, moved by a common factor to meet a target.
-        max_loss: without a target, guarded widths cost at most this much in sum, in nats of divergence from the teacher.
+        max_loss: what guarded widths may cost in sum where there is no target, in nats of divergence from the teacher.
         rule: spectral rule, a name in `spectra.RULES`.
         tau: quantile that starts the noise level; larger cuts more.
         granularity: what is cut between two recoveries: one width (`site`), one layer, or all (`round`).

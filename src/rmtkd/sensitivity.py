@@ -1,16 +1,16 @@
 """What narrowing a width costs, measured: the loss on held-out rows of cuts that are made in closed form, by hooks.
 
-The loss is the Kullback–Leibler divergence from the teacher's answers, averaged over rows: it needs no labels, moves before
-the accuracy does, and is nothing at full width. Nothing is built and nothing trained: a stream is replaced by its
-projection `mean + lift reduce (h - mean)` at full width, which is what the narrowed model computes.
+The loss is the Kullback–Leibler divergence from the teacher's answers, averaged over rows: it needs no labels, moves
+before the accuracy does, and is nothing at full width. Nothing is built and nothing trained: a stream is replaced by
+its projection `mean + lift reduce (h - mean)` at full width, which is what the narrowed model computes.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 
 import torch
 from jaxtyping import Float
@@ -95,9 +95,9 @@ class Sensitivity:
     def guarded(self, published: Plan, again: Callable[[Mapping[str, Curve]], Plan]) -> Plan:
         """The plan of least loss: from curves of single widths, then from curves weighed where the plan stands.
 
-        Losses do not add up: a width that costs little by itself may cost much once another is narrow, or the other way
-        round. So the loss is measured with all cuts of the plan together, and each curve is weighed by how much it moves
-        that loss there. The best plan by measurement wins.
+        Losses do not add up: a width that costs little by itself may cost much once another is narrow, or the other
+        way round. So the loss is measured with all cuts of the plan together, and each curve is weighed by how much it
+        moves that loss there. The best plan by measurement wins.
 
         Args:
             published: the plan by noise edges. What its rule and the detector count are two more widths to measure.
@@ -125,7 +125,7 @@ class Sensitivity:
         return min(plans, key=lambda pair: pair[0])[1]
 
     def _weighed(self, curves: Mapping[str, Curve], plan: Plan) -> dict[str, Curve]:
-        """The curves with the weights that the loss around a plan gives them, half way (in logarithms) from those before."""
+        """The curves with the weights that the loss around a plan gives them, half way, in logarithms, from before."""
         widths, weighed = _shared(plan), dict(curves)
         for shares, curve in curves.items():
             full, step = self.groups[shares][0].width, STEP * widths[shares]
@@ -184,6 +184,5 @@ def spread(rows: Iterable[Batch], most: int) -> list[Batch]:
     if total == 0:
         raise DataError("held-out rows must hold at least one row. Got none. Pass selection rows.")
     step = -(-total // most)
-    begins = itertools.count()
-    found = [batching.map_tensors(batch, lambda value, at=next(begins) % step: value[at::step]) for batch in rows]
+    found = [batching.map_tensors(batch, itemgetter(slice(i % step, None, step))) for i, batch in enumerate(rows)]
     return [batch for batch in found if batching.rows(batch)]

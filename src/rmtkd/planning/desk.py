@@ -97,7 +97,7 @@ class Desk:
 
     def _choices(self, shares: str, curve: Curve) -> list[int]:
         """Widths that a shared width may be given, ascending: none below those that were measured, zero if it was,
-        then multiples at distances that grow with the width, as its losses have fewer digits there, and the full one."""
+        then multiples at distances that grow with the width, and the full one."""
         width, keep = self.groups[shares][0].width, self._rounded(shares, curve.least)
         found = {0} if curve.least == 0 and self.min_share == 0 else set()
         while keep <= min(self.pays[shares], width):
