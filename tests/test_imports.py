@@ -26,6 +26,7 @@ ORDER = [
     "families",
     "sites",
     "activations",
+    "fisher",
     "bases",
     "surgery",
     "pretrained",

@@ -20,23 +20,28 @@ from rmtkd.activations import Enough, collect, first_output, readers
 from rmtkd.bases import Basis, bilinear_bases, linear_basis, unit_basis
 from rmtkd.batches import Batch, Call
 from rmtkd.covariance import Covariance
+from rmtkd.fisher import Metrics, weighed
 from rmtkd.measurement import evaluation
 from rmtkd.memory import Pieces, is_out_of_memory
 from rmtkd.sites import Site, blocks_of, by_width
 from rmtkd.surgery import fold
 
 
-def fit_bases(model: nn.Module, site: Site, moments: Sequence[Covariance], keep: int) -> tuple[Basis, ...]:
-    """The bases of one site's streams at width `keep`, from the moments of its activations."""
+def fit_bases(
+    model: nn.Module, site: Site, moments: Sequence[Covariance], keep: int, metrics: Metrics | None = None
+) -> tuple[Basis, ...]:
+    """The bases of one site's streams at width `keep`, from the moments of its activations, in the metrics of what its
+    readers write; without, all errors count alike."""
     if site.kind == "bilinear":
         queries, keys = moments
         # A constant added to all keys moves every score of a query alike, which softmax does not see: centre them.
         return bilinear_bases(queries.second_moment(), keys.covariance(), keep)
     form = {"linear": linear_basis, "pointwise": unit_basis}[site.kind]
     (moment,) = moments
+    weights = weighed(readers(model, site), site, metrics or {})
     if not site.is_centred:
-        return (form(moment.second_moment(), torch.zeros_like(moment.mean), readers(model, site), keep),)
-    return (form(moment.covariance(), moment.mean, readers(model, site), keep),)
+        return (form(moment.second_moment(), torch.zeros_like(moment.mean), weights, keep),)
+    return (form(moment.covariance(), moment.mean, weights, keep),)
 
 
 def cut_in_order(
@@ -45,6 +50,7 @@ def cut_in_order(
     widths: Mapping[str, int],
     calibration: Iterable[Batch],
     *,
+    metrics: Metrics | None = None,
     blocks: Sequence[str] | None = None,
     pieces: Pieces | None = None,
     scratch: Path | None = None,
@@ -56,6 +62,7 @@ def cut_in_order(
         sites: the sites to cut.
         widths: for each site's name the width that is kept.
         calibration: batches whose activations choose the bases.
+        metrics: from `fisher.output_metrics`: in which errors of the cut are small; the identity by default.
         blocks: paths of all blocks of the model in order; those of the sites by default.
         pieces: in how many pieces a batch is run, should memory run out.
         scratch: folder for the files of this cut; the system's by default.
@@ -68,7 +75,7 @@ def cut_in_order(
         for group in by_width(sites).values():
             moments = _moments(model, group, calibration, calls, pieces)
             for site in group:
-                bases[site.name] = fit_bases(model, site, moments[site.name], widths[site.name])
+                bases[site.name] = fit_bases(model, site, moments[site.name], widths[site.name], metrics)
             model = fold(model, group, bases)
     return model, bases
 

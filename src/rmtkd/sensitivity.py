@@ -23,6 +23,7 @@ from rmtkd.batches import Batch
 from rmtkd.covariance import Covariance
 from rmtkd.cutting import fit_bases
 from rmtkd.errors import DataError
+from rmtkd.fisher import Metrics
 from rmtkd.measurement import evaluation
 from rmtkd.memory import Pieces
 from rmtkd.planning import Curve, Plan
@@ -48,6 +49,7 @@ class Sensitivity:
         sites: its sites.
         moments: of their activations, from `activations.collect`.
         rows: held-out batches; `ROWS` of their rows are used.
+        metrics: in which errors of a cut are small, see `cutting.cut_in_order`.
         bf16: whether forward passes run under bfloat16 autocast (teacher and cuts alike).
         pieces: in how many pieces a batch is run, should memory run out.
     """
@@ -59,9 +61,11 @@ class Sensitivity:
         moments: Mapping[str, Sequence[Covariance]],
         rows: Iterable[Batch],
         *,
+        metrics: Metrics | None = None,
         bf16: bool = False,
         pieces: Pieces | None = None,
     ):
+        self.metrics = metrics
         self.model, self.groups, self.moments = model, by_width(sites), moments
         self.device = next(model.parameters()).device
         self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16) if bf16 else nullcontext
@@ -143,7 +147,9 @@ class Sensitivity:
     def _fit(self, shares: str, width: int) -> tuple[Basis, ...]:
         if self._bases.get(shares, (None,))[0] != width:
             group = self.groups[shares]
-            bases = tuple(fit_bases(self.model, site, self.moments[site.name], width)[0] for site in group)
+            bases = tuple(
+                fit_bases(self.model, site, self.moments[site.name], width, self.metrics)[0] for site in group
+            )
             self._bases[shares] = width, bases
         return self._bases[shares][1]
 
