@@ -1,6 +1,7 @@
 """The dry run: what would be cut and why; and the cut alone, without recovery."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -10,7 +11,7 @@ from rmtkd.activations import collect
 from rmtkd.batches import Batch
 from rmtkd.cutting import cut_in_order
 from rmtkd.environment import has_bf16
-from rmtkd.errors import OptionError
+from rmtkd.fisher import Metrics, output_metrics
 from rmtkd.memory import Pieces
 from rmtkd.planning import Curve, Plan, Spectrum, Target, make_plan, retarget, settle, spectra_of, uniform_sites
 from rmtkd.schedule import Options
@@ -30,6 +31,7 @@ def plan(
     example: Batch | None = None,
     given: Plan | None = None,
     sites: Sequence[Site] | None = None,
+    metrics: Metrics | None = None,
     pieces: Pieces | None = None,
     **options: Any,
 ) -> tuple[Plan, dict[str, tuple[Spectrum, ...]]]:
@@ -38,10 +40,12 @@ def plan(
     Args:
         model: the untouched model.
         calibration: batches whose activations are seen.
-        selection: held-out batches, on which guarded widths are measured.
+        selection: held-out batches, on which guarded widths are measured; those of the calibration by default, to which
+            cuts are fitted: the plan then says so.
         example: the batch whose FLOPs are predicted; the first calibration batch by default.
         given: a plan whose widths are used instead of chosen ones.
         sites: the widths that may be narrowed; those of the model's family by default.
+        metrics: of the outputs that sites are read into, if they are known; made by default where they are needed.
         pieces: in how many pieces a batch is run, should memory run out.
         options: the fields of `Options`.
 
@@ -54,11 +58,6 @@ def plan(
         given.check_fits(sites)
     elif chosen.uniform:
         uniform_sites(sites)  # refused before anything takes time
-    if given is None and chosen.policy == "guarded" and selection is None:
-        raise OptionError(
-            "a guarded plan must have held-out rows to measure losses on. Got none. Pass selection=ROWS, or "
-            'policy="paper".'
-        )
     moments = collect(model, sites, calibration, pieces=pieces)
     spectrums = spectra_of(moments)
     if example is None:
@@ -66,13 +65,14 @@ def plan(
     if given is not None:
         return settle(given, model, sites, spectrums, example), spectrums
     published = _make(model, sites, spectrums, example, chosen)
-    if chosen.policy == "paper" or selection is None:
+    if chosen.policy == "paper":
         return published, spectrums
     sensitivity = Sensitivity(
         model,
         uniform_sites(sites) if chosen.uniform else sites,
         moments,
-        selection,
+        calibration if selection is None else selection,
+        metrics=metrics_of(model, sites, calibration, chosen, pieces=pieces) if metrics is None else metrics,
         bf16=has_bf16(chosen.device),
         pieces=pieces,
     )
@@ -82,7 +82,10 @@ def plan(
             return _make(model, sites, spectrums, example, chosen, curves)
         return retarget(published, spectrums, target=chosen.target, curves=curves)
 
-    return sensitivity.guarded(published, again), spectrums
+    made = sensitivity.guarded(published, again)
+    if selection is None:
+        made = replace(made, remarks=(*made.remarks, "Losses were measured on calibration rows: no others were given."))
+    return made, spectrums
 
 
 def _make(
@@ -114,7 +117,12 @@ def _make(
 
 
 def narrow(
-    model: nn.Module, plan: Plan, *, calibration: Iterable[Batch], sites: Sequence[Site] | None = None
+    model: nn.Module,
+    plan: Plan,
+    *,
+    calibration: Iterable[Batch],
+    sites: Sequence[Site] | None = None,
+    metric: str = "fisher",
 ) -> nn.Module:
     """Apply a plan in closed form: cut, check, train nothing. The model is left as it was.
 
@@ -123,6 +131,7 @@ def narrow(
         plan: the widths to keep; edit them with `dataclasses.replace`, or in its JSON.
         calibration: batches whose activations choose the bases.
         sites: the widths that may be narrowed; those of the model's family by default.
+        metric: see `Options`.
 
     Returns:
         A new, narrower, dense model in evaluation mode.
@@ -133,9 +142,25 @@ def narrow(
     """
     every = find_sites(model) if sites is None else tuple(sites)
     cut = narrowed(every, plan)
-    student, bases = cut_in_order(model, cut, plan.widths, calibration, blocks=blocks_of(every))
+    metrics = metrics_of(model, cut, calibration, Options(metric=metric))  # type: ignore[arg-type]
+    student, bases = cut_in_order(model, cut, plan.widths, calibration, metrics=metrics, blocks=blocks_of(every))
     check_cut(model, student, cut, bases, batching.head(batching.first(calibration, "calibration"), CHECK_ROWS))
     return student.eval()
+
+
+def metrics_of(
+    model: nn.Module,
+    sites: Sequence[Site],
+    calibration: Iterable[Batch],
+    options: Options,
+    *,
+    pieces: Pieces | None = None,
+) -> Metrics:
+    """The metrics that the options ask for: none for the identity."""
+    if options.metric == "output":
+        return {}
+    seed, bf16 = options.seed, has_bf16(next(model.parameters()).device)
+    return output_metrics(model, sites, calibration, seed=seed, bf16=bf16, pieces=pieces)
 
 
 def narrowed(sites: Sequence[Site], plan: Plan) -> tuple[Site, ...]:

@@ -57,7 +57,7 @@ def check_device(name: str) -> str:
     return name
 
 
-def has_bf16(device: str) -> bool:
+def has_bf16(device: "torch.device | str") -> bool:
     """Whether the device multiplies bfloat16 matrices in hardware: then training under autocast is faster (1.3–3 times
     on the CPUs that were measured, the more the wider the model)."""
     if torch.device(device).type == "cuda":

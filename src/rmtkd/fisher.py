@@ -28,6 +28,8 @@ from rmtkd.measurement import evaluation
 from rmtkd.memory import Pieces
 from rmtkd.sites import Site
 
+METRICS = ("fisher", "output")
+"""In which the error of a cut may be measured: the Fisher metric of what the readers write, or the identity."""
 DAMPING = 0.1
 """Share of its mean diagonal that is added to a metric: the gradients are those of the untouched network, and of some
 rows."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from rmtkd.batches import Batch
 from rmtkd.checkpoint import RunFolder, checksum
 from rmtkd.cutting import cut_in_order
 from rmtkd.distillation import Teacher
-from rmtkd.dry_run import CHECK_ROWS, narrowed, plan
+from rmtkd.dry_run import CHECK_ROWS, metrics_of, narrowed, plan
 from rmtkd.environment import has_bf16, versions
 from rmtkd.errors import ArtifactError, RunError
+from rmtkd.fisher import Metrics
 from rmtkd.forecast import Forecast, forecast
 from rmtkd.interruption import Interrupted, interruptible
 from rmtkd.measurement import (
@@ -95,6 +97,11 @@ class Run:
             self.precision = "bf16"
         self.folder: RunFolder | None = None
 
+    @cached_property
+    def metrics(self) -> Metrics:
+        """In which the errors of cuts are measured: those of the untouched model, for all rounds."""
+        return metrics_of(self.model, self.sites, self.calibration, self.options, pieces=self.pieces)
+
     def config(self) -> dict[str, Any]:
         """What it takes to start this run again, and by what to know that it is the same."""
         return {
@@ -159,6 +166,7 @@ class Run:
             example=self.example,
             given=given,
             sites=self.sites,
+            metrics=self.metrics if self.options.policy == "guarded" and given is None else None,
             pieces=self.pieces,
             **fields_of(self.options),
         )
@@ -252,6 +260,7 @@ class Run:
                 sites,
                 widths,
                 self.calibration,
+                metrics=self.metrics,
                 blocks=self.blocks,
                 pieces=self.pieces,
                 scratch=self.folder and self.folder.path / "last",

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from rmtkd.distillation import Recovery
 from rmtkd.environment import check_device
 from rmtkd.errors import OptionError, check_choice, check_kinds
+from rmtkd.fisher import METRICS
 from rmtkd.planning import MAX_LOSS, POLICIES, Plan, Target, fixed_widths
 from rmtkd.spectra import RULES
 from rmtkd.training import PRECISIONS
@@ -24,6 +25,8 @@ class Options:
         policy: how widths are chosen: `guarded` by the loss that every width costs on selection rows, measured after
             cuts in closed form; `paper` by the noise edges alone, moved by a common factor to meet a target.
         max_loss: what guarded widths may cost in sum where there is no target, in nats of divergence from the teacher.
+        metric: in which the error of a cut is small: `fisher` weighs it by how much the answers care, `output` counts
+            all errors of what the readers write alike.
         rule: spectral rule, a name in `spectra.RULES`.
         tau: quantile that starts the noise level; larger cuts more.
         granularity: what is cut between two recoveries: one width (`site`), one layer, or all (`round`).
@@ -49,6 +52,7 @@ class Options:
     target: str | None = None
     policy: Literal["guarded", "paper"] = "guarded"
     max_loss: float = MAX_LOSS
+    metric: Literal["fisher", "output"] = "fisher"
     rule: str = "mp"
     tau: float = 0.5
     granularity: Granularity = "round"
@@ -74,6 +78,7 @@ class Options:
         if not isinstance(self.recovery, Recovery):
             raise OptionError(f"recovery must be a Recovery. Got {self.recovery!r}.")
         check_choice("policy", self.policy, POLICIES)
+        check_choice("metric", self.metric, METRICS)
         check_choice("rule", self.rule, RULES)
         check_choice("granularity", self.granularity, ("site", "layer", "round"))
         check_choice("teacher", self.teacher, ("previous", "original"))

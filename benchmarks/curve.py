@@ -1,0 +1,328 @@
+"""Accuracy against parameters, from 50 % down to 5 %: four ways to choose widths and directions, before and after recovery.
+
+    python benchmarks/curve.py --teacher TEACHER --task sst2 --data DIR run [--methods …] [--sizes …] [--seeds …]
+    python benchmarks/curve.py table
+    python benchmarks/curve.py figure FILE.svg
+
+| method | widths | directions |
+|---|---|---|
+| guarded | budget divided by measured loss on selection rows | folded, Fisher metric |
+| published | noise edges of the published rule, times one factor | folded |
+| energy | the same share of variance everywhere | folded |
+| magnitude | the same share of every width | largest weights |
+
+Every cell (task, method, size, seed, learning rate) is one JSON file in `benchmarks/results/curve/`, and one that has its
+file is not run again. All share the teacher, whose answers to the training rows are computed once, the rows, the number
+of steps and the loss. The learning rate of a method at a size is the one that is best on selection rows with seed 0.
+Report rows are read once a cell, after all choices.
+"""
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from records import cell, print_event
+from rmtkd import batches as batching
+from rmtkd import compression, recipes
+from rmtkd.activations import collect
+from rmtkd.cutting import cut_in_order
+from rmtkd.distillation import Recovery, Teacher
+from rmtkd.dry_run import metrics_of
+from rmtkd.environment import has_bf16
+from rmtkd.measurement import accuracy, count_parameters, evaluation
+from rmtkd.planning import Plan, spectra_of
+from rmtkd.schedule import Options
+from rmtkd.sites import Site, by_width, find_sites
+from rmtkd.surgery import fold
+from rmtkd.training import Phase
+from sst2 import magnitude_bases
+
+RESULTS = Path(__file__).parent / "results" / "curve"
+SIZES = (0.5, 0.25, 0.15, 0.1, 0.05)
+SEEDS = (0, 1, 2)
+LEARNING_RATES = (2e-4, 5e-4)
+CALIBRATION = 0.04
+LEVELS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """A task, its teacher and its rows; what is made from them once."""
+
+    task: str
+    teacher: str
+    data: Path
+    seed: int
+    cache: Path
+
+    @cached_property
+    def recipe(self) -> Any:
+        return recipes.get(self.task)
+
+    @cached_property
+    def source(self) -> Any:
+        return self.recipe.load(self.teacher)
+
+    @cached_property
+    def model(self) -> nn.Module:
+        return self.source.model
+
+    @cached_property
+    def rows(self) -> Any:
+        return self.recipe.rows(self.data, self.source, self.seed)
+
+    @cached_property
+    def calibration(self) -> Any:
+        return compression.share_of(self.rows.train, CALIBRATION)
+
+    @cached_property
+    def sites(self) -> tuple[Site, ...]:
+        return find_sites(self.model)
+
+    def plan(self, **options: Any) -> Plan:
+        """A plan of the library."""
+        example = self.recipe.example(self.model, self.rows)
+        made, _ = compression.plan(
+            self.model,
+            calibration=self.calibration,
+            selection=self.rows.selection,
+            example=example,
+            sites=self.sites,
+            seed=self.seed,
+            **options,
+        )
+        return made
+
+    def taught(self) -> Teacher:
+        """The teacher with its answers to all training rows, which are computed once for all cells."""
+        teacher = Teacher(self.model, cache=True)
+        path = self.cache / f"answers-{self.task}.pt"
+        if path.exists():
+            teacher.kept = torch.load(path)
+            return teacher
+        with evaluation(self.model), torch.autocast("cpu", torch.bfloat16, enabled=has_bf16("cpu")):
+            for batch in self.rows.train:
+                teacher.logits(batch)
+        torch.save(teacher.kept, path)
+        return teacher
+
+
+def guarded(work: Work, size: float) -> nn.Module:
+    """The library's default."""
+    levels = Options(embedding_levels=LEVELS)
+    model, sites = compression.in_levels(work.model, work.sites, work.rows.train, levels.embedding_levels)
+    example = work.recipe.example(work.model, work.rows)
+    metrics = metrics_of(model, sites, work.calibration, levels)
+    made, _ = compression.plan(
+        model,
+        calibration=work.calibration,
+        selection=work.rows.selection,
+        example=example,
+        sites=sites,
+        metrics=metrics,
+        target=f"{100 * size:g}%params",
+        seed=work.seed,
+    )
+    return cut(model, sites, made.widths, work, metrics)
+
+
+def published(work: Work, size: float) -> nn.Module:
+    """The published rule, its edges times the common factor that meets the size."""
+    return cut(work.model, work.sites, work.plan(policy="paper", target=f"{100 * size:g}%params").widths, work)
+
+
+def energy(work: Work, size: float) -> nn.Module:
+    """The fewest directions with the same share of the variance at every site."""
+    values = {
+        name: tuple(spectrum.eigenvalues.sum(0) / spectrum.eigenvalues.sum() for spectrum in streams)
+        for name, streams in spectra_of(collect(work.model, work.sites, work.calibration)).items()
+    }
+
+    def widths(share: float) -> dict[str, int]:
+        wish = {
+            site.name: min(int((v.cumsum() < share).sum()) + 1 for v in values[site.name]) for site in work.sites
+        }
+        return {
+            site.name: rounded(max(wish[other.name] for other in group), site.width)
+            for group in by_width(work.sites).values()
+            for site in group
+        }
+
+    return cut(work.model, work.sites, widest(work, size, widths), work)
+
+
+def magnitude(work: Work, size: float) -> nn.Module:
+    """The largest weights; every width keeps the same share."""
+
+    def widths(share: float) -> dict[str, int]:
+        return {site.name: rounded(share * site.width, site.width) for site in work.sites}
+
+    chosen = widest(work, size, widths)
+    sites = [site for site in work.sites if chosen[site.name] < site.width]
+    return fold(work.model, sites, {s.name: magnitude_bases(work.model, s, chosen[s.name]) for s in sites})
+
+
+METHODS: Mapping[str, Callable[[Work, float], nn.Module]] = {
+    "guarded": guarded,
+    "published": published,
+    "energy": energy,
+    "magnitude": magnitude,
+}
+
+
+def rounded(wish: float, width: int) -> int:
+    """The multiple of 8 that a wish is rounded up to; an embedding whose factors would not pay stays whole."""
+    keep = 8 * math.ceil(max(wish, 1) / 8)
+    return width if keep > 0.95 * width else keep
+
+
+def widest(work: Work, size: float, widths: Callable[[float], dict[str, int]]) -> dict[str, int]:
+    """The widths of the largest share that fits the size, by bisection."""
+    costs = work.plan(policy="paper")
+    full = {site.shares: site.width for site in work.sites}
+
+    def parameters(chosen: Mapping[str, int]) -> int:
+        dropped = {site.shares: full[site.shares] - chosen[site.name] for site in work.sites}
+        return costs.baseline["params"] + costs.costs.change("params", dropped)  # type: ignore[union-attr]
+
+    low, high = 0.0, 1.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if parameters(widths(middle)) <= size * costs.baseline["params"] else (low, middle)
+    return widths(low)
+
+
+def cut(
+    model: nn.Module, sites: Sequence[Site], widths: Mapping[str, int], work: Work, metrics: Any = None
+) -> nn.Module:
+    """The narrowed model."""
+    cut_sites = [site for site in sites if widths[site.name] < site.width]
+    return cut_in_order(model, cut_sites, widths, work.calibration, metrics=metrics)[0]
+
+
+def start(work: Work, method: str, size: float) -> tuple[nn.Module, dict[str, Any]]:
+    """The cut model, made once for all learning rates, and what is known before recovery."""
+    path = work.cache / f"{work.task}-{method}-{size:g}-{work.seed}.pt"
+    if not path.exists():
+        student = METHODS[method](work, size)
+        facts = {
+            "parameters": count_parameters(student),
+            "accuracy_selection_cut": asdict(accuracy(student, work.rows.selection)),
+            "accuracy_cut": asdict(accuracy(student, work.rows.report)),
+            "widths": {site.name: site.width for site in find_sites(student)},
+        }
+        torch.save((student, facts), path)
+    return torch.load(path, weights_only=False)
+
+
+def run(work: Work, method: str, size: float, lr: float, epochs: float) -> dict[str, Any]:
+    """One cell."""
+    student, facts = start(work, method, size)
+    torch.manual_seed(work.seed)
+    steps = round(epochs * len(work.rows.train))
+    Phase(
+        student,
+        work.rows.train,
+        steps=steps,
+        recovery=Recovery(lr=lr),
+        teacher=work.taught(),
+        precision="bf16" if has_bf16("cpu") else "fp32",
+    ).run(lambda phase: print_event({"event": "step", "step": len(phase.losses), "loss": phase.losses[-1]}))
+    return {
+        "task": work.task,
+        "method": method,
+        "size": size,
+        "seed": work.seed,
+        "lr": lr,
+        "epochs": epochs,
+        "steps": steps,
+        "baseline_parameters": count_parameters(work.model),
+        **facts,
+        "accuracy_selection": asdict(accuracy(student, work.rows.selection)),
+        "accuracy": asdict(accuracy(student, work.rows.report)),
+    }
+
+
+def records() -> list[dict[str, Any]]:
+    """All cells."""
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+
+
+def chosen_rate(found: Sequence[Mapping[str, Any]], task: str, method: str, size: float) -> float | None:
+    """The learning rate that is best on selection rows, with seed 0."""
+    mine = [r for r in found if (r["task"], r["method"], r["size"], r["seed"]) == (task, method, size, 0)]
+    return max(mine, key=lambda r: r["accuracy_selection"]["value"])["lr"] if mine else None
+
+
+def table() -> str:
+    """The records as Markdown."""
+    found, lines = records(), []
+    for task in dict.fromkeys(r["task"] for r in found):
+        mine = [r for r in found if r["task"] == task]
+        lines += [
+            f"**{task}**",
+            "",
+            "| method | size | parameters | seeds | lr | report before recovery | after one epoch | selection after |",
+            "|---|--:|--:|--:|--:|--:|--:|--:|",
+        ]
+        for method in METHODS:
+            for size in sorted({r["size"] for r in mine}, reverse=True):
+                lr = chosen_rate(mine, task, method, size)
+                cells = [r for r in mine if (r["method"], r["size"], r["lr"]) == (method, size, lr)]
+                if cells:
+                    n = cells[0]["baseline_parameters"]
+                    share = statistics.mean(r["parameters"] for r in cells) / n
+                    lines.append(
+                        f"| {method} | {size:.0%} | {share:.1%} | {len(cells)} | {lr:g} | {spread(cells, 'accuracy_cut')} "
+                        f"| {spread(cells, 'accuracy')} | {spread(cells, 'accuracy_selection')} |"
+                    )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def spread(cells: Sequence[Mapping[str, Any]], key: str) -> str:
+    """Mean over seeds, and their standard deviation."""
+    values = [100 * r[key]["value"] for r in cells]
+    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def main() -> None:
+    """Run cells, or print what there is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("run", "table"))
+    parser.add_argument("--teacher")
+    parser.add_argument("--task", default="sst2")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--cache", type=Path, default=Path("runs/curve"), help="Cut models and the teacher's answers.")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--sizes", nargs="+", type=float, default=list(SIZES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--learning-rates", nargs="+", type=float, default=list(LEARNING_RATES))
+    parser.add_argument("--epochs", type=float, default=1.0)
+    chosen = parser.parse_args()
+    if chosen.part == "table":
+        print(table())
+        return
+    chosen.cache.mkdir(parents=True, exist_ok=True)
+    for seed in chosen.seeds:
+        work = Work(task=chosen.task, teacher=chosen.teacher, data=chosen.data, seed=seed, cache=chosen.cache)
+        for size in chosen.sizes:
+            for method in chosen.methods:
+                best = chosen_rate(records(), chosen.task, method, size)
+                rates = chosen.learning_rates if seed == 0 or best is None else [best]
+                for lr in rates:
+                    name = f"{chosen.task}-{method}-{size:g}-seed{seed}-{lr:g}"
+                    cell(RESULTS / f"{name}.json", lambda m=method, s=size, r=lr: run(work, m, s, r, chosen.epochs))
+
+
+if __name__ == "__main__":
+    main()
