@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Num
@@ -66,19 +67,27 @@ def split_embedding(
     split = copy.deepcopy(model)
     if not bounds:
         return split
+    made = set_levels(split, path, [end - begin for begin, end in pairwise(ends)])
     order = counts.cpu().argsort(descending=True, stable=True)
     if (pad := embedding.padding_idx) is not None:  # the first row of the last level
         others = order[order != pad]
         order = torch.cat([others[: ends[-2]], torch.tensor([pad]), others[ends[-2] :]])
     weight = embedding.weight
-    shape = nn.Embedding(size, embedding.embedding_dim, pad, sparse=embedding.sparse, device="meta", dtype=weight.dtype)
-    made = EmbeddingLevels(shape, [(end - begin, None) for begin, end in pairwise(ends)]).train(embedding.training)
     made.rows = order.argsort().to(weight.device, torch.int32)
     for level, tokens in zip(made.levels, order.to(weight.device).tensor_split(list(bounds)), strict=True):
         rows = nn.Parameter(weight.detach()[tokens], requires_grad=weight.requires_grad)
         level.weight = rows  # type: ignore[union-attr]
-    split.set_submodule(path, made)
     return split
+
+
+def set_levels(model: nn.Module, path: str, counts: Sequence[int]) -> EmbeddingLevels:
+    """Put an embedding in levels of so many tokens each, whole and without values, in place of the one at `path`."""
+    old: Any = model.get_submodule(path)
+    pad, weight = old.padding_idx, old.weight
+    shape = nn.Embedding(*weight.shape, pad, sparse=old.sparse, device="meta", dtype=weight.dtype)
+    made = EmbeddingLevels(shape, [(count, None) for count in counts]).train(old.training)
+    model.set_submodule(path, made)
+    return made
 
 
 def level_bounds(counts: Num[Tensor, " vocabulary"], levels: int) -> tuple[int, ...]:
