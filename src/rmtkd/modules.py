@@ -84,7 +84,8 @@ def set_levels(model: nn.Module, path: str, counts: Sequence[int]) -> EmbeddingL
     """Put an embedding in levels of so many tokens each, whole and without values, in place of the one at `path`."""
     old: Any = model.get_submodule(path)
     pad, weight = old.padding_idx, old.weight
-    shape = nn.Embedding(*weight.shape, pad, sparse=old.sparse, device="meta", dtype=weight.dtype)
+    count, width = weight.shape
+    shape = nn.Embedding(count, width, pad, sparse=old.sparse, device="meta", dtype=weight.dtype)
     made = EmbeddingLevels(shape, [(count, None) for count in counts]).train(old.training)
     model.set_submodule(path, made)
     return made

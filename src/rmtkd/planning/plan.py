@@ -11,7 +11,7 @@ from rmtkd.planning.lines import Problems, brief, check, parse
 from rmtkd.planning.review import misfits, review
 from rmtkd.sites import Site, share_settings
 
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +92,7 @@ class Plan:
 
     Attributes:
         uniform: whether only widths are narrowed that a stock configuration gives, each for all layers at once.
+        embedding_levels: in how many levels tokens are, see `Options`.
         fixed: by name of a shared width: what `exclude`, `keep` and `uniform` asked for; planning again leaves it
             alone.
         multiplier: common factor on all edges, the smallest that meets the target.
@@ -107,6 +108,7 @@ class Plan:
     multiple_of: int
     min_share: float
     uniform: bool = False
+    embedding_levels: int = 1
     fixed: dict[str, int]
     multiplier: float
     sites: tuple[SitePlan, ...]
