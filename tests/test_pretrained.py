@@ -76,7 +76,7 @@ def test_a_presented_model_is_the_same_network_in_a_class_that_says_its_widths(n
 def test_an_embedding_in_levels_is_said_saved_and_loaded(name: str, tmp_path: Path) -> None:
     model = in_levels(tiny(name))
     shown: Any = presented(model)
-    size = model.get_submodule(find_family(model).word_embeddings).num_embeddings
+    size: Any = model.get_submodule(find_family(model).word_embeddings).num_embeddings
     assert shown.config.word_embedding_levels == [[5, None], [15, 8], [size - 20, 2]]
     batch = pair_batches(model)[0]
     assert torch.equal(run(shown, batch), run(model, batch))

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from rmtkd.errors import OptionError, UnsupportedModelError
 from rmtkd.modeling_rmtkd import EmbeddingLevel, EmbeddingLevels, FactorizedEmbedding, FactorizedLevel
 
-SHARES = 0.1
-"""The tokens of a level, from the second on, occur this many times as often as those of the level before, all
-together; the last level has whatever is left. Three levels: 90 %, 9 % and 1 % of all occurrences."""
+RARE = 0.01
+"""Share of all occurrences that the tokens of the last level have together. What is rarer than a level falls from level
+to level by one factor: of three levels the tokens have 90 %, 9 % and 1 %. Measured in docs/log.md."""
 
 
 def factorized(embedding: nn.Embedding) -> FactorizedEmbedding:
@@ -93,11 +93,11 @@ def set_levels(model: nn.Module, path: str, counts: Sequence[int]) -> EmbeddingL
 
 def level_bounds(counts: Num[Tensor, " vocabulary"], levels: int) -> tuple[int, ...]:
     """How many of the commonest tokens each level but the last ends with, by their share of all occurrences (see
-    `SHARES`). Fewer levels, if tokens do not suffice."""
+    `RARE`). Fewer levels, if tokens do not suffice."""
     if levels < 1:
         raise OptionError(f"embedding_levels must be at least 1. Got {levels}.")
     shares = counts.double().sort(descending=True).values.cumsum(0) / counts.double().sum().clamp_min(1)
-    ends = [int((shares < 1 - SHARES**i).sum()) + 1 for i in range(1, levels)]
+    ends = [int((shares < 1 - RARE ** (i / (levels - 1))).sum()) + 1 for i in range(1, levels)]
     return tuple(sorted({end for end in ends if end < len(counts)}))
 
 
