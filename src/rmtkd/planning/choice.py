@@ -7,7 +7,7 @@ from torch import nn
 from rmtkd.batches import Batch
 from rmtkd.covariance import Covariance
 from rmtkd.errors import PlanError
-from rmtkd.planning.costs import COSTS, LATENCY, Cost, CostTable, Target
+from rmtkd.planning.costs import COSTS, LATENCY, Amount, Cost, CostTable, Target
 from rmtkd.planning.desk import Count, Desk, Spectrum
 from rmtkd.planning.latency import LatencyTable
 from rmtkd.planning.pins import fixed_widths, uniform_sites
@@ -195,7 +195,7 @@ def _by_table(costs: CostTable, baseline: Cost, sites: Sequence[Site]) -> Count:
     full = {site.shares: site.width for site in sites}
     shares = {site.name: site.shares for site in sites}
 
-    def count(cost: str, widths: Mapping[str, int]) -> float:
+    def count(cost: str, widths: Mapping[str, int]) -> Amount:
         dropped = {shares[name]: full[shares[name]] - width for name, width in widths.items()}
         return baseline[cost] + costs.change(cost, dropped)
 
@@ -211,7 +211,7 @@ def _timed(count: Count, baseline: Cost, latency: LatencyTable | None) -> tuple[
     if latency is None:
         return count, baseline
 
-    def cost_of(cost: str, widths: Mapping[str, int]) -> float:
+    def cost_of(cost: str, widths: Mapping[str, int]) -> Amount:
         return latency.cost(widths) if cost == LATENCY else count(cost, widths)
 
     return cost_of, {**baseline, LATENCY: latency.full_ms}

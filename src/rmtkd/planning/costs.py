@@ -24,7 +24,8 @@ _NUMBER = r"(\d+\.?\d*|\.\d+)"
 LATENCY: Literal["latency_ms"] = "latency_ms"
 """The cost that is not counted but measured, see `latency`."""
 
-Cost = Mapping[str, float]
+Amount = int | float
+Cost = Mapping[str, Amount]
 """`params` and `flops` of a model; `latency_ms`, where a table of measured times was made."""
 
 _WORDS: Mapping[str, Literal["params", "flops", "latency_ms"]] = {
@@ -83,7 +84,7 @@ def word(cost: str) -> str:
     return "latency" if cost == LATENCY else cost
 
 
-def shown(cost: str, amount: float) -> str:
+def shown(cost: str, amount: Amount) -> str:
     """An amount of this cost, as messages say it."""
     return f"{amount:.4g} ms" if cost == LATENCY else f"{amount:,.0f}"
 

@@ -157,8 +157,8 @@ class LatencyTable:
         """Time the parts of the model at a few widths each, in turns with the whole model, filled with random numbers.
 
         A part is the smallest module that holds all parameters around the sites of one block and is called in a forward
-        pass; the whole model, if need be. It is called as it was in a pass of the model. Parts of one shape are
-        measured once; the product of their widths, as these need not add up.
+        pass, once or more often; the whole model, if need be. It is called as it was in a pass of the model. Parts of
+        one shape are measured once, at combinations of their widths: these need not add up.
 
         Args:
             model: the model, left as it was.
@@ -359,11 +359,11 @@ def _parts_by_shape(model: nn.Module, sites: Sequence[Site], batch: Batch) -> li
     for site in sites:
         if site.width > 1:
             blocks.setdefault(site.block, []).append(site)
-    seen = _watch(model, {path for block in blocks.values() for path in _paths(block)}, batch)
+    clusters = list(_few_widths(blocks.values()))
+    seen = _watch(model, {path for block, _ in clusters for path in _paths(block)}, batch)
     shapes: dict[str, list[_Part]] = {}
-    for block in blocks.values():
+    for block, groups in clusters:
         path = next(path for path in _paths(block) if path in seen)
-        groups = tuple(by_width(block).values())
         most = min(8, int(POINTS ** (1 / len(groups))))
         part = _Part(
             path=path,
@@ -376,6 +376,14 @@ def _parts_by_shape(model: nn.Module, sites: Sequence[Site], batch: Batch) -> li
         shape = repr((_shapes(model.get_submodule(path)), _outlines(part.arguments), part.times, part.knots, inner))
         shapes.setdefault(shape if path else block[0].name, []).append(part)
     return list(shapes.values())
+
+
+def _few_widths(blocks: Iterable[Sequence[Site]]) -> Iterator[tuple[list[Site], tuple[tuple[Site, ...], ...]]]:
+    """Each block with its sites by shared width; of a block of many widths, every width as a block of its own."""
+    for block in blocks:
+        groups = tuple(by_width(block).values())
+        for some in [groups] if 2 ** len(groups) <= POINTS else [(group,) for group in groups]:
+            yield list(itertools.chain(*some)), some
 
 
 def _paths(block: Iterable[Site]) -> list[str]:

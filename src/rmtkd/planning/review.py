@@ -109,7 +109,7 @@ def _review_head(root: Placed, fields: Mapping[str, Any], problems: Problems) ->
     timed = fields.get("latency") is not None
     both = f"be {' and '.join(COSTS)}, each a whole number of at least 1{f', and {LATENCY}' * timed}"
 
-    def is_cost(cost: Mapping[str, float]) -> bool:
+    def is_cost(cost: Mapping[str, int | float]) -> bool:
         counts = [cost.get(name) for name in COSTS]
         return (
             set(cost) == {*COSTS, *([LATENCY] if timed else [])}
