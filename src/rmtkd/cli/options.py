@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from rmtkd.cli.console import log
+
 RecipeName = Annotated[str, typer.Argument(help="The task: see `rmtkd ls`.")]
 Model = Annotated[str | None, typer.Option("--model", help="Model folder, or a name on the hub.")]
 Data = Annotated[
@@ -84,6 +86,14 @@ def plan_options(
         "keep": parse_keep(keep) if keep else None,
     }
     return given(shape)
+
+
+def tell_timing(target: str | None) -> None:
+    """Say what the first plan for a latency takes time for."""
+    from rmtkd.planning import LATENCY, Target
+
+    if target is not None and Target.parse(target).cost == LATENCY:
+        log("the model's real shapes are timed on this machine, if they were not before: up to a minute")
 
 
 def needed(model: str | None) -> str:

@@ -30,6 +30,7 @@ from rmtkd.cli.options import (
     given,
     needed,
     plan_options,
+    tell_timing,
 )
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ def plan(
     source = task.load(needed(model))
     rows = task.rows(data, source, seed)
     log(rows.note)
+    tell_timing(chosen.target)
     began, model_on_device = time.monotonic(), source.model.to(device)
     calibration = compression.share_of(rows.train, chosen.calibration_share)
     made, spectrums = compression.plan(
