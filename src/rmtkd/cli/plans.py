@@ -31,6 +31,7 @@ from rmtkd.cli.options import (
     given,
     needed,
     plan_options,
+    tell_timing,
 )
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ def plan(
     source = task.load(needed(model))
     rows = task.rows(data, source, seed)
     log(rows.note)
+    tell_timing(chosen.target)
     began, model_on_device = time.monotonic(), source.model.to(device)
     calibration = compression.share_of(rows.train, chosen.calibration_share)
     sites = find_sites(model_on_device)
