@@ -31,7 +31,6 @@ import torch
 from torch import nn
 
 from records import cell, print_event
-from rmtkd import batches as batching
 from rmtkd import compression, recipes
 from rmtkd.activations import collect
 from rmtkd.cutting import cut_in_order
@@ -148,9 +147,7 @@ def energy(work: Work, size: float) -> nn.Module:
     }
 
     def widths(share: float) -> dict[str, int]:
-        wish = {
-            site.name: min(int((v.cumsum() < share).sum()) + 1 for v in values[site.name]) for site in work.sites
-        }
+        wish = {site.name: min(int((v.cumsum() < share).sum()) + 1 for v in values[site.name]) for site in work.sites}
         return {
             site.name: rounded(max(wish[other.name] for other in group), site.width)
             for group in by_width(work.sites).values()

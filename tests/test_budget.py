@@ -62,7 +62,10 @@ def test_no_other_widths_of_the_same_cost_lose_less(steps: list[list[float]], at
 
 
 def test_what_the_last_step_leaves_over_is_spent() -> None:
-    curves = {"dear": Curve(widths=(1, 10), losses=(0.1, 0.0)), "cheap": Curve(widths=(1, 2, 3), losses=(1.0, 0.4, 0.0))}
+    curves = {
+        "dear": Curve(widths=(1, 10), losses=(0.1, 0.0)),
+        "cheap": Curve(widths=(1, 2, 3), losses=(1.0, 0.4, 0.0)),
+    }
     allowed = {"dear": [1, 10], "cheap": [1, 2, 3]}
     chosen = allocate(curves, allowed, lambda widths: widths["dear"] + 4 * widths["cheap"], limit=14.0)
     assert chosen == {"dear": 1, "cheap": 3}

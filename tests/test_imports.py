@@ -27,6 +27,7 @@ ORDER = [
     "sites",
     "activations",
     "fisher",
+    "levels",
     "bases",
     "surgery",
     "pretrained",

@@ -12,8 +12,21 @@ from rmtkd.batches import Batch
 from rmtkd.cutting import cut_in_order
 from rmtkd.environment import has_bf16
 from rmtkd.fisher import Metrics, output_metrics
+from rmtkd.levels import in_levels
 from rmtkd.memory import Pieces
-from rmtkd.planning import Curve, Plan, Spectrum, Target, make_plan, retarget, settle, spectra_of, uniform_sites
+from rmtkd.planning import (
+    LATENCY,
+    Curve,
+    LatencyTable,
+    Plan,
+    Spectrum,
+    Target,
+    make_plan,
+    retarget,
+    settle,
+    spectra_of,
+    uniform_sites,
+)
 from rmtkd.schedule import Options
 from rmtkd.sensitivity import Sensitivity
 from rmtkd.sites import Site, blocks_of, find_sites
@@ -32,6 +45,7 @@ def plan(
     given: Plan | None = None,
     sites: Sequence[Site] | None = None,
     metrics: Metrics | None = None,
+    train: Iterable[Batch] | None = None,
     pieces: Pieces | None = None,
     **options: Any,
 ) -> tuple[Plan, dict[str, tuple[Spectrum, ...]]]:
@@ -46,6 +60,7 @@ def plan(
         given: a plan whose widths are used instead of chosen ones.
         sites: the widths that may be narrowed; those of the model's family by default.
         metrics: of the outputs that sites are read into, if they are known; made by default where they are needed.
+        train: batches whose tokens are counted for `embedding_levels`; those of calibration by default.
         pieces: in how many pieces a batch is run, should memory run out.
         options: the fields of `Options`.
 
@@ -53,7 +68,9 @@ def plan(
         The plan, and the spectra it was made from by site name.
     """
     chosen = Options(**options)
-    sites = find_sites(model) if sites is None else tuple(sites)
+    levels = chosen.embedding_levels if given is None else given.embedding_levels
+    every = find_sites(model) if sites is None else sites
+    model, sites = in_levels(model, every, calibration if train is None else train, levels)
     if given is not None:
         given.check_fits(sites)
     elif chosen.uniform:
@@ -64,7 +81,7 @@ def plan(
         example = batching.first(calibration, "calibration")
     if given is not None:
         return settle(given, model, sites, spectrums, example), spectrums
-    published = _make(model, sites, spectrums, example, chosen)
+    published = replace(_make(model, sites, spectrums, example, chosen), embedding_levels=levels)
     if chosen.policy == "paper":
         return published, spectrums
     sensitivity = Sensitivity(
@@ -79,7 +96,7 @@ def plan(
 
     def again(curves: Mapping[str, Curve]) -> Plan:
         if published.costs is None:
-            return _make(model, sites, spectrums, example, chosen, curves)
+            return replace(_make(model, sites, spectrums, example, chosen, curves), embedding_levels=levels)
         return retarget(published, spectrums, target=chosen.target, curves=curves)
 
     made = sensitivity.guarded(published, again)
@@ -97,7 +114,8 @@ def _make(
     curves: Mapping[str, Curve] | None = None,
 ) -> Plan:
     """The plan of these curves; without, the published one, with a target only if that is what was asked for."""
-    has_target = chosen.target is not None and (curves is not None or chosen.policy == "paper")
+    target = None if chosen.target is None else Target.parse(chosen.target)
+    is_timed = target is not None and target.cost == LATENCY
     return make_plan(
         model,
         sites,
@@ -105,7 +123,8 @@ def _make(
         example,
         rule=chosen.rule,
         tau=chosen.tau,
-        target=Target.parse(chosen.target or "") if has_target else None,
+        target=target if curves is not None or chosen.policy == "paper" else None,
+        latency=LatencyTable.cached(model, sites, example) if is_timed else None,
         multiple_of=chosen.multiple_of,
         min_share=chosen.min_share,
         uniform=chosen.uniform,
@@ -123,6 +142,7 @@ def narrow(
     calibration: Iterable[Batch],
     sites: Sequence[Site] | None = None,
     metric: str = "fisher",
+    train: Iterable[Batch] | None = None,
 ) -> nn.Module:
     """Apply a plan in closed form: cut, check, train nothing. The model is left as it was.
 
@@ -132,6 +152,7 @@ def narrow(
         calibration: batches whose activations choose the bases.
         sites: the widths that may be narrowed; those of the model's family by default.
         metric: see `Options`.
+        train: batches whose tokens are counted for `embedding_levels`; those of calibration by default.
 
     Returns:
         A new, narrower, dense model in evaluation mode.
@@ -140,7 +161,8 @@ def narrow(
         PlanError: if the plan names other sites than the model has.
         SurgeryError: if the result differs from the projected full-width reference.
     """
-    every = find_sites(model) if sites is None else tuple(sites)
+    every = find_sites(model) if sites is None else sites
+    model, every = in_levels(model, every, calibration if train is None else train, plan.embedding_levels)
     cut = narrowed(every, plan)
     metrics = metrics_of(model, cut, calibration, Options(metric=metric))  # type: ignore[arg-type]
     student, bases = cut_in_order(model, cut, plan.widths, calibration, metrics=metrics, blocks=blocks_of(every))

@@ -33,11 +33,11 @@ ROWS = 768
 """Held-out rows on which losses are measured, spread evenly over all of them."""
 SHARES = (0.05, 0.12, 0.25, 0.45, 0.7)
 """Shares of a full width at which its loss is measured, beside the least one and those that the rules count."""
-PASSES = 2
+PASSES = 1
 """How often curves are weighed by the losses around a plan."""
 STEP = 0.25
 """Of a width, by which it is moved either way to weigh its curve."""
-LARGEST_WEIGHT = 1e3
+LARGEST_WEIGHT = 4.0
 """A ratio of two small measured losses says no more than this, or its inverse."""
 
 

@@ -2,8 +2,9 @@
 
 from rmtkd.planning.budget import POLICIES, Curve
 from rmtkd.planning.choice import make_plan, retarget, settle, spectra_of
-from rmtkd.planning.costs import COSTS, Cost, CostTable, Target, predict_cost
+from rmtkd.planning.costs import COSTS, LATENCY, Cost, CostTable, Target, predict_cost
 from rmtkd.planning.desk import MAX_LOSS
+from rmtkd.planning.latency import LatencyTable
 from rmtkd.planning.pins import fixed_widths, parse_keep, uniform_sites
 from rmtkd.planning.plan import FORMAT, Plan, SitePlan
 from rmtkd.spectra import Spectrum
@@ -11,11 +12,13 @@ from rmtkd.spectra import Spectrum
 __all__ = [
     "COSTS",
     "FORMAT",
+    "LATENCY",
     "MAX_LOSS",
     "POLICIES",
     "Cost",
     "CostTable",
     "Curve",
+    "LatencyTable",
     "Plan",
     "SitePlan",
     "Spectrum",

@@ -9,13 +9,14 @@ from jaxtyping import Float
 from rmtkd import spectra
 from rmtkd.errors import DataError, OptionError, PlanError, check_choice
 from rmtkd.planning.budget import Curve, allocate
-from rmtkd.planning.costs import COSTS, Cost, CostTable, Target
+from rmtkd.planning.costs import LATENCY, Amount, Cost, CostTable, Target, shown, word
+from rmtkd.planning.latency import LatencyTable
 from rmtkd.planning.plan import Plan, SitePlan
 from rmtkd.sites import Site, by_width
 from rmtkd.spectra import NoiseEdge, Spectrum
 
-Count = Callable[[str, Mapping[str, int]], int]
-"""Parameters or FLOPs, by name, at these widths of sites; full where a site is missing."""
+Count = Callable[[str, Mapping[str, int]], Amount]
+"""A cost, by name, at these widths of sites; full where a site is missing."""
 
 
 MAX_LOSS = 0.05
@@ -45,6 +46,7 @@ class Desk:
         uniform: bool = False,
         max_loss: float = MAX_LOSS,
         curves: Mapping[str, Curve] | None = None,
+        latency: LatencyTable | None = None,
     ):
         check_choice("rule", rule, spectra.RULES)
         if not 0 <= min_share <= 1:
@@ -55,7 +57,8 @@ class Desk:
             raise OptionError(f"tau must be within (0, 1). Got {tau}.")
         self.sites, self.spectrums, self.count, self.baseline = sites, spectrums, count, dict(baseline)
         self.rule, self.tau, self.multiple_of, self.min_share = rule, tau, multiple_of, min_share
-        self.uniform, self.max_loss, self.curves = uniform, max_loss, curves
+        self.uniform, self.latency = uniform, latency
+        self.max_loss, self.curves = max_loss, curves
         self.groups = by_width(sites)
         self.edges: dict[str, tuple[NoiseEdge, ...]] = {}
         self.pays = {shares: self._paying_width(group) for shares, group in self.groups.items()}
@@ -86,7 +89,7 @@ class Desk:
             for shares in self.groups
         }
 
-        def cost(shared: Mapping[str, int]) -> int:
+        def cost(shared: Mapping[str, int]) -> Amount:
             return self.count(target.cost if target else "params", self._by_site(shared))
 
         limit = None if target is None else target.limit(self.baseline)
@@ -121,7 +124,7 @@ class Desk:
     ) -> Plan:
         """The plan of these widths, its numbers derived from the spectra and counted costs."""
         self._find_edges(fixed)
-        predicted = {cost: self.count(cost, widths) for cost in COSTS}
+        predicted = {cost: self.count(cost, widths) for cost in self.baseline}
         return Plan(
             model=model,
             target=None if target is None else str(target),
@@ -143,6 +146,7 @@ class Desk:
             costs=costs,
             curves=None if self.curves is None else dict(self.curves),
             loss=loss,
+            latency=self.latency,
         )
 
     def widths_at(self, multiplier: float, fixed: Mapping[str, int]) -> dict[str, int]:
@@ -209,7 +213,7 @@ class Desk:
         """The shared widths that stay whole because the plan is uniform."""
         return {site.shares for site in self.sites if self.uniform and site.setting is None}
 
-    def _unreachable(self, target: Target, fixed: Mapping[str, int], least: int) -> PlanError:
+    def _unreachable(self, target: Target, fixed: Mapping[str, int], least: Amount) -> PlanError:
         """The error that says the least that can be had."""
         some_fixed, alone = bool(set(fixed) - self._whole()), self._settings()
         only = f": --uniform narrows {alone} alone" if alone else ""
@@ -217,8 +221,8 @@ class Desk:
         return PlanError(
             f"the target must be at least {_share(least, target.cost, self.baseline)}, which remain with every "
             f"{'free ' * (some_fixed or bool(alone))}site at its least width{only}. "
-            f"Got {target.limit(self.baseline):,.0f}. Raise the target, or lower multiple_of or min_share"
-            f"{', or fix fewer widths' * some_fixed}{instead}."
+            f"Got {shown(target.cost, target.limit(self.baseline))}. Raise the target, or lower multiple_of or "
+            f"min_share{', or fix fewer widths' * some_fixed}{instead}."
         )
 
     def _remarks(
@@ -231,15 +235,18 @@ class Desk:
                 f"With --uniform, which narrows {self._settings()} alone, a plan goes down to "
                 f"{_share(least, cost, self.baseline)}; with widths per layer, lower."
             )
+        if self.latency is not None:
+            after, before = shown(LATENCY, predicted[LATENCY]), shown(LATENCY, self.baseline[LATENCY])
+            yield f"Latency is predicted: {after} of {before}, from times of the real shapes {self.latency.words}."
         for shares, group in self.groups.items():
             keep = widths[group[0].name]
             if self.pays[shares] < keep < group[0].width:
                 more = self.count("params", {site.name: keep for site in group}) - self.baseline["params"]
-                yield f"{shares}: the two factors of width {keep} have {more:,} parameters more than the table has."
+                yield f"{shares}: the two factors of width {keep} have {more:,.0f} parameters more than the table has."
         if target is not None and (excess := predicted[target.cost] - target.limit(self.baseline)) > 0:
             yield (
-                f"The target {target} is not met: {predicted[target.cost]:,} {target.cost} remain, "
-                f"{math.ceil(excess):,} too many, at the widths that were given."
+                f"The target {target} is not met: {shown(target.cost, predicted[target.cost])} {word(target.cost)} "
+                f"remain, {_excess(target.cost, excess)}, at the widths that were given."
             )
 
     def _site_plan(self, site: Site, fixed: Mapping[str, int], multiplier: float, keep: int, planned: int) -> SitePlan:
@@ -348,10 +355,10 @@ def _critical(pairs: Iterable[tuple[Spectrum, NoiseEdge]]) -> Float[np.ndarray, 
 
 
 def _meet(
-    cost_at: Callable[[float], int],
+    cost_at: Callable[[float], Amount],
     candidates: Float[np.ndarray, " candidates"],
     limit: float,
-    unreachable: Callable[[int], PlanError],
+    unreachable: Callable[[Amount], PlanError],
 ) -> float:
     """The smallest multiplier whose widths meet the limit: cost falls as the multiplier rises, so bisect.
 
@@ -370,6 +377,11 @@ def _meet(
     return float(candidates[high])
 
 
-def _share(count: int, cost: str, baseline: Cost) -> str:
-    """A count and its share of the baseline, rounded up: what is named can be met."""
-    return f"{count:,} {cost} ({math.ceil(count / baseline[cost] * 1000) / 10:.1f}% of {baseline[cost]:,})"
+def _share(amount: Amount, cost: str, baseline: Cost) -> str:
+    """An amount of a cost and its share of the baseline, rounded up: what is named can be met."""
+    percent = math.ceil(amount / baseline[cost] * 1000) / 10
+    return f"{shown(cost, amount)} {word(cost)} ({percent:.1f}% of {shown(cost, baseline[cost])})"
+
+
+def _excess(cost: str, excess: Amount) -> str:
+    return f"{shown(cost, excess)} too much" if cost == LATENCY else f"{math.ceil(excess):,} too many"
