@@ -42,6 +42,12 @@ Uniform = Annotated[
         help="Narrow only what the stock configuration can say (one feed-forward width for all layers): a stock model.",
     ),
 ]
+EmbeddingLevels = Annotated[
+    int | None,
+    typer.Option(
+        help="Embedding tables, each of a width of its own, for tokens by how often they occur; 1 by default."
+    ),
+]
 Exclude = Annotated[
     list[str] | None,
     typer.Option(
@@ -69,6 +75,7 @@ def plan_options(
     multiple_of: int | None,
     min_share: float | None,
     uniform: bool,
+    embedding_levels: int | None,
     exclude: list[str] | None,
     keep: list[str] | None,
 ) -> dict[str, Any]:
@@ -82,6 +89,7 @@ def plan_options(
         "multiple_of": multiple_of,
         "min_share": min_share,
         "uniform": uniform or None,
+        "embedding_levels": embedding_levels,
         "exclude": tuple(exclude) if exclude else None,
         "keep": parse_keep(keep) if keep else None,
     }

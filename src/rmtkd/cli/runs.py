@@ -19,6 +19,7 @@ from rmtkd.cli.options import (
     Columns,
     Data,
     Device,
+    EmbeddingLevels,
     Exclude,
     Keep,
     Label,
@@ -86,6 +87,7 @@ def compress(
     multiple_of: MultipleOf = None,
     min_share: MinShare = None,
     uniform: Uniform = False,
+    embedding_levels: EmbeddingLevels = None,
     exclude: Exclude = None,
     keep: Keep = None,
     calibration_share: Calibration = None,
@@ -113,7 +115,7 @@ def compress(
     from rmtkd.teaching import train_teacher
 
     task = recipes.get(recipe, columns=columns, label=label, max_length=max_length)
-    shape = plan_options(target, rule, tau, multiple_of, min_share, uniform, exclude, keep)
+    shape = plan_options(target, rule, tau, multiple_of, min_share, uniform, embedding_levels, exclude, keep)
     schedule = {
         "calibration_share": calibration_share,
         "granularity": granularity,
@@ -166,7 +168,11 @@ def compress(
         "max_length": max_length,
     }
     with prepared(command, seed) as (given_to_run, on_event):
-        made = None if plan_file is None else Plan.read(plan_file, sites=find_sites(given_to_run["model"]))
+        made = None if plan_file is None else Plan.read(plan_file)
+        if (
+            plan_file is not None and made is not None and made.embedding_levels == 1
+        ):  # else the sites are known when the tokens are counted
+            Plan.read(plan_file, sites=find_sites(given_to_run["model"]))
         result = compression.compress(
             **given_to_run, plan=made, control=control, out=out, command=command, on_event=on_event, **options
         )

@@ -1,6 +1,7 @@
 """From spectra to a plan: how wide every site stays, and why. With the model, or later without it."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -151,7 +152,8 @@ def retarget(
             f"with the model: `rmtkd plan RECIPE --model MODEL --target {words}`."
         )
     fixed |= fixed_widths(sites, exclude, keep, uniform=plan.uniform)
-    return desk.plan(plan.model, aim, fixed, plan.costs)
+    made = desk.plan(plan.model, aim, fixed, plan.costs)
+    return replace(made, embedding_levels=plan.embedding_levels)
 
 
 def settle(
@@ -188,7 +190,8 @@ def settle(
     )
     target = None if plan.target is None else Target.parse(plan.target)
     planned = {site.name: site.planned for site in plan.sites}
-    return desk.write(type(model).__name__, target, plan.fixed, costs, plan.multiplier, plan.widths, planned)
+    made = desk.write(type(model).__name__, target, plan.fixed, costs, plan.multiplier, plan.widths, planned)
+    return replace(made, embedding_levels=plan.embedding_levels)
 
 
 def _by_table(costs: CostTable, baseline: Cost, sites: Sequence[Site]) -> Count:

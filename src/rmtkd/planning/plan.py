@@ -93,6 +93,7 @@ class Plan:
 
     Attributes:
         uniform: whether only widths are narrowed that a stock configuration gives, each for all layers at once.
+        embedding_levels: in how many levels tokens are, see `Options`.
         fixed: by name of a shared width: what `exclude`, `keep` and `uniform` asked for; planning again leaves it
             alone.
         multiplier: common factor on all edges, the smallest that meets the target.
@@ -111,6 +112,7 @@ class Plan:
     multiple_of: int
     min_share: float
     uniform: bool = False
+    embedding_levels: int = 1
     fixed: dict[str, int]
     multiplier: float
     sites: tuple[SitePlan, ...]
