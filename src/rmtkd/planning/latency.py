@@ -363,7 +363,8 @@ def _parts_by_shape(model: nn.Module, sites: Sequence[Site], batch: Batch) -> li
             blocks.setdefault(site.block, []).append(site)
     seen = _watch(model, {path for block in blocks.values() for path in _paths(block)}, batch)
     shapes: dict[str, list[_Part]] = {}
-    for block, groups in [(inner, groups) for inner in blocks.values() for groups in _clusters(inner)]:
+    clusters = [(block, groups) for block in blocks.values() for groups in _clusters(block)]
+    for block, groups in clusters:
         path = next(path for path in _paths(block) if path in seen)
         most = max(2, min(MOST_KNOTS, int(POINTS ** (1 / len(groups)))))
         part = _Part(
