@@ -1,21 +1,104 @@
-"""Embeddings in two factors, the one module that `rmtkd` adds to a network; and random starts."""
+"""Embeddings in two factors, or in several tables: the modules that `rmtkd` adds to a network; and random starts."""
+
+import copy
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Num
+from torch import Tensor, nn
 
-from rmtkd.modeling_rmtkd import FactorizedEmbedding
+from rmtkd.errors import OptionError, UnsupportedModelError
+from rmtkd.modeling_rmtkd import EmbeddingLevel, EmbeddingLevels, FactorizedEmbedding, FactorizedLevel
+
+RARE = 0.01
+"""Share of all occurrences that the tokens of the last level have together. What is rarer than a level falls from level
+to level by one factor: of three levels the tokens have 90 %, 9 % and 1 %. Measured in docs/log.md."""
 
 
 def factorized(embedding: nn.Embedding) -> FactorizedEmbedding:
     """The same function as `embedding`: its table, which is not copied, followed by the identity."""
     weight, width = embedding.weight, embedding.embedding_dim
-    made = FactorizedEmbedding.like(embedding, width, device="meta", dtype=weight.dtype)
+    kind = FactorizedLevel if isinstance(embedding, EmbeddingLevel) else FactorizedEmbedding
+    made = kind.like(embedding, width, device="meta", dtype=weight.dtype)
     made.weight = weight
     made.projection.to_empty(device=weight.device)
     with torch.no_grad():
         made.projection.weight.copy_(torch.eye(width, dtype=weight.dtype))
-        made.projection.bias.zero_()
+        if made.projection.bias is not None:
+            made.projection.bias.zero_()
     return made
+
+
+def split_embedding(
+    model: nn.Module, path: str, counts: Num[Tensor, " vocabulary"], levels: int | Sequence[int]
+) -> nn.Module:
+    """The same function, to the bit, with the embedding at `path` in several tables: tokens that occur often, less
+    often, hardly ever. Each is a width of its own. There are as many parameters as before.
+
+    Args:
+        model: the model, left as it was.
+        path: of a plain `nn.Embedding`.
+        counts: how often each token occurs.
+        levels: how many (see `level_bounds`); or how many of the commonest tokens each level ends with, the last level,
+            with all others, left out.
+
+    Returns:
+        A copy of the model, with `EmbeddingLevels` at `path`.
+
+    Raises:
+        UnsupportedModelError: if something else is there, or its rows depend on each other.
+        OptionError: if counts or levels do not fit the table.
+    """
+    embedding = model.get_submodule(path)
+    if type(embedding) is not nn.Embedding or embedding.max_norm is not None or embedding.scale_grad_by_freq:
+        raise UnsupportedModelError(
+            f"{path} must be a plain nn.Embedding without max_norm and scale_grad_by_freq to be split into levels. "
+            f"Got {embedding}. Use embedding_levels=1; nothing was changed."
+        )
+    size = embedding.num_embeddings
+    if counts.shape != (size,) or bool((counts < 0).any()):
+        raise OptionError(f"counts must be one number from 0 for each of {size} tokens. Got {list(counts.shape)}.")
+    bounds = level_bounds(counts, levels) if isinstance(levels, int) else levels
+    ends = [0, *bounds, size]
+    if ends != sorted(set(ends)):
+        raise OptionError(f"levels must end after 1 to {size - 1} tokens, ascending. Got {list(bounds)}.")
+    split = copy.deepcopy(model)
+    if not bounds:
+        return split
+    made = set_levels(split, path, [end - begin for begin, end in pairwise(ends)])
+    order = counts.cpu().argsort(descending=True, stable=True)
+    if (pad := embedding.padding_idx) is not None:  # the first row of the last level
+        others = order[order != pad]
+        order = torch.cat([others[: ends[-2]], torch.tensor([pad]), others[ends[-2] :]])
+    weight = embedding.weight
+    made.rows = order.argsort().to(weight.device, torch.int32)
+    for level, tokens in zip(made.levels, order.to(weight.device).tensor_split(list(bounds)), strict=True):
+        rows = nn.Parameter(weight.detach()[tokens], requires_grad=weight.requires_grad)
+        level.weight = rows  # type: ignore[union-attr]
+    return split
+
+
+def set_levels(model: nn.Module, path: str, counts: Sequence[int]) -> EmbeddingLevels:
+    """Put an embedding in levels of so many tokens each, whole and without values, in place of the one at `path`."""
+    old: Any = model.get_submodule(path)
+    pad, weight = old.padding_idx, old.weight
+    count, width = weight.shape
+    shape = nn.Embedding(count, width, pad, sparse=old.sparse, device="meta", dtype=weight.dtype)
+    made = EmbeddingLevels(shape, [(count, None) for count in counts]).train(old.training)
+    model.set_submodule(path, made)
+    return made
+
+
+def level_bounds(counts: Num[Tensor, " vocabulary"], levels: int) -> tuple[int, ...]:
+    """How many of the commonest tokens each level but the last ends with, by their share of all occurrences (see
+    `RARE`). Fewer levels, if tokens do not suffice."""
+    if levels < 1:
+        raise OptionError(f"embedding_levels must be at least 1. Got {levels}.")
+    shares = counts.double().sort(descending=True).values.cumsum(0) / counts.double().sum().clamp_min(1)
+    ends = [int((shares < 1 - RARE ** (i / (levels - 1))).sum()) + 1 for i in range(1, levels)]
+    return tuple(sorted({end for end in ends if end < len(counts)}))
 
 
 def randomize(model: nn.Module, *, seed: int) -> None:
