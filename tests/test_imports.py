@@ -18,6 +18,7 @@ ORDER = [
     "environment",
     "spectra",
     "covariance",
+    "effective",
     "batches",
     "memory",
     "measurement",

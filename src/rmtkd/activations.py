@@ -1,7 +1,8 @@
 """Run batches through a model and gather the moments of its activations. Hooks live and die here."""
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from rmtkd import batches as batching
 from rmtkd.batches import Batch
 from rmtkd.covariance import Covariance
+from rmtkd.effective import EffectiveSize
 from rmtkd.errors import DataError, UnsupportedModelError
 from rmtkd.measurement import evaluation
 from rmtkd.memory import Pieces
@@ -21,6 +23,21 @@ from rmtkd.sites import Site, Stream
 
 class Enough(Exception):
     """Ends a forward pass once the last stream has been seen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observed:
+    """What was seen of one stream: its moments, and how many independent vectors they stand for."""
+
+    moments: Covariance
+    effective: EffectiveSize | None = None
+
+    @property
+    def effective_samples(self) -> float | None:
+        """n_eff; None where it was not gathered, or where it cannot be told."""
+        if self.effective is None or self.effective.count != self.moments.count:
+            return None
+        return self.effective.value()
 
 
 def in_groups(activations: Tensor, groups: int) -> Tensor:
@@ -71,34 +88,93 @@ def collect(
         DataError: if there are no real positions, fewer than a site is wide, or if activations are not finite.
         UnsupportedModelError: if a forward pass does not come by a site.
     """
-    moments = {site.name: tuple(Covariance(site.width, groups=site.groups) for _ in site.streams) for site in sites}
+    observed = _gather(model, sites, batches, pieces, [None for site in sites for _ in site.streams])
+    return {name: tuple(stream.moments for stream in streams) for name, streams in observed.items()}
+
+
+def observe(
+    model: nn.Module, sites: Sequence[Site], batches: Iterable[Batch], *, pieces: Pieces | None = None
+) -> dict[str, tuple[Observed, ...]]:
+    """What `collect` gathers, and in the same pass how many independent vectors that is.
+
+    Vectors of one row belong together: of one `row_ids`, or of one place in the collection. A stream that comes in
+    another shape than row by row has no effective number.
+
+    Args and errors: see `collect`.
+    """
+    sizes = [EffectiveSize(site.groups * site.width) for site in sites for _ in site.streams]
+    return _gather(model, sites, batches, pieces, sizes)
+
+
+def _gather(
+    model: nn.Module,
+    sites: Sequence[Site],
+    batches: Iterable[Batch],
+    pieces: Pieces | None,
+    sizes: Sequence[EffectiveSize | None],
+) -> dict[str, tuple[Observed, ...]]:
+    streams = [site for site in sites for _ in site.streams]
+    moments = [Covariance(site.width, groups=site.groups) for site in streams]
+    with evaluation(model), watched(model, sites, pieces) as vectors_of:
+        for batch in batches:
+            for i, vectors, sequences in vectors_of(batch):
+                with _named(streams[i]):
+                    moments[i].update(vectors)
+                if (size := sizes[i]) is not None and sequences is not None:
+                    size.update(vectors.flatten(1), sequences)
+    for site, moment in zip(streams, moments, strict=True):
+        _check_count(site, moment.count)
+    observed = iter([Observed(moments=m, effective=s) for m, s in zip(moments, sizes, strict=True)])
+    return {site.name: tuple(next(observed) for _ in site.streams) for site in sites}
+
+
+Seen = tuple[int, Tensor, Tensor | None]
+"""The number of a stream, counted over all sites; its vectors in one call, n × groups × width; for each the number of its
+row, n, or None where that cannot be told."""
+
+
+@contextmanager
+def watched(
+    model: nn.Module, sites: Sequence[Site], pieces: Pieces | None = None
+) -> Iterator[Callable[[Batch], list[Seen]]]:
+    """Hook onto all streams of the sites: gives a function that runs a batch and tells what was seen, call by call.
+
+    The first batch goes all the way, which tells how often each module is called; the others only as deep as the
+    deepest site. The mode of the model is the caller's business.
+    """
     pieces = pieces or Pieces()
     device = next(model.parameters()).device
-    streams = [
-        (site, stream, moment)
-        for site in sites
-        for stream, moment in zip(site.streams, moments[site.name], strict=True)
-    ]
-    seen: list[tuple[Site, Covariance, Tensor]] = []
+    streams = [(site, stream) for site in sites for stream in site.streams]
+    seen: list[Seen] = []
     calls: int | None = None  # of all streams' modules in a whole forward pass
-    pending = 0
+    pending = rows_before = 0
     mask: Tensor | None = None
+    rows: Tensor = torch.zeros(0)
 
-    def watch(site: Site, moment: Covariance, activations: Tensor) -> None:
+    def watch(number: int, activations: Tensor) -> None:
         nonlocal pending
-        vectors = in_groups(activations, site.groups)
-        seen.append((site, moment, vectors.flatten(0, -3) if mask is None else vectors[mask]))
+        vectors = in_groups(activations, streams[number][0].groups)
+        by_row = len(vectors) == len(rows)
+        if mask is not None:
+            seen.append((number, vectors[mask], rows[:, None].expand(mask.shape)[mask]))
+        else:
+            flat = vectors.flatten(0, -3)
+            seen.append((number, flat, rows.repeat_interleave(len(flat) // max(len(rows), 1)) if by_row else None))
         pending -= 1
         if pending == 0:
             raise Enough
 
     def run(parts: Sequence[Batch]) -> None:
         """See all streams of one batch. A second attempt, in smaller parts, sees them from the start."""
-        nonlocal mask, pending, calls
+        nonlocal mask, pending, calls, rows
         seen.clear()
+        first = rows_before
         for part in parts:
             part = batching.to(part, device)
             mask, before = batching.real_positions(part), len(seen)
+            numbers = batching.row_ids(part)
+            rows = torch.arange(first, first + batching.rows(part), device=device) if numbers is None else numbers
+            first += len(rows)
             pending = calls or 0  # counting down from 0 never gets there
             with suppress(Enough):
                 batching.logits(model, part)
@@ -106,38 +182,33 @@ def collect(
                 calls = len(seen) - before
                 _check_seen(streams, seen)
 
-    handles: list[RemovableHandle] = []
-    try:
-        for site, stream, moment in streams:
-            handles.append(attach(model, stream, partial(watch, site, moment)))
-        with evaluation(model):
-            for batch in batches:
-                pieces(batch, run)
-                for site, moment, vectors in seen:
-                    _update(site, moment, vectors)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for site in sites:
-        _check_count(site, min(moment.count for moment in moments[site.name]))
-    return moments
+    def vectors_of(batch: Batch) -> list[Seen]:
+        nonlocal rows_before
+        pieces(batch, run)
+        rows_before += batching.rows(batch)
+        return seen
+
+    with ExitStack() as hooks:
+        for number, (_, stream) in enumerate(streams):
+            hooks.callback(attach(model, stream, partial(watch, number)).remove)
+        yield vectors_of
 
 
-def _check_seen(
-    streams: Sequence[tuple[Site, Stream, Covariance]], seen: Sequence[tuple[Site, Covariance, Tensor]]
-) -> None:
-    found = {id(moment) for _, moment, _ in seen}
-    for site, stream, moment in streams:
-        if id(moment) not in found:
+def _check_seen(streams: Sequence[tuple[Site, Stream]], seen: Sequence[Seen]) -> None:
+    found = {number for number, _, _ in seen}
+    for number, (site, stream) in enumerate(streams):
+        if number not in found:
             raise UnsupportedModelError(
                 f"a forward pass must call {stream.module} for the site {site.name}. It did not. Describe the module "
                 "that is called, or leave the site out; nothing was changed."
             )
 
 
-def _update(site: Site, moment: Covariance, vectors: Tensor) -> None:
+@contextmanager
+def _named(site: Site) -> Iterator[None]:
+    """What is wrong with vectors, told with the site."""
     try:
-        moment.update(vectors)
+        yield
     except DataError as error:
         raise DataError(f"site {site.name}: {error}") from None
 
