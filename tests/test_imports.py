@@ -19,6 +19,7 @@ ORDER = [
     "spectra",
     "covariance",
     "effective",
+    "replicates",
     "batches",
     "memory",
     "measurement",

@@ -1,14 +1,16 @@
 """Run batches through a model and gather the moments of its activations. Hooks live and die here."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
 
 from rmtkd import batches as batching
@@ -18,6 +20,7 @@ from rmtkd.effective import EffectiveSize
 from rmtkd.errors import DataError, UnsupportedModelError
 from rmtkd.measurement import evaluation
 from rmtkd.memory import Pieces
+from rmtkd.replicates import Replicates
 from rmtkd.sites import Site, Stream
 
 
@@ -27,10 +30,11 @@ class Enough(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Observed:
-    """What was seen of one stream: its moments, and how many independent vectors they stand for."""
+    """What was seen of one stream: its moments, how many independent vectors that is, and two stochastic passes."""
 
     moments: Covariance
     effective: EffectiveSize | None = None
+    replicates: Replicates | None = None
 
     @property
     def effective_samples(self) -> float | None:
@@ -88,22 +92,43 @@ def collect(
         DataError: if there are no real positions, fewer than a site is wide, or if activations are not finite.
         UnsupportedModelError: if a forward pass does not come by a site.
     """
-    observed = _gather(model, sites, batches, pieces, [None for site in sites for _ in site.streams])
-    return {name: tuple(stream.moments for stream in streams) for name, streams in observed.items()}
+    return moments_of(_gather(model, sites, batches, pieces))
 
 
 def observe(
-    model: nn.Module, sites: Sequence[Site], batches: Iterable[Batch], *, pieces: Pieces | None = None
+    model: nn.Module,
+    sites: Sequence[Site],
+    batches: Iterable[Batch],
+    *,
+    pieces: Pieces | None = None,
+    replicate_seed: int | None = None,
 ) -> dict[str, tuple[Observed, ...]]:
     """What `collect` gathers, and in the same pass how many independent vectors that is.
 
     Vectors of one row belong together: of one `row_ids`, or of one place in the collection. A stream that comes in
     another shape than row by row has no effective number.
 
-    Args and errors: see `collect`.
+    Args:
+        model, sites, batches, pieces: see `collect`.
+        replicate_seed: if given, every batch is also run twice with its dropout modules in training mode, their noise
+            drawn from this seed, the caller's random numbers left as they are. (The dropout of fused attention follows
+            the mode of its own module, and stays off.)
+
+    Raises:
+        UnsupportedModelError: also if replicates are asked for and the model has no dropout.
+        DataError: see `collect`.
     """
     sizes = [EffectiveSize(site.groups * site.width) for site in sites for _ in site.streams]
-    return _gather(model, sites, batches, pieces, sizes)
+    pairs = None
+    if replicate_seed is not None:
+        _check_dropout(model)
+        pairs = [Replicates(site.width, groups=site.groups) for site in sites for _ in site.streams]
+    return _gather(model, sites, batches, pieces, sizes, pairs, replicate_seed or 0)
+
+
+def moments_of(observed: Mapping[str, Sequence[Observed]]) -> dict[str, tuple[Covariance, ...]]:
+    """The moments alone, as `collect` gives them."""
+    return {name: tuple(stream.moments for stream in streams) for name, streams in observed.items()}
 
 
 def _gather(
@@ -111,33 +136,85 @@ def _gather(
     sites: Sequence[Site],
     batches: Iterable[Batch],
     pieces: Pieces | None,
-    sizes: Sequence[EffectiveSize | None],
+    sizes: Sequence[EffectiveSize] | None = None,
+    pairs: Sequence[Replicates] | None = None,
+    seed: int = 0,
 ) -> dict[str, tuple[Observed, ...]]:
     streams = [site for site in sites for _ in site.streams]
     moments = [Covariance(site.width, groups=site.groups) for site in streams]
+    rows = 0
     with evaluation(model), watched(model, sites, pieces) as vectors_of:
-        for batch in batches:
-            for i, vectors, sequences in vectors_of(batch):
+        for number, batch in enumerate(batches):
+            for i, vectors, sequences in vectors_of(batch, rows):
                 with _named(streams[i]):
                     moments[i].update(vectors)
-                if (size := sizes[i]) is not None and sequences is not None:
-                    size.update(vectors.flatten(1), sequences)
+                if sizes and sequences is not None:
+                    sizes[i].update(vectors.flatten(1), sequences)
+            if pairs:
+                with _dropout(model, seed, number):
+                    first, second = vectors_of(batch, rows), vectors_of(batch, rows)
+                for (i, one, _), (_, other, _) in zip(first, second, strict=True):
+                    with _named(streams[i]):
+                        pairs[i].update(one, other)
+            rows += batching.rows(batch)
+    for i, stream in enumerate(stream for site in sites for stream in site.streams):
+        if stream.table is not None:
+            table = model.get_parameter(stream.table).detach()
+            with _named(streams[i]):
+                moments[i].update(table[:, None])
+            if sizes:
+                sizes[i].update(table, -1 - torch.arange(len(table)))
+            if pairs:
+                pairs[i].update(table[:, None], table[:, None])
     for site, moment in zip(streams, moments, strict=True):
         _check_count(site, moment.count)
-    observed = iter([Observed(moments=m, effective=s) for m, s in zip(moments, sizes, strict=True)])
+    nothing = [None] * len(streams)
+    observed = iter(
+        Observed(moments=m, effective=e, replicates=r)
+        for m, e, r in zip(moments, sizes or nothing, pairs or nothing, strict=True)
+    )
     return {site.name: tuple(next(observed) for _ in site.streams) for site in sites}
 
 
+@contextmanager
+def _dropout(model: nn.Module, *seeds: int) -> Iterator[None]:
+    """Dropout modules in training mode, on random numbers of their own."""
+    active = _dropout_modules(model)
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        torch.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1)[0]))
+        for module in active:
+            module.train()
+        try:
+            yield
+        finally:
+            for module in active:
+                module.eval()
+
+
+def _dropout_modules(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, _DropoutNd) and module.p > 0]
+
+
+def _check_dropout(model: nn.Module) -> None:
+    if not _dropout_modules(model):
+        raise UnsupportedModelError(
+            f"a model must have dropout modules for replicates. {type(model).__name__} has no stochastic pass: none of "
+            "its modules is a torch.nn.Dropout with p > 0. Choose another rule, or load the model with its dropout."
+        )
+
+
 Seen = tuple[int, Tensor, Tensor | None]
-"""The number of a stream, counted over all sites; its vectors in one call, n × groups × width; for each the number of its
-row, n, or None where that cannot be told."""
+"""The number of a stream, counted over all sites; its vectors in one call, n × groups × width; for each the number of
+its row, n, or None where that cannot be told."""
 
 
 @contextmanager
 def watched(
     model: nn.Module, sites: Sequence[Site], pieces: Pieces | None = None
-) -> Iterator[Callable[[Batch], list[Seen]]]:
-    """Hook onto all streams of the sites: gives a function that runs a batch and tells what was seen, call by call.
+) -> Iterator[Callable[[Batch, int], list[Seen]]]:
+    """Hook onto all streams of the sites: gives a function of a batch and the number of its first row, which runs the
+    batch and tells what was seen, call by call.
 
     The first batch goes all the way, which tells how often each module is called; the others only as deep as the
     deepest site. The mode of the model is the caller's business.
@@ -147,7 +224,7 @@ def watched(
     streams = [(site, stream) for site in sites for stream in site.streams]
     seen: list[Seen] = []
     calls: int | None = None  # of all streams' modules in a whole forward pass
-    pending = rows_before = 0
+    pending = first_row = 0
     mask: Tensor | None = None
     rows: Tensor = torch.zeros(0)
 
@@ -168,7 +245,7 @@ def watched(
         """See all streams of one batch. A second attempt, in smaller parts, sees them from the start."""
         nonlocal mask, pending, calls, rows
         seen.clear()
-        first = rows_before
+        first = first_row
         for part in parts:
             part = batching.to(part, device)
             mask, before = batching.real_positions(part), len(seen)
@@ -182,11 +259,11 @@ def watched(
                 calls = len(seen) - before
                 _check_seen(streams, seen)
 
-    def vectors_of(batch: Batch) -> list[Seen]:
-        nonlocal rows_before
+    def vectors_of(batch: Batch, row: int) -> list[Seen]:
+        nonlocal first_row
+        first_row = row
         pieces(batch, run)
-        rows_before += batching.rows(batch)
-        return seen
+        return list(seen)
 
     with ExitStack() as hooks:
         for number, (_, stream) in enumerate(streams):

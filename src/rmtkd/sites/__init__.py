@@ -15,7 +15,7 @@ attention kernel survive) carry the same `shares`.
 `find_sites` knows the sites of the families' models; `parts` has the functions that describe those of any other.
 """
 
-from rmtkd.sites.parts import attention_sites, embedding_site, feed_forward_site, linear_site
+from rmtkd.sites.parts import attention_sites, embedding_site, embedding_sites, feed_forward_site, linear_site
 from rmtkd.sites.search import check_parameters, find_family, find_sites, layer_paths, longest_input, search
 from rmtkd.sites.site import Attribute, Axis, Kind, Quantity, Site, Stream, blocks_of, by_width, share_settings
 
@@ -31,6 +31,7 @@ __all__ = [
     "by_width",
     "check_parameters",
     "embedding_site",
+    "embedding_sites",
     "feed_forward_site",
     "find_family",
     "find_sites",
