@@ -170,7 +170,9 @@ def test_what_observing_and_collecting_give_is_the_same() -> None:
 # ---------------------------------------------------------------------------------------------- two stochastic passes
 
 
-def replicated(model: nn.Module, name: str, seed: int = 0, rows: TokenRows | None = None) -> tuple[Covariance, Replicates]:
+def replicated(
+    model: nn.Module, name: str, seed: int = 0, rows: TokenRows | None = None
+) -> tuple[Covariance, Replicates]:
     (stream,) = observe(model, find_sites(model), rows or random_rows(60), replicate_seed=seed)[name]
     assert stream.replicates is not None
     return stream.moments, stream.replicates

@@ -11,7 +11,7 @@ from rmtkd.planning.lines import Problems, brief, check, parse
 from rmtkd.planning.review import misfits, review
 from rmtkd.sites import Site, share_settings
 
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,7 @@ class SitePlan:
         count: directions above the noise edge per group, before rounding and sharing (the mean over heads).
         setting: see `Site`.
         samples: vectors that the spectrum was measured on.
+        effective_samples: independent vectors that these are worth; None where unknown.
         q: aspect ratio of the noise that was fitted; dead directions, if any, are set aside.
         sigma2: noise variance; for the rule `mp`, `edge` is `sigma2 (1 + √q)²`.
         edge: the noise edge of the rule, in units of the activations' variance.
@@ -56,6 +57,7 @@ class SitePlan:
     margin: float | None
     energy: float
     why: str
+    effective_samples: float | None = None
     setting: str | None = None
     remarks: tuple[str, ...] = ()
 
