@@ -28,6 +28,7 @@ ORDER = [
     "families",
     "sites",
     "activations",
+    "levels",
     "bases",
     "surgery",
     "pretrained",

@@ -17,13 +17,14 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from rmtkd import modeling_rmtkd
 from rmtkd.families import FAMILIES
-from rmtkd.modeling_rmtkd import PREFIX, FactorizedEmbedding
+from rmtkd.modeling_rmtkd import PREFIX, EmbeddingLevel, FactorizedEmbedding
 from rmtkd.sites import Site, find_family, find_sites, layer_paths
 from rmtkd.surgery import fill, tensors_of
 
 HEAD = "head_dim"
 WORDS = "word_embedding_size"
-OURS = ("per_layer_config", WORDS, HEAD, "narrowed")
+LEVELS = "word_embedding_levels"
+OURS = ("per_layer_config", WORDS, LEVELS, HEAD, "narrowed")
 """Entries that a narrowed configuration has beyond the stock one."""
 
 
@@ -140,9 +141,15 @@ def _own_entries(model: nn.Module, sites: Sequence[Site], full: dict[str, int]) 
         layer = next((path for path in layers if axes[0].parameter.startswith(f"{path}.")), None)
         if layer is None:
             path = axes[0].parameter.rpartition(".")[0]
+            embedding: Any = model.get_submodule(path)
+            rank = site.width if isinstance(embedding, FactorizedEmbedding) else None
+            if isinstance(embedding, EmbeddingLevel):
+                narrowed[LEVELS] = path.rpartition(".levels.")[0]
+                own.setdefault(LEVELS, []).append([embedding.num_embeddings, rank])
+                continue
             narrowed[WORDS] = path
-            if isinstance(model.get_submodule(path), FactorizedEmbedding):
-                own[WORDS] = site.width
+            if rank is not None:
+                own[WORDS] = rank
             continue
         key = site.setting or HEAD
         if key == HEAD:
