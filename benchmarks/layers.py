@@ -39,7 +39,7 @@ def spectra_cell(task_name: str, teacher: str, data: Path, share: float, batches
     rows = task.rows(data, source, 0)
     calibration = list(islice(compression.share_of(rows.train, share), batches))
     observed = observe(source.model, find_sites(source.model), calibration, replicate_seed=0)
-    arrays = {
+    arrays: dict[str, Any] = {
         f"{name}/{i}/{field}": np.asarray(value)
         for name, streams in spectra_of(observed).items()
         for i, spectrum in enumerate(streams)
