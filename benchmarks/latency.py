@@ -21,7 +21,7 @@ import torch
 from records import cell
 from rmtkd import batches as batching
 from rmtkd import compression, recipes
-from rmtkd.activations import collect
+from rmtkd.activations import observe
 from rmtkd.errors import PlanError
 from rmtkd.modules import randomize
 from rmtkd.planning import LATENCY, LatencyTable, make_plan, predict_cost, retarget, spectra_of
@@ -43,7 +43,7 @@ def latency_cell(task_name: str, teacher: str, data: Path, share: float, rows: i
     parts = task.rows(data, source, 0)
     calibration = list(compression.share_of(parts.train, share))
     example = batching.head(task.example(model, parts), rows)
-    spectrums = spectra_of(collect(model, sites, calibration))
+    spectrums = spectra_of(observe(model, sites, calibration))
     start = time.perf_counter()
     table = LatencyTable.measure(model, sites, example)
     seconds = time.perf_counter() - start

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import assert_untouched, random_rows, snapshot, tiny, tiny_bert
 from rmtkd import reporting
-from rmtkd.activations import collect
+from rmtkd.activations import observe
 from rmtkd.errors import PlanError
 from rmtkd.planning import (
     LATENCY,
@@ -58,7 +58,7 @@ def no_time(calls: Sequence[Callable[[], object]], device: torch.device) -> list
 
 MODEL = tiny_bert()
 SITES = find_sites(MODEL)
-SPECTRUMS = spectra_of(collect(MODEL, SITES, random_rows(64)))
+SPECTRUMS = spectra_of(observe(MODEL, SITES, random_rows(64)))
 TABLE = LatencyTable.measure(MODEL, SITES, BATCH, stopwatch=flops)
 
 
