@@ -71,7 +71,7 @@ def collect(
         DataError: if there are no real positions, fewer than a site is wide, or if activations are not finite.
         UnsupportedModelError: if a forward pass does not come by a site.
     """
-    moments = {site.name: tuple(Covariance(site.width, groups=site.groups) for _ in site.streams) for site in sites}
+    moments = {site.name: tuple(Covariance(site.size, groups=site.groups) for _ in site.streams) for site in sites}
     pieces = pieces or Pieces()
     device = next(model.parameters()).device
     streams = [
@@ -148,9 +148,9 @@ def _check_count(site: Site, count: int) -> None:
             "calibration must hold at least one real (unpadded) position. Got none: no rows, or rows of padding "
             "only. Pass calibration rows with their attention_mask."
         )
-    if count < site.width:
+    if count < site.size:
         raise DataError(
-            f"site {site.name} of width {site.width} needs at least as many activation vectors. Got {count}. "
+            f"site {site.name} of width {site.size} needs at least as many activation vectors. Got {count}. "
             "Pass more calibration rows."
         )
 

@@ -82,7 +82,7 @@ class Options:
             ("multiple_of", self.multiple_of >= 1, "at least 1"),
             ("min_share", 0 <= self.min_share <= 1, "within [0, 1]"),
             ("exclude", all(isinstance(name, str) and name for name in self.exclude), "names of sites"),
-            ("keep", all(_is_pair(pair) for pair in self.keep), "names of sites with a width from 1 each"),
+            ("keep", all(_is_pair(pair) for pair in self.keep), "names of sites with a width from 0 each"),
             ("calibration_share", 0 < self.calibration_share <= 1, "within (0, 1]"),
             ("seed", self.seed >= 0, "at least 0"),
             ("save_every_s", 0 <= self.save_every_s < math.inf, "at least 0"),
