@@ -241,11 +241,10 @@ class Desk:
         )
 
     def _why(self, site: Site, count: float, keep: int, multiplier: float, *, is_fixed: bool) -> str:
-        if not _is_counted(site):
-            asked = " as asked" if is_fixed else ""
-            return f"{'whole' if keep == site.width else f'{keep} of {site.width} heads'}{asked}: no edge counts heads"
         directions = f"{count:.1f} a head" if site.groups > 1 else f"{count:.0f}"
         above = f"{directions} above {'edge' if multiplier == 1 else f'{multiplier:.3g} × edge'}"
+        if not _is_counted(site):
+            above = "no edge counts heads"
         if is_fixed and site.shares in self._whole():
             return f"{above}: whole with --uniform"
         if is_fixed:
