@@ -186,7 +186,7 @@ def naive_widths(spectrums: dict[str, tuple[Spectrum, ...]], multiplier: float, 
         for site in group:
             counts = []
             for spectrum in spectrums[site.name]:
-                edge = spectra.mp(spectrum.eigenvalues.ravel(), q=site.width / spectrum.samples).edge
+                edge = spectra.MarchenkoPasturRule()(spectrum).edge
                 counts.append(np.sum(spectrum.eigenvalues > multiplier * edge) / site.groups)
             wishes.append(min(counts))
         width = group[0].width
@@ -208,7 +208,7 @@ def test_the_target_is_met_by_the_smallest_multiplier_that_meets_it(seed: int, s
     steps = {0.0}
     for site in (site for site in SITES if site.kind != "heads"):
         for spectrum in spectrums[site.name]:
-            edge = spectra.mp(spectrum.eigenvalues.ravel(), q=site.width / spectrum.samples).edge
+            edge = spectra.MarchenkoPasturRule()(spectrum).edge
             steps |= set((spectrum.eigenvalues.ravel() / edge).tolist())
     # Between the two next lower steps a direction more is kept: that must be too much.
     lower = sorted(step for step in steps if step < made.multiplier)[-2:]

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from scipy import integrate, stats
 
 from rmtkd.errors import DataError, OptionError
-from rmtkd.spectra import RULES, MarchenkoPastur, NoiseEdge, _cdf_of_angle, mp
+from rmtkd.spectra import RULES, MarchenkoPastur, MarchenkoPasturRule, NoiseEdge, Spectrum
+from rmtkd.spectra.laws import _cdf_of_angle
 
 QUADRATURE_Q = [1e-6, 1e-4, 0.01, 0.1, 0.5, 1.0, 3.0]
 
@@ -34,6 +35,12 @@ def random_spectrum(seed: int, size: int) -> np.ndarray:
     """From nearly flat to very steep, in no order, as real spectra are."""
     rng = np.random.default_rng(seed)
     return rng.permutation(np.exp(rng.uniform(0.01, 3) * rng.standard_normal(size)))
+
+
+def mp(eigenvalues: np.ndarray, *, q: float, tau: float = 0.5, bins: int = 20) -> NoiseEdge:
+    """The published rule on one group, of as many samples as `q` says but for rounding."""
+    samples = max(1, round(len(eigenvalues) / q))
+    return MarchenkoPasturRule(tau=tau, bins=bins)(Spectrum(eigenvalues=eigenvalues[None], samples=samples))
 
 
 def power_law(d: int) -> np.ndarray:
@@ -184,8 +191,6 @@ def test_impossible_parameters_are_refused(bad: float) -> None:
         MarchenkoPastur(q=bad)
     with pytest.raises(OptionError, match="sigma2 must be"):
         MarchenkoPastur(q=0.5, sigma2=bad)
-    with pytest.raises(OptionError, match="q must be"):
-        mp(np.ones(4), q=bad)
     with pytest.raises(OptionError, match="tau"):
         mp(np.ones(4), q=0.1, tau=bad)
     with pytest.raises(OptionError, match="multiplier"):
@@ -276,7 +281,7 @@ def test_plain_quantile_edge_keeps_one_minus_tau_of_anisotropic_noise() -> None:
     for tau in (0.4, 0.5, 0.6):
         eigenvalues = wishart_spectrum(power_law(256), 256 / q, 0)
         found = mp(eigenvalues, q=q, tau=tau)
-        plain = MarchenkoPastur(q=q, sigma2=found.sigma2_initial).upper
+        plain = MarchenkoPastur(q=q, sigma2=found.diagnostics["sigma2_initial"]).upper
         assert np.mean(eigenvalues > plain) == pytest.approx(1 - tau, abs=0.02)
         assert found.count(eigenvalues) / 256 == pytest.approx(1 - tau, abs=0.02)
 
@@ -320,6 +325,7 @@ def test_dead_units_are_set_aside_exactly(q: float) -> None:
     assert found.q == pytest.approx(q, rel=1e-12)
     assert found.sigma2 == pytest.approx(reference.sigma2, rel=1e-9)
     assert found.edge == pytest.approx(reference.edge, rel=1e-9)
+    assert found.q_eff == found.q
     assert any("200 of 320 eigenvalues are zero" in remark for remark in found.remarks)
     assert not reference.remarks
 
@@ -368,7 +374,7 @@ def test_rounding_below_zero_is_forgiven() -> None:
 
 
 def test_count_is_strict_and_takes_a_margin() -> None:
-    found = NoiseEdge(rule="mp", q=0.1, sigma2_initial=1.0, sigma2=1.0, edge=2.0, fit_error=0.0, ks=0.0, misfit=False)
+    found = NoiseEdge(rule="mp", q=0.1, q_eff=0.1, sigma2=1.0, edge=2.0, fit_error=0.0, ks=0.0, misfit=False)
     eigenvalues = np.array([2.0, 5.0, 1.0, 3.0, 3.0])
     assert found.count(eigenvalues) == 3
     assert found.count(eigenvalues, 1.5) == 1
@@ -376,10 +382,10 @@ def test_count_is_strict_and_takes_a_margin() -> None:
 
 
 def test_registry_names_every_rule_as_the_rule_names_itself() -> None:
-    eigenvalues = wishart_spectrum(np.ones(64), 640, 0)
-    assert RULES["mp"] is mp
+    spectrum = Spectrum(eigenvalues=wishart_spectrum(np.ones(64), 640, 0)[None], samples=640)
+    assert RULES["mp"] is MarchenkoPasturRule
     for name, rule in RULES.items():
-        assert rule(eigenvalues, q=0.1).rule == name
+        assert rule()(spectrum).rule == name
 
 
 spectra = st.builds(random_spectrum, st.integers(0, 10**6), st.integers(1, 200))
@@ -417,9 +423,13 @@ def test_larger_tau_never_keeps_more(spectrum: np.ndarray, q: float, tau: float,
 @given(spectra, ratios, taus)
 def test_noise_stays_local_to_the_quantile(spectrum: np.ndarray, q: float, tau: float) -> None:
     found = mp(spectrum, q=q, tau=tau)
-    assert found.sigma2_initial / 4 * (1 - 1e-12) <= found.sigma2 <= 4 * found.sigma2_initial * (1 + 1e-12)
-    law = MarchenkoPastur(q=min(q, 1 / q), sigma2=found.sigma2)
-    assert law.lower * (1 - 1e-9) <= found.sigma2_initial <= law.upper * (1 + 1e-9)
+    assert (
+        found.diagnostics["sigma2_initial"] / 4 * (1 - 1e-12)
+        <= found.sigma2
+        <= 4 * found.diagnostics["sigma2_initial"] * (1 + 1e-12)
+    )
+    law = MarchenkoPastur(q=min(found.q, 1 / found.q), sigma2=found.sigma2)
+    assert law.lower * (1 - 1e-9) <= found.diagnostics["sigma2_initial"] <= law.upper * (1 + 1e-9)
     assert found.edge == pytest.approx(found.sigma2 * (1 + np.sqrt(found.q)) ** 2, rel=1e-12)
 
 
@@ -428,7 +438,7 @@ def test_noise_stays_local_to_the_quantile(spectrum: np.ndarray, q: float, tau: 
 def test_ks_is_that_of_scipy(spectrum: np.ndarray, q: float, tau: float) -> None:
     found = mp(spectrum, q=q, tau=tau)
     below = spectrum[spectrum <= found.edge]
-    law = MarchenkoPastur(q=q, sigma2=found.sigma2)
+    law = MarchenkoPastur(q=found.q, sigma2=found.sigma2)
     expected = stats.kstest(below, law.cdf).statistic if len(below) else 1.0
     assert found.ks == pytest.approx(expected, abs=1e-9)
     assert found.misfit == (found.ks > 0.1)

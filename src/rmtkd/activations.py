@@ -118,6 +118,9 @@ def collect(
     finally:
         for handle in handles:
             handle.remove()
+    for site, stream, moment in streams:
+        if stream.table is not None:
+            _update(site, moment, model.get_parameter(stream.table).detach()[:, None])
     for site in sites:
         _check_count(site, min(moment.count for moment in moments[site.name]))
     return moments

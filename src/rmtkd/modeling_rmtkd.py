@@ -11,6 +11,7 @@ The `config.json` of such a model is a stock configuration with
   the width of the feed-forward block by its stock name. Layers that share their weights count once. A width of 0 leaves
   a part that always answers the same;
 - `word_embedding_size`: columns of the embedding table, where it is narrower than the model;
+- `word_embedding_levels`: rows and columns of each table, where tokens have one by how often they occur, first to last;
 - `narrowed`: which parameters have these widths, by path within a layer: the dimension of the parameter, and how many
   times it holds the width in each of `groups` (attention heads; in a layer that has its own number of what
   `groups_from` names, as many); which attributes are to be set with them; and what `absent` heads leave, see `NoHeads`.
@@ -22,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 PREFIX = "Rmtkd"
@@ -31,18 +33,20 @@ PREFIX = "Rmtkd"
 class FactorizedEmbedding(nn.Embedding):
     """An embedding as a narrow table, its `weight`, followed by a linear map to the model's width."""
 
+    shifts = True
+    """Whether the linear map has a bias."""
+
     def __init__(self, num_embeddings: int, embedding_dim: int, width: int, **options: Any):
         super().__init__(num_embeddings, embedding_dim, **options)
         place = {name: options[name] for name in ("device", "dtype") if name in options}
-        self.projection = nn.Linear(embedding_dim, width, **place)
+        self.projection = nn.Linear(embedding_dim, width, bias=self.shifts, **place)
 
     @classmethod
     def like(cls, embedding: nn.Embedding, rank: int, **options: Any) -> "FactorizedEmbedding":
         """A table of this rank, without values of the other's, in place of an embedding."""
-        names = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
-        options = {name: getattr(embedding, name) for name in names} | options
         width = embedding.embedding_dim
-        return cls(embedding.num_embeddings, rank, width, **options).train(embedding.training)
+        made = cls(embedding.num_embeddings, rank, width, **_options_of(embedding) | options)
+        return made.train(embedding.training)
 
     def forward(self, input: Tensor) -> Tensor:
         """Embed token ids of any shape, in one more dimension of the model's width."""
@@ -76,6 +80,68 @@ class NoHeads(nn.Module):
         return output, None
 
 
+class EmbeddingLevel(nn.Embedding):
+    """A table of some tokens. Rows that it does not have are zeros: other levels have them."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Embed row numbers of any shape, below 0 and beyond the last row as well, in one more dimension."""
+        is_here = (input >= 0) & (input < self.num_embeddings)
+        return super().forward(input.clamp(0, self.num_embeddings - 1)) * is_here.unsqueeze(-1)
+
+
+class FactorizedLevel(FactorizedEmbedding, EmbeddingLevel):
+    """A narrow table of some tokens, followed by a linear map. A bias would be added to the tokens of other levels."""
+
+    shifts = False
+
+
+class EmbeddingLevels(nn.Module):
+    """An embedding as several tables, each with the tokens of one level and of a width of its own.
+
+    Args:
+        embedding: the whole table; its values are not taken over.
+        sizes: for each level how many tokens it has, and its rank; None where its table is whole.
+
+    Attributes:
+        rows: for each token its row in the tables, laid one below the other. Data, not trained.
+
+    Reference:
+        Baevski, Auli, "Adaptive Input Representations for Neural Language Modeling", arXiv 1809.10853.
+    """
+
+    rows: Tensor
+
+    def __init__(self, embedding: nn.Embedding, sizes: Sequence[tuple[int, int | None]]):
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
+        weight = embedding.weight
+        options = _options_of(embedding) | {"device": weight.device, "dtype": weight.dtype}
+        pads = options.pop("padding_idx") is not None
+        self.levels = nn.ModuleList()
+        for i, (count, rank) in enumerate(sizes):
+            # The padding token, if there is one, has the first row of the last level.
+            own = {**options, "padding_idx": 0} if pads and i == len(sizes) - 1 else options
+            level: nn.Embedding = EmbeddingLevel(count, self.embedding_dim, **own)
+            self.levels.append(level if rank is None else FactorizedLevel.like(level, rank, **own))
+        rows = torch.arange(self.num_embeddings, dtype=torch.int32, device=weight.device)
+        self.register_buffer("rows", rows)
+        self.train(embedding.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Embed token ids of any shape, in one more dimension of the model's width."""
+        rows = self.rows[input]
+        parts: list[Tensor] = []
+        for level in self.levels:
+            parts.append(level(rows))
+            rows = rows - level.num_embeddings  # type: ignore[operator]
+        return sum(parts[1:], start=parts[0])
+
+
+def _options_of(embedding: nn.Embedding) -> dict[str, Any]:
+    names = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+    return {name: getattr(embedding, name) for name in names}
+
+
 def per_layer_widths(config: Any) -> dict[int, dict[str, int]]:
     """`per_layer_config` by layer, as it is written: transformers before 5.14 do not know it."""
     return {int(index): widths for index, widths in (config.to_dict().get("per_layer_config") or {}).items()}
@@ -90,6 +156,10 @@ def narrow(model: nn.Module, config: Any) -> None:
         old: Any = model.get_submodule(path)
         place = {"device": old.weight.device, "dtype": old.weight.dtype}
         model.set_submodule(path, FactorizedEmbedding.like(old, rank, **place))
+    if (sizes := getattr(config, "word_embedding_levels", None)) is not None:
+        path = narrowed["word_embedding_levels"]
+        whole: Any = model.get_submodule(path)
+        model.set_submodule(path, EmbeddingLevels(whole, sizes))
     widths = per_layer_widths(config)
     for index, path in enumerate(narrowed["layers"]):
         layer = model.get_submodule(path)

@@ -1,21 +1,94 @@
-"""Embeddings in two factors, the one module that `rmtkd` adds to a network; and random starts."""
+"""Embeddings in two factors, or in several tables: the modules that `rmtkd` adds to a network; and random starts."""
+
+import copy
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
-from torch import nn
+from jaxtyping import Num
+from torch import Tensor, nn
 
-from rmtkd.modeling_rmtkd import FactorizedEmbedding
+from rmtkd.errors import OptionError, UnsupportedModelError
+from rmtkd.modeling_rmtkd import EmbeddingLevel, EmbeddingLevels, FactorizedEmbedding, FactorizedLevel
+
+SHARES = 0.1
+"""The tokens of a level, from the second on, occur this many times as often as those of the level before, all
+together; the last level has whatever is left. Three levels: 90 %, 9 % and 1 % of all occurrences."""
 
 
 def factorized(embedding: nn.Embedding) -> FactorizedEmbedding:
     """The same function as `embedding`: its table, which is not copied, followed by the identity."""
     weight, width = embedding.weight, embedding.embedding_dim
-    made = FactorizedEmbedding.like(embedding, width, device="meta", dtype=weight.dtype)
+    kind = FactorizedLevel if isinstance(embedding, EmbeddingLevel) else FactorizedEmbedding
+    made = kind.like(embedding, width, device="meta", dtype=weight.dtype)
     made.weight = weight
     made.projection.to_empty(device=weight.device)
     with torch.no_grad():
         made.projection.weight.copy_(torch.eye(width, dtype=weight.dtype))
-        made.projection.bias.zero_()
+        if made.projection.bias is not None:
+            made.projection.bias.zero_()
     return made
+
+
+def split_embedding(
+    model: nn.Module, path: str, counts: Num[Tensor, " vocabulary"], levels: int | Sequence[int]
+) -> nn.Module:
+    """The same function, to the bit, with the embedding at `path` in several tables: tokens that occur often, less
+    often, hardly ever. Each is a width of its own. There are as many parameters as before.
+
+    Args:
+        model: the model, left as it was.
+        path: of a plain `nn.Embedding`.
+        counts: how often each token occurs.
+        levels: how many (see `level_bounds`); or how many of the commonest tokens each level ends with, the last level,
+            with all others, left out.
+
+    Returns:
+        A copy of the model, with `EmbeddingLevels` at `path`.
+
+    Raises:
+        UnsupportedModelError: if something else is there, or its rows depend on each other.
+        OptionError: if counts or levels do not fit the table.
+    """
+    embedding = model.get_submodule(path)
+    if type(embedding) is not nn.Embedding or embedding.max_norm is not None or embedding.scale_grad_by_freq:
+        raise UnsupportedModelError(
+            f"{path} must be a plain nn.Embedding without max_norm and scale_grad_by_freq to be split into levels. "
+            f"Got {embedding}. Use embedding_levels=1; nothing was changed."
+        )
+    size = embedding.num_embeddings
+    if counts.shape != (size,) or bool((counts < 0).any()):
+        raise OptionError(f"counts must be one number from 0 for each of {size} tokens. Got {list(counts.shape)}.")
+    bounds = level_bounds(counts, levels) if isinstance(levels, int) else levels
+    ends = [0, *bounds, size]
+    if ends != sorted(set(ends)):
+        raise OptionError(f"levels must end after 1 to {size - 1} tokens, ascending. Got {list(bounds)}.")
+    split = copy.deepcopy(model)
+    if not bounds:
+        return split
+    order = counts.cpu().argsort(descending=True, stable=True)
+    if (pad := embedding.padding_idx) is not None:  # the first row of the last level
+        others = order[order != pad]
+        order = torch.cat([others[: ends[-2]], torch.tensor([pad]), others[ends[-2] :]])
+    weight = embedding.weight
+    shape = nn.Embedding(size, embedding.embedding_dim, pad, sparse=embedding.sparse, device="meta", dtype=weight.dtype)
+    made = EmbeddingLevels(shape, [(end - begin, None) for begin, end in pairwise(ends)]).train(embedding.training)
+    made.rows = order.argsort().to(weight.device, torch.int32)
+    for level, tokens in zip(made.levels, order.to(weight.device).tensor_split(list(bounds)), strict=True):
+        rows = nn.Parameter(weight.detach()[tokens], requires_grad=weight.requires_grad)
+        level.weight = rows  # type: ignore[union-attr]
+    split.set_submodule(path, made)
+    return split
+
+
+def level_bounds(counts: Num[Tensor, " vocabulary"], levels: int) -> tuple[int, ...]:
+    """How many of the commonest tokens each level but the last ends with, by their share of all occurrences (see
+    `SHARES`). Fewer levels, if tokens do not suffice."""
+    if levels < 1:
+        raise OptionError(f"embedding_levels must be at least 1. Got {levels}.")
+    shares = counts.double().sort(descending=True).values.cumsum(0) / counts.double().sum().clamp_min(1)
+    ends = [int((shares < 1 - SHARES**i).sum()) + 1 for i in range(1, levels)]
+    return tuple(sorted({end for end in ends if end < len(counts)}))
 
 
 def randomize(model: nn.Module, *, seed: int) -> None:

@@ -2,9 +2,9 @@
 
 from rmtkd.planning.choice import make_plan, retarget, settle, spectra_of
 from rmtkd.planning.costs import COSTS, Cost, CostTable, Target, predict_cost
-from rmtkd.planning.desk import Spectrum
 from rmtkd.planning.pins import fixed_widths, parse_keep, uniform_sites
 from rmtkd.planning.plan import FORMAT, Plan, SitePlan
+from rmtkd.spectra import Spectrum
 
 __all__ = [
     "COSTS",

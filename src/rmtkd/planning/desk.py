@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
@@ -12,27 +11,10 @@ from rmtkd.errors import DataError, OptionError, PlanError, check_choice
 from rmtkd.planning.costs import COSTS, Cost, CostTable, Target
 from rmtkd.planning.plan import Plan, SitePlan
 from rmtkd.sites import Site, by_width
-from rmtkd.spectra import NoiseEdge
+from rmtkd.spectra import NoiseEdge, Spectrum
 
 Count = Callable[[str, Mapping[str, int]], int]
 """Parameters or FLOPs, by name, at these widths of sites; full where a site is missing."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spectrum:
-    """What is counted at one stream of a site: the eigenvalues of its centred covariance, pooled over heads.
-
-    The Marchenko–Pastur law is the law of one covariance, and the 32 eigenvalues of one head make no histogram: the
-    heads of a layer are pooled for the noise level, then each head is counted against the common edge.
-    """
-
-    eigenvalues: Float[np.ndarray, "groups width"]
-    samples: int
-
-    @property
-    def q(self) -> float:
-        """Aspect ratio of one group: width over samples."""
-        return self.eigenvalues.shape[1] / self.samples
 
 
 class Desk:
@@ -259,7 +241,7 @@ class Desk:
 
 def _edge(site: Site, spectrum: Spectrum, rule: str, tau: float, *, may_be_dead: bool) -> NoiseEdge:
     try:
-        return spectra.RULES[rule](spectrum.eigenvalues.ravel(), q=spectrum.q, tau=tau)
+        return spectra.rule_named(rule, tau=tau)(spectrum)
     except DataError as error:
         if may_be_dead and not spectrum.eigenvalues.any():
             return _no_edge(rule, spectrum, "The width is dead on these data.", misfit=True)
@@ -276,7 +258,7 @@ def _no_edge(rule: str, spectrum: Spectrum, remark: str, *, misfit: bool) -> Noi
     return NoiseEdge(
         rule=rule,
         q=spectrum.q,
-        sigma2_initial=0.0,
+        q_eff=spectrum.q_eff,
         sigma2=0.0,
         edge=0.0,
         fit_error=float(misfit),

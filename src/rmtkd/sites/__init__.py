@@ -16,7 +16,7 @@ attention kernel survive) carry the same `shares`.
 `find_sites` knows the sites of the families' models; `parts` has the functions that describe those of any other.
 """
 
-from rmtkd.sites.parts import attention_sites, embedding_site, feed_forward_site, linear_site
+from rmtkd.sites.parts import attention_sites, embedding_site, embedding_sites, feed_forward_site, linear_site
 from rmtkd.sites.search import check_parameters, find_family, find_sites, layer_paths, longest_input, search
 from rmtkd.sites.site import (
     Absent,
@@ -46,6 +46,7 @@ __all__ = [
     "by_width",
     "check_parameters",
     "embedding_site",
+    "embedding_sites",
     "feed_forward_site",
     "find_family",
     "find_sites",

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from rmtkd.errors import UnsupportedModelError
 from rmtkd.measurement import evaluation
-from rmtkd.modeling_rmtkd import FactorizedEmbedding
+from rmtkd.modeling_rmtkd import EmbeddingLevel, EmbeddingLevels, FactorizedEmbedding, FactorizedLevel
 from rmtkd.sites.site import Absent, Attribute, Axis, Quantity, Site, Stream
 
 M = TypeVar("M", bound=nn.Module)
@@ -34,22 +34,23 @@ def embedding_site(model: nn.Module, path: str, *, name: str = "embeddings.word"
 
     Args:
         model: the model that holds it.
-        path: of an `nn.Embedding`, or of the `FactorizedEmbedding` that a cut has put there.
+        path: of an `nn.Embedding`, or of the `FactorizedEmbedding` that a cut has put there; or of one level.
         name: of the site.
         block: the part of the network that it belongs to.
 
     Raises:
         UnsupportedModelError: if something else is there.
     """
-    embedding = expect(model, path, nn.Embedding, FactorizedEmbedding)
-    factorized = isinstance(embedding, FactorizedEmbedding)
+    embedding = expect(model, path, nn.Embedding, EmbeddingLevel, FactorizedEmbedding, FactorizedLevel)
+    factorized, is_level = isinstance(embedding, FactorizedEmbedding), isinstance(embedding, EmbeddingLevel)
     # Before the embedding is factorised, the table's own output is the width; afterwards, the projection's input.
     stream = Stream(
         module=f"{path}.projection" if factorized else path,
         side="input" if factorized else "output",
         writers=(Axis(parameter=f"{path}.weight", dim=1),),
         readers=(Axis(parameter=f"{path}.projection.weight", dim=1),),
-        intercept=f"{path}.projection.bias",
+        intercept=None if is_level else f"{path}.projection.bias",
+        table=f"{path}.weight" if is_level else None,
     )
     return Site(
         name=name,
@@ -60,6 +61,21 @@ def embedding_site(model: nn.Module, path: str, *, name: str = "embeddings.word"
         shares=name,
         factorizes=None if factorized else path,
     )
+
+
+def embedding_sites(
+    model: nn.Module, path: str, *, name: str = "embeddings.word", block: str = "embeddings"
+) -> tuple[Site, ...]:
+    """The widths of an embedding: one, or of an embedding in levels (`modules.split_embedding`) one a level.
+
+    Raises:
+        UnsupportedModelError: if something else is there.
+    """
+    embedding = dict(model.named_modules()).get(path)
+    if not isinstance(embedding, EmbeddingLevels):
+        return (embedding_site(model, path, name=name, block=block),)
+    count = len(embedding.levels)
+    return tuple(embedding_site(model, f"{path}.levels.{i}", name=f"{name}.{i}", block=block) for i in range(count))
 
 
 def linear_site(

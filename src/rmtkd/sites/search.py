@@ -10,7 +10,7 @@ from torch import nn
 from rmtkd.errors import UnsupportedModelError
 from rmtkd.families import FAMILIES, Attention, EncoderFamily, FeedForward
 from rmtkd.modeling_rmtkd import PREFIX, NoHeads
-from rmtkd.sites.parts import attention_sites, embedding_site, expect, feed_forward_site, linear
+from rmtkd.sites.parts import attention_sites, embedding_sites, expect, feed_forward_site, linear
 from rmtkd.sites.site import Absent, Quantity, Site
 
 
@@ -70,7 +70,7 @@ def search(model: nn.Module) -> Iterator[tuple[str, Callable[[], tuple[Site, ...
     """Where the sites of a supported model are: parts of the network, shallow to deep, each with a function that
     describes its sites or raises `UnsupportedModelError`."""
     family = find_family(model)
-    yield "embeddings.word", lambda: (embedding_site(model, family.word_embeddings),)
+    yield "embeddings.word", lambda: embedding_sites(model, family.word_embeddings)
     for i, layer in enumerate(_expand(model, family.layers)):
         scope = None if family.repeats_layers else layer
         if family.attention is not None:

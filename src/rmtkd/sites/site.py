@@ -30,6 +30,9 @@ class Stream:
     readers: tuple[Axis, ...] = ()
     intercept: str | None = None
     """The readers' bias: it takes up the mean of what is dropped. Where there is none, the basis is about zero."""
+    table: str | None = None
+    """The parameter whose rows are the only activations that there are. Each counts once more than it was seen: what
+    calibration rows do not hold may be met later, and a table of rare tokens would have no directions at all."""
 
 
 @dataclass(frozen=True, kw_only=True)
