@@ -26,6 +26,7 @@ ORDER = [
     "families",
     "sites",
     "activations",
+    "levels",
     "bases",
     "surgery",
     "pretrained",

@@ -167,11 +167,11 @@ def test_splitting_draws_no_random_numbers_and_one_level_changes_nothing() -> No
 
 
 def test_levels_end_where_a_share_of_all_occurrences_is_reached() -> None:
-    counts = torch.tensor([1, 90, 0, 0, 9])
+    counts = torch.tensor([10, 900, 0, 0, 85, 5])
     assert level_bounds(counts, 1) == ()
-    assert level_bounds(counts, 2) == (1,)
-    assert level_bounds(counts, 3) == (1, 2)
-    assert level_bounds(counts, 5) == (1, 2, 3)
+    assert level_bounds(counts, 2) == (3,)
+    assert level_bounds(counts, 3) == (1, 3)
+    assert level_bounds(counts, 9) == (1, 2, 3)
     assert level_bounds(torch.zeros(5), 3) == ()
 
 

@@ -21,6 +21,7 @@ from conftest import FAMILY_NAMES, assert_untouched, make_tokenizer, pair_batche
 from rmtkd import artifact, modeling_rmtkd
 from rmtkd.batches import logits
 from rmtkd.cutting import cut_in_order
+from rmtkd.modules import split_embedding
 from rmtkd.pretrained import described, presented, save_tokenizer
 from rmtkd.sites import find_family, find_sites
 
@@ -44,6 +45,14 @@ def uneven(model: nn.Module) -> nn.Module:
     return cut(model, {"word": 8, "head": 8, "ffn": 24, last: 16})
 
 
+def in_levels(model: nn.Module) -> nn.Module:
+    """Every width cut, and tokens in three tables, the first of them whole."""
+    path = find_family(model).word_embeddings
+    counts = torch.arange(model.get_submodule(path).num_embeddings)  # type: ignore[call-overload]
+    widths = {"embeddings.word.1": 8, "embeddings.word.2": 2, "head": 8, "ffn": 24}
+    return cut(split_embedding(model, path, counts, (5, 20)), widths)
+
+
 FFN_ALONE, WORDS_ALONE = {"ffn": 24}, {"word": 8}
 
 
@@ -61,6 +70,25 @@ def test_a_presented_model_is_the_same_network_in_a_class_that_says_its_widths(n
     assert torch.equal(run(shown, batch), run(model, batch))
     assert find_sites(shown) == find_sites(model)
     assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_an_embedding_in_levels_is_said_saved_and_loaded(name: str, tmp_path: Path) -> None:
+    model = in_levels(tiny(name))
+    shown: Any = presented(model)
+    size: Any = model.get_submodule(find_family(model).word_embeddings).num_embeddings
+    assert shown.config.word_embedding_levels == [[5, None], [15, 8], [size - 20, 2]]
+    batch = pair_batches(model)[0]
+    assert torch.equal(run(shown, batch), run(model, batch))
+    assert find_sites(shown) == find_sites(model)
+    artifact.save(model, tmp_path / "model")
+    loaded: Any = rmtkd.load(tmp_path / "model")
+    assert torch.equal(run(loaded, batch), run(model, batch))
+    loaded.save_pretrained(tmp_path / "again")
+    again, report = AutoModelForSequenceClassification.from_pretrained(tmp_path / "again", output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert torch.equal(run(again, batch), run(model, batch))
+    assert described(again)[1].to_dict() == described(loaded)[1].to_dict()
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)

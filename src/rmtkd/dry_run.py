@@ -1,6 +1,7 @@
 """The dry run: what would be cut and why; and the cut alone, without recovery."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -9,6 +10,7 @@ from rmtkd import batches as batching
 from rmtkd.activations import collect
 from rmtkd.batches import Batch
 from rmtkd.cutting import cut_in_order
+from rmtkd.levels import in_levels
 from rmtkd.memory import Pieces
 from rmtkd.planning import Plan, Spectrum, Target, make_plan, settle, spectra_of, uniform_sites
 from rmtkd.schedule import Options
@@ -26,6 +28,7 @@ def plan(
     example: Batch | None = None,
     given: Plan | None = None,
     sites: Sequence[Site] | None = None,
+    train: Iterable[Batch] | None = None,
     pieces: Pieces | None = None,
     **options: Any,
 ) -> tuple[Plan, dict[str, tuple[Spectrum, ...]]]:
@@ -37,6 +40,7 @@ def plan(
         example: the batch whose FLOPs are predicted; the first calibration batch by default.
         given: a plan whose widths are used instead of chosen ones.
         sites: the widths that may be narrowed; those of the model's family by default.
+        train: batches whose tokens are counted for `embedding_levels`; those of calibration by default.
         pieces: in how many pieces a batch is run, should memory run out.
         options: the fields of `Options`.
 
@@ -44,7 +48,9 @@ def plan(
         The plan, and the spectra it was made from by site name.
     """
     chosen = Options(**options)
-    sites = find_sites(model) if sites is None else tuple(sites)
+    levels = chosen.embedding_levels if given is None else given.embedding_levels
+    every = find_sites(model) if sites is None else sites
+    model, sites = in_levels(model, every, calibration if train is None else train, levels)
     if given is not None:
         given.check_fits(sites)
     elif chosen.uniform:
@@ -68,11 +74,16 @@ def plan(
         exclude=chosen.exclude,
         keep=chosen.pairs,
     )
-    return made, spectrums
+    return replace(made, embedding_levels=levels), spectrums
 
 
 def narrow(
-    model: nn.Module, plan: Plan, *, calibration: Iterable[Batch], sites: Sequence[Site] | None = None
+    model: nn.Module,
+    plan: Plan,
+    *,
+    calibration: Iterable[Batch],
+    sites: Sequence[Site] | None = None,
+    train: Iterable[Batch] | None = None,
 ) -> nn.Module:
     """Apply a plan in closed form: cut, check, train nothing. The model is left as it was.
 
@@ -81,6 +92,7 @@ def narrow(
         plan: the widths to keep; edit them with `dataclasses.replace`, or in its JSON.
         calibration: batches whose activations choose the bases.
         sites: the widths that may be narrowed; those of the model's family by default.
+        train: batches whose tokens are counted for `embedding_levels`; those of calibration by default.
 
     Returns:
         A new, narrower, dense model in evaluation mode.
@@ -89,7 +101,8 @@ def narrow(
         PlanError: if the plan names other sites than the model has.
         SurgeryError: if the result differs from the projected full-width reference.
     """
-    every = find_sites(model) if sites is None else tuple(sites)
+    every = find_sites(model) if sites is None else sites
+    model, every = in_levels(model, every, calibration if train is None else train, plan.embedding_levels)
     cut = narrowed(every, plan)
     student, bases = cut_in_order(model, cut, plan.widths, calibration, blocks=blocks_of(every))
     check_cut(model, student, cut, bases, batching.head(batching.first(calibration, "calibration"), CHECK_ROWS))

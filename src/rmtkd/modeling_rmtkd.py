@@ -111,7 +111,7 @@ class EmbeddingLevels(nn.Module):
 
     rows: Tensor
 
-    def __init__(self, embedding: nn.Embedding, sizes: Sequence[tuple[int, int | None]]):
+    def __init__(self, embedding: nn.Embedding, sizes: Sequence[Sequence[Any]]):
         super().__init__()
         self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
         weight = embedding.weight

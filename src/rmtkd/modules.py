@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Num
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 from rmtkd.errors import OptionError, UnsupportedModelError
 from rmtkd.modeling_rmtkd import EmbeddingLevel, EmbeddingLevels, FactorizedEmbedding, FactorizedLevel
 
-SHARES = 0.1
-"""The tokens of a level, from the second on, occur this many times as often as those of the level before, all
-together; the last level has whatever is left. Three levels: 90 %, 9 % and 1 % of all occurrences."""
+RARE = 0.01
+"""Share of all occurrences that the tokens of the last level have together. What is rarer than a level falls from level
+to level by one factor: of three levels the tokens have 90 %, 9 % and 1 %. Measured in docs/log.md."""
 
 
 def factorized(embedding: nn.Embedding) -> FactorizedEmbedding:
@@ -66,28 +67,37 @@ def split_embedding(
     split = copy.deepcopy(model)
     if not bounds:
         return split
+    made = set_levels(split, path, [end - begin for begin, end in pairwise(ends)])
     order = counts.cpu().argsort(descending=True, stable=True)
     if (pad := embedding.padding_idx) is not None:  # the first row of the last level
         others = order[order != pad]
         order = torch.cat([others[: ends[-2]], torch.tensor([pad]), others[ends[-2] :]])
     weight = embedding.weight
-    shape = nn.Embedding(size, embedding.embedding_dim, pad, sparse=embedding.sparse, device="meta", dtype=weight.dtype)
-    made = EmbeddingLevels(shape, [(end - begin, None) for begin, end in pairwise(ends)]).train(embedding.training)
     made.rows = order.argsort().to(weight.device, torch.int32)
     for level, tokens in zip(made.levels, order.to(weight.device).tensor_split(list(bounds)), strict=True):
         rows = nn.Parameter(weight.detach()[tokens], requires_grad=weight.requires_grad)
         level.weight = rows  # type: ignore[union-attr]
-    split.set_submodule(path, made)
     return split
+
+
+def set_levels(model: nn.Module, path: str, counts: Sequence[int]) -> EmbeddingLevels:
+    """Put an embedding in levels of so many tokens each, whole and without values, in place of the one at `path`."""
+    old: Any = model.get_submodule(path)
+    pad, weight = old.padding_idx, old.weight
+    count, width = weight.shape
+    shape = nn.Embedding(count, width, pad, sparse=old.sparse, device="meta", dtype=weight.dtype)
+    made = EmbeddingLevels(shape, [(count, None) for count in counts]).train(old.training)
+    model.set_submodule(path, made)
+    return made
 
 
 def level_bounds(counts: Num[Tensor, " vocabulary"], levels: int) -> tuple[int, ...]:
     """How many of the commonest tokens each level but the last ends with, by their share of all occurrences (see
-    `SHARES`). Fewer levels, if tokens do not suffice."""
+    `RARE`). Fewer levels, if tokens do not suffice."""
     if levels < 1:
         raise OptionError(f"embedding_levels must be at least 1. Got {levels}.")
     shares = counts.double().sort(descending=True).values.cumsum(0) / counts.double().sum().clamp_min(1)
-    ends = [int((shares < 1 - SHARES**i).sum()) + 1 for i in range(1, levels)]
+    ends = [int((shares < 1 - RARE ** (i / (levels - 1))).sum()) + 1 for i in range(1, levels)]
     return tuple(sorted({end for end in ends if end < len(counts)}))
 
 

@@ -17,14 +17,15 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from rmtkd import modeling_rmtkd
 from rmtkd.families import FAMILIES
-from rmtkd.modeling_rmtkd import PREFIX, FactorizedEmbedding
-from rmtkd.sites import Site, find_family, find_sites, layer_paths
+from rmtkd.modeling_rmtkd import PREFIX, EmbeddingLevel, FactorizedEmbedding
+from rmtkd.sites import Axis, Site, find_family, find_sites, layer_paths
 from rmtkd.surgery import fill, tensors_of
 
 HEADS = "num_attention_heads"
 HEAD = "head_dim"
 WORDS = "word_embedding_size"
-OURS = ("per_layer_config", WORDS, HEAD, "narrowed")
+LEVELS = "word_embedding_levels"
+OURS = ("per_layer_config", WORDS, LEVELS, HEAD, "narrowed")
 """Entries that a narrowed configuration has beyond the stock one."""
 
 
@@ -141,18 +142,32 @@ def _own_entries(model: nn.Module, full: Sequence[Site]) -> dict[str, Any]:
     narrowed: dict[str, Any] = {"layers": layers}
     own: dict[str, Any] = {"narrowed": narrowed}
     widths: dict[str, dict[str, int]] = {}
-    kept = {site.name: site.width for site in find_sites(model)}
+    sites = find_sites(model)
+    kept = {site.name: site.width for site in sites}
     some_heads_went = any(site.kind == "heads" and kept.get(site.name, 0) < site.width for site in full)
-    for site in full:
+
+    def axes_of(site: Site) -> list[Axis]:
+        return [axis for stream in site.streams for axis in (*stream.writers, *stream.readers)]
+
+    def layer_of(site: Site) -> str | None:
+        return next((path for path in layers if axes_of(site)[0].parameter.startswith(f"{path}.")), None)
+
+    # An embedding may have been divided, of a layer some sites may be gone.
+    for site in (*(s for s in sites if layer_of(s) is None), *(s for s in full if layer_of(s) is not None)):
         if site.kind == "heads" and not some_heads_went:
             continue
-        axes = [axis for stream in site.streams for axis in (*stream.writers, *stream.readers)]
-        layer = next((path for path in layers if axes[0].parameter.startswith(f"{path}.")), None)
+        axes, layer = axes_of(site), layer_of(site)
         if layer is None:
             path = axes[0].parameter.rpartition(".")[0]
+            embedding: Any = model.get_submodule(path)
+            rank = site.width if isinstance(embedding, FactorizedEmbedding) else None
+            if isinstance(embedding, EmbeddingLevel):
+                narrowed[LEVELS] = path.rpartition(".levels.")[0]
+                own.setdefault(LEVELS, []).append([embedding.num_embeddings, rank])
+                continue
             narrowed[WORDS] = path
-            if isinstance(model.get_submodule(path), FactorizedEmbedding):
-                own[WORDS] = kept[site.name]
+            if rank is not None:
+                own[WORDS] = rank
             continue
         key = HEADS if site.kind == "heads" else site.setting or HEAD
         if key == HEAD:

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from rmtkd.planning import Plan, SitePlan
+from rmtkd.planning import LATENCY, Plan, SitePlan
 
 
 def plan_table(plan: Plan, width: int = 120) -> Table:
@@ -24,6 +24,12 @@ def plan_table(plan: Plan, width: int = 120) -> Table:
             f"({plan.predicted['params'] / plan.baseline['params']:.1%}), "
             f"{plan.predicted['flops'] / 1e6:,.1f} of {plan.baseline['flops'] / 1e6:,.1f} MFLOPs "
             f"({plan.predicted['flops'] / plan.baseline['flops']:.1%})"
+            + (
+                f", {plan.predicted[LATENCY]:.4g} of {plan.baseline[LATENCY]:.4g} ms "
+                f"({plan.predicted[LATENCY] / plan.baseline[LATENCY]:.1%}, predicted from measured shapes)"
+                if LATENCY in plan.baseline
+                else ""
+            )
         ),
         title_justify="left",
         caption_justify="left",

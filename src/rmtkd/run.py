@@ -26,6 +26,7 @@ from rmtkd.environment import has_bf16, versions
 from rmtkd.errors import ArtifactError, RunError
 from rmtkd.forecast import Forecast, forecast
 from rmtkd.interruption import Interrupted, interruptible
+from rmtkd.levels import in_levels
 from rmtkd.measurement import (
     accuracy,
     compare,
@@ -89,6 +90,8 @@ class Run:
         self.report = None if rows.report is None else self._labelled("report", rows.report)
         self.example = batching.to(rows.example or batching.first(rows.selection, "selection"), options.device)
         self.batches_per_epoch = sum(1 for _ in rows.train)
+        # What the first cut is made from: the same function as the teacher's.
+        self.start, self.sites = in_levels(self.model, self.sites, rows.train, options.embedding_levels)
         self.fingerprints["training rows"] += f" {self.batches_per_epoch} batches"
         self.precision: Precision = "fp32"
         if options.precision == "bf16" or (options.precision == "auto" and has_bf16(options.device)):
@@ -153,7 +156,7 @@ class Run:
         self.emit("start", options=self.options.to_dict(), selection_accuracy=asdict(baseline))
         began = time.monotonic()
         made, spectrums = plan(
-            self.model,
+            self.start,
             calibration=self.calibration,
             example=self.example,
             given=given,
@@ -161,7 +164,7 @@ class Run:
             pieces=self.pieces,
             **fields_of(self.options),
         )
-        standing = Standing(plan=made, baseline=baseline, student=self.model)
+        standing = Standing(plan=made, baseline=baseline, student=self.start)
         self.emit("plan", predicted=standing.plan.predicted, widths=standing.plan.widths)
         self.emit("forecast", **asdict(self.forecast(standing.plan, time.monotonic() - began)))
         if folder is not None:
@@ -173,7 +176,7 @@ class Run:
 
     def go_on(self, folder: RunFolder) -> Standing | None:
         """Where the run stands by its folder; None if it has no plan yet."""
-        loaded = Standing.load(folder, self.model, self.sites)
+        loaded = Standing.load(folder, self.start, self.sites)
         if loaded is None:
             return None
         self.folder, (standing, self.pieces.count) = folder, loaded
@@ -211,7 +214,7 @@ class Run:
                 f"{folder.path / 'model'} must hold the weights that the run ended with. They are others. Restore "
                 "it, or compress again into another folder."
             )
-        student = shaped(self.model, self.sites, kept, weights)
+        student = shaped(self.start, self.sites, kept, weights)
         return self.result(student, made, rounds, record)
 
     def interrupted(self, standing: Standing, stop: BaseException) -> Compressed:
@@ -262,7 +265,7 @@ class Run:
             self.emit("check", number=number, error=error, selection_accuracy=cut.value)
             facts = {"error": error, "accuracy_cut": cut.value, "seconds_cut": time.monotonic() - start}
         else:
-            student = shaped(self.model, self.sites, standing.kept | {site.name: widths[site.name] for site in sites})
+            student = shaped(self.start, self.sites, standing.kept | {site.name: widths[site.name] for site in sites})
             facts = saved.facts
         teacher = self.model if self.options.teacher == "original" else before
         losses, seconds = self.recover(student, teacher, number, steps, facts, saved)
@@ -354,7 +357,7 @@ class Run:
         """What the run will take."""
         control = 2 if self.with_control else 1
         return forecast(
-            self.model,
+            self.start,
             self.sites,
             made.widths,
             self.train_rows,

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from rmtkd.distillation import Recovery
 from rmtkd.environment import check_device
 from rmtkd.errors import OptionError, check_choice, check_kinds
-from rmtkd.planning import Plan, Target, fixed_widths
+from rmtkd.planning import LATENCY, Plan, Target, fixed_widths
 from rmtkd.spectra import RULES
 from rmtkd.training import PRECISIONS
 
@@ -33,6 +33,8 @@ class Options:
         min_share: no width below this share of its full size (the method's ρ_min).
         uniform: narrow only widths that the model's stock configuration gives, each for all layers at once and in one
             round, so that the result is a stock model. The smallest such models are larger.
+        embedding_levels: tokens have as many embedding tables as this, each with a width of its own, by how often they
+            occur in the training rows; 1 is one table for all.
         exclude: sites that stay whole: names, or shell-style patterns such as `layer.*.ffn`.
         keep: sites, or patterns, with the width that they are given; a mapping, or pairs, which it becomes.
         calibration_share: share of the training batches whose activations are seen.
@@ -54,6 +56,7 @@ class Options:
     multiple_of: int = 8
     min_share: float = 0.0
     uniform: bool = False
+    embedding_levels: int = 1
     exclude: Sequence[str] = ()
     keep: Mapping[str, int] | Sequence[Sequence[Any]] = ()
     calibration_share: float = 0.1
@@ -81,6 +84,8 @@ class Options:
             ("max_rounds", self.max_rounds is None or self.max_rounds >= 1, "at least 1"),
             ("multiple_of", self.multiple_of >= 1, "at least 1"),
             ("min_share", 0 <= self.min_share <= 1, "within [0, 1]"),
+            ("embedding_levels", self.embedding_levels >= 1, "at least 1"),
+            ("embedding_levels", self.embedding_levels == 1 or not self.uniform, "1 in a uniform plan"),
             ("exclude", all(isinstance(name, str) and name for name in self.exclude), "names of sites"),
             ("keep", all(_is_pair(pair) for pair in self.keep), "names of sites with a width from 0 each"),
             ("calibration_share", 0 < self.calibration_share <= 1, "within (0, 1]"),
@@ -110,7 +115,7 @@ class Options:
         Raises:
             OptionError: naming every option that does.
         """
-        names = ("target", "rule", "tau", "multiple_of", "min_share", "uniform")
+        names = ("target", "rule", "tau", "multiple_of", "min_share", "uniform", "embedding_levels")
         mine = {name: getattr(self, name) for name in names}
         if self.target is not None:
             mine["target"] = str(Target.parse(self.target))
@@ -219,7 +224,8 @@ def plan_finished(history: History) -> str | None:
     if history.options.target is not None:
         if not history.meets_target:
             return f"plan: every cut is made; its widths do not meet the target {Target.parse(history.options.target)}"
-        return f"target: {Target.parse(history.options.target)} reached"
+        target = Target.parse(history.options.target)
+        return f"target: {target} reached{', as predicted from measured shapes' * (target.cost == LATENCY)}"
     return "plan: every site has the width the rule gives it"
 
 

@@ -22,7 +22,8 @@ from rmtkd.checkpoint import new_folder, write_atomically
 from rmtkd.environment import check_device, versions
 from rmtkd.errors import ArtifactError
 from rmtkd.families import FAMILIES, EncoderFamily
-from rmtkd.modeling_rmtkd import PREFIX, FactorizedEmbedding
+from rmtkd.modeling_rmtkd import PREFIX, EmbeddingLevels, FactorizedEmbedding
+from rmtkd.modules import set_levels
 from rmtkd.pretrained import OURS, described, on_meta, presented, quietly, shapes_of, without_values
 from rmtkd.sites import Site
 from rmtkd.surgery import factorize_embedding, fill, resize, tensors_of
@@ -257,6 +258,11 @@ def _write_own(model: nn.Module, folder: Path, sites: Sequence[Site], example: B
         "library": "own",
         "model_class": f"{type(model).__module__}.{type(model).__qualname__}",
         "narrowed": {
+            "levels": {
+                name: [level.num_embeddings for level in module.levels]  # type: ignore[misc]
+                for name, module in model.named_modules()
+                if isinstance(module, EmbeddingLevels)
+            },
             "factorized": [name for name, module in model.named_modules() if isinstance(module, FactorizedEmbedding)],
             "attributes": [[path, name, getattr(model.get_submodule(path), name)] for path, name in sorted(attributes)],
         },
@@ -313,6 +319,8 @@ def _own(build: Build, manifest: Mapping[str, Any], stored: Mapping[str, list[in
     narrowed = manifest["narrowed"]
     with without_values():
         model = build()
+        for path, counts in narrowed.get("levels", {}).items():
+            set_levels(model, path, counts)
         for path in narrowed["factorized"]:
             factorize_embedding(model, path)
     resize(model, {name: stored[name] for name in manifest["shapes"]})

@@ -15,6 +15,7 @@ from rmtkd.cli.options import (
     Columns,
     Data,
     Device,
+    EmbeddingLevels,
     Exclude,
     Keep,
     Label,
@@ -30,6 +31,7 @@ from rmtkd.cli.options import (
     given,
     needed,
     plan_options,
+    tell_timing,
 )
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ def plan(
     multiple_of: MultipleOf = None,
     min_share: MinShare = None,
     uniform: Uniform = False,
+    embedding_levels: EmbeddingLevels = None,
     exclude: Exclude = None,
     keep: Keep = None,
     calibration_share: Calibration = None,
@@ -86,11 +89,12 @@ def plan(
     from rmtkd.environment import has_bf16
     from rmtkd.errors import RunError
     from rmtkd.forecast import forecast
+    from rmtkd.levels import in_levels
     from rmtkd.progress import forecast_line
     from rmtkd.schedule import Options
     from rmtkd.sites import find_sites
 
-    shape = plan_options(target, rule, tau, multiple_of, min_share, uniform, exclude, keep)
+    shape = plan_options(target, rule, tau, multiple_of, min_share, uniform, embedding_levels, exclude, keep)
     if recipe not in recipes.names() and Path(recipe).is_dir():
         unused = {
             "--model": model,
@@ -100,6 +104,7 @@ def plan(
             "--max-length": max_length,
             "--calibration-share": calibration_share,
             "--epochs": epochs,
+            "--embedding-levels": shape.pop("embedding_levels", None),
         }
         _plan_anew(Path(recipe), out, shape, [name for name, value in unused.items() if value is not None], as_json)
         return
@@ -117,8 +122,11 @@ def plan(
     source = task.load(needed(model))
     rows = task.rows(data, source, seed)
     log(rows.note)
+    tell_timing(chosen.target)
     began, model_on_device = time.monotonic(), source.model.to(device)
     calibration = compression.share_of(rows.train, chosen.calibration_share)
+    sites = find_sites(model_on_device)
+    model_on_device, sites = in_levels(model_on_device, sites, rows.train, chosen.embedding_levels)
     made, spectrums = compression.plan(
         model_on_device,
         calibration=calibration,
@@ -130,7 +138,7 @@ def plan(
     show_plan(made, out, as_json=as_json)
     expected = forecast(
         model_on_device,
-        find_sites(model_on_device),
+        sites,
         made.widths,
         rows.train,
         steps=round(chosen.epochs * len(rows.train)),

@@ -19,6 +19,7 @@ from rmtkd.cli.options import (
     Columns,
     Data,
     Device,
+    EmbeddingLevels,
     Exclude,
     Keep,
     Label,
@@ -36,6 +37,7 @@ from rmtkd.cli.options import (
     given,
     needed,
     plan_options,
+    tell_timing,
 )
 
 if TYPE_CHECKING:
@@ -85,6 +87,7 @@ def compress(
     multiple_of: MultipleOf = None,
     min_share: MinShare = None,
     uniform: Uniform = False,
+    embedding_levels: EmbeddingLevels = None,
     exclude: Exclude = None,
     keep: Keep = None,
     calibration_share: Calibration = None,
@@ -112,7 +115,7 @@ def compress(
     from rmtkd.teaching import train_teacher
 
     task = recipes.get(recipe, columns=columns, label=label, max_length=max_length)
-    shape = plan_options(target, rule, tau, multiple_of, min_share, uniform, exclude, keep)
+    shape = plan_options(target, rule, tau, multiple_of, min_share, uniform, embedding_levels, exclude, keep)
     schedule = {
         "calibration_share": calibration_share,
         "granularity": granularity,
@@ -142,7 +145,7 @@ def compress(
     elif (out / "plan.json").exists():
         note = f"{out / 'plan.json'} is not applied: a new plan is made. To apply it: --plan {out / 'plan.json'}"
         log(note)
-    Options(**options)  # before anything takes time
+    tell_timing(Options(**options).target)  # before anything takes time
     RunFolder.check_free(out)
     if model is None and task.needs_no_checkpoint:
         teacher_folder = out.absolute().with_name(f"{out.absolute().name}-teacher")
@@ -165,7 +168,11 @@ def compress(
         "max_length": max_length,
     }
     with prepared(command, seed) as (given_to_run, on_event):
-        made = None if plan_file is None else Plan.read(plan_file, sites=find_sites(given_to_run["model"]))
+        made = None if plan_file is None else Plan.read(plan_file)
+        if (
+            plan_file is not None and made is not None and made.embedding_levels == 1
+        ):  # else the sites are known when the tokens are counted
+            Plan.read(plan_file, sites=find_sites(given_to_run["model"]))
         result = compression.compress(
             **given_to_run, plan=made, control=control, out=out, command=command, on_event=on_event, **options
         )

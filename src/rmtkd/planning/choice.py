@@ -1,14 +1,16 @@
 """From spectra to a plan: how wide every site stays, and why. With the model, or later without it."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
 from rmtkd.batches import Batch
 from rmtkd.covariance import Covariance
 from rmtkd.errors import PlanError
-from rmtkd.planning.costs import COSTS, Cost, CostTable, Target
+from rmtkd.planning.costs import COSTS, LATENCY, Amount, Cost, CostTable, Target
 from rmtkd.planning.desk import Count, Desk, Spectrum
+from rmtkd.planning.latency import LatencyTable
 from rmtkd.planning.pins import fixed_widths, uniform_sites
 from rmtkd.planning.plan import Plan
 from rmtkd.sites import Site, share_settings
@@ -36,6 +38,7 @@ def make_plan(
     uniform: bool = False,
     exclude: Iterable[str] = (),
     keep: Iterable[tuple[str, int]] = (),
+    latency: LatencyTable | None = None,
 ) -> Plan:
     """Choose the width of every site.
 
@@ -47,7 +50,7 @@ def make_plan(
         model: the untouched model.
         sites: the sites that may be narrowed.
         spectrums: from `spectra_of`, for the same sites.
-        batch: a batch whose FLOPs are counted.
+        batch: a batch whose FLOPs are counted, and whose latency is measured if the target asks for it.
         rule: name in `spectra.RULES`.
         tau: quantile that starts the noise level, in (0, 1); larger cuts more.
         target: what is to remain.
@@ -58,6 +61,7 @@ def make_plan(
         exclude: sites that stay whole: names or patterns such as `layer.*.ffn`.
         keep: sites with the width that they are given, whatever `multiple_of` and `min_share` say. The other sites
             meet the target around them.
+        latency: measured times of the model's shapes; those of this machine if the target asks for them.
 
     Raises:
         PlanError: if the target cannot be met (the message says the minimum), or if what `exclude` and `keep` ask for
@@ -68,18 +72,20 @@ def make_plan(
     if uniform:
         sites = uniform_sites(sites)
     fixed = fixed_widths(sites, exclude, keep, uniform=uniform)
+    if latency is None and target is not None and target.cost == LATENCY:
+        latency = LatencyTable.cached(model, sites, batch)
     baseline, costs = CostTable.measure(model, sites, batch)
     count = _by_table(costs, baseline, sites) if costs else _by_skeleton(model, sites, batch)
     desk = Desk(
         sites,
         spectrums,
-        count,
-        baseline,
+        *_timed(count, baseline, latency),
         rule=rule,
         tau=tau,
         multiple_of=multiple_of,
         min_share=min_share,
         uniform=uniform,
+        latency=latency,
     )
     return desk.plan(type(model).__name__, target, fixed, costs)
 
@@ -130,18 +136,24 @@ def retarget(
     desk = Desk(
         sites,
         spectrums,
-        _by_table(plan.costs, plan.baseline, sites),
-        plan.baseline,
+        *_timed(_by_table(plan.costs, plan.baseline, sites), plan.baseline, plan.latency),
         rule=plan.rule if rule is None else rule,
         tau=plan.tau if tau is None else tau,
         multiple_of=plan.multiple_of if multiple_of is None else multiple_of,
         min_share=plan.min_share if min_share is None else min_share,
         uniform=plan.uniform,
+        latency=plan.latency,
     )
     words = plan.target if target is None else target
     aim = None if words is None else Target.parse(words)
+    if aim is not None and aim.cost == LATENCY and plan.latency is None:
+        raise PlanError(
+            "a target of latency must rest on measured times. This plan has none, as its target asked for none. Plan "
+            f"with the model: `rmtkd plan RECIPE --model MODEL --target {words}`."
+        )
     fixed |= fixed_widths(sites, exclude, keep, uniform=plan.uniform)
-    return desk.plan(plan.model, aim, fixed, plan.costs)
+    made = desk.plan(plan.model, aim, fixed, plan.costs)
+    return replace(made, embedding_levels=plan.embedding_levels)
 
 
 def settle(
@@ -168,24 +180,25 @@ def settle(
     desk = Desk(
         sites,
         spectrums,
-        count,
-        baseline,
+        *_timed(count, baseline, plan.latency),
         rule=plan.rule,
         tau=plan.tau,
         multiple_of=plan.multiple_of,
         min_share=plan.min_share,
         uniform=plan.uniform,
+        latency=plan.latency,
     )
     target = None if plan.target is None else Target.parse(plan.target)
     planned = {site.name: site.planned for site in plan.sites}
-    return desk.write(type(model).__name__, target, plan.fixed, costs, plan.multiplier, plan.widths, planned)
+    made = desk.write(type(model).__name__, target, plan.fixed, costs, plan.multiplier, plan.widths, planned)
+    return replace(made, embedding_levels=plan.embedding_levels)
 
 
 def _by_table(costs: CostTable, baseline: Cost, sites: Sequence[Site]) -> Count:
     full = {site.shares: site.width for site in sites}
     shares = {site.name: site.shares for site in sites}
 
-    def count(cost: str, widths: Mapping[str, int]) -> int:
+    def count(cost: str, widths: Mapping[str, int]) -> Amount:
         dropped = {shares[name]: full[shares[name]] - width for name, width in widths.items()}
         return baseline[cost] + costs.change(cost, dropped)
 
@@ -194,6 +207,17 @@ def _by_table(costs: CostTable, baseline: Cost, sites: Sequence[Site]) -> Count:
 
 def _by_skeleton(model: nn.Module, sites: Sequence[Site], batch: Batch) -> Count:
     return lambda cost, widths: COSTS[cost](model, sites, widths, batch)
+
+
+def _timed(count: Count, baseline: Cost, latency: LatencyTable | None) -> tuple[Count, Cost]:
+    """The count and the baseline with latency beside what is counted, if there is a table."""
+    if latency is None:
+        return count, baseline
+
+    def cost_of(cost: str, widths: Mapping[str, int]) -> Amount:
+        return latency.cost(widths) if cost == LATENCY else count(cost, widths)
+
+    return cost_of, {**baseline, LATENCY: latency.full_ms}
 
 
 def _check_spectrums(sites: Sequence[Site], spectrums: Mapping[str, Sequence[Spectrum]]) -> None:

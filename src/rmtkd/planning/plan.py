@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rmtkd.errors import PlanError
 from rmtkd.planning.costs import CostTable, Target
+from rmtkd.planning.latency import LatencyTable
 from rmtkd.planning.lines import Problems, brief, check, parse
 from rmtkd.planning.review import misfits, review
 from rmtkd.sites import Site, share_settings
@@ -98,12 +99,16 @@ class Plan:
 
     Attributes:
         uniform: whether only widths are narrowed that a stock configuration gives, each for all layers at once.
+        embedding_levels: in how many levels tokens are, see `Options`.
         fixed: by name of a shared width: what `exclude`, `keep` and `uniform` asked for; planning again leaves it
             alone.
         multiplier: common factor on all edges, the smallest that meets the target.
-        baseline, predicted: `params` and `flops` of the untouched and of the narrowed model.
+        baseline, predicted: `params` and `flops` of the untouched and of the narrowed model, counted; `latency_ms` in
+            addition where there is a table to predict it from.
         remarks: what the reader of the plan must know, in sentences.
         costs: the model's cost as a formula of the widths; None where there is none.
+        latency: measured times of the model's shapes, made when a target first asks for latency. Every later plan
+            from this one, and every resumed run, uses these.
     """
 
     model: str
@@ -113,13 +118,15 @@ class Plan:
     multiple_of: int
     min_share: float
     uniform: bool = False
+    embedding_levels: int = 1
     fixed: dict[str, int]
     multiplier: float
     sites: tuple[SitePlan, ...]
-    baseline: dict[str, int]
-    predicted: dict[str, int]
+    baseline: dict[str, int | float]
+    predicted: dict[str, int | float]
     remarks: tuple[str, ...] = ()
     costs: CostTable | None
+    latency: LatencyTable | None = None
     format: int = field(default=FORMAT)
 
     def __post_init__(self) -> None:
@@ -187,7 +194,9 @@ class Plan:
         review(root, fields, sites, problems)
         problems.stop()
         costs = fields["costs"] and CostTable(**fields["costs"])
-        return cls(**{**fields, "costs": costs, "sites": tuple(SitePlan(**site) for site in fields["sites"])})
+        latency = fields["latency"] and LatencyTable.of(fields["latency"])
+        sites_kept = tuple(SitePlan(**site) for site in fields["sites"])
+        return cls(**{**fields, "costs": costs, "latency": latency, "sites": sites_kept})
 
     @classmethod
     def read(cls, path: Path, *, sites: Sequence[Site] | None = None) -> "Plan":

@@ -1,0 +1,153 @@
+"""The claims of `rmtkd.levels`: tokens are counted where they are real; a run with levels is a run like any other."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import rmtkd
+from conftest import assert_untouched, random_rows, snapshot, tiny_bert
+from rmtkd.dry_run import narrow, plan
+from rmtkd.errors import OptionError, PlanError, UnsupportedModelError
+from rmtkd.levels import count_tokens, in_levels
+from rmtkd.measurement import count_parameters
+from rmtkd.planning import Plan
+from rmtkd.schedule import Options
+from rmtkd.sites import embedding_site, find_sites
+
+WORDS = "bert.embeddings.word_embeddings"
+SIX = {"embeddings.word.0": 8, "embeddings.word.1": 4, "embeddings.word.2": 2}
+
+
+def test_tokens_are_counted_under_the_mask_and_nothing_beyond_the_embedding_is_run() -> None:
+    model = tiny_bert()
+    model.bert.encoder.register_forward_hook(lambda *_: pytest.fail("the encoder was run"))
+    rows = [
+        {"input_ids": torch.tensor([[5, 5, 7, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 0]])},
+        {"input_ids": torch.tensor([[7, 9]])},
+    ]
+    counts = count_tokens(model, WORDS, rows)
+    assert {i: int(n) for i, n in enumerate(counts) if n} == {5: 2, 7: 2, 9: 1}
+    assert not model.bert.embeddings.word_embeddings._forward_pre_hooks
+
+
+class Bag(nn.Module):
+    """A model of one's own: an embedding, and a linear map of the mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(60, 24)
+        self.inner = nn.Linear(24, 16)
+        self.head = nn.Linear(16, 3)
+        for bias in (self.inner.bias, self.head.bias):
+            nn.init.zeros_(bias)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.inner(self.words(ids)).mean(1))
+
+
+def bag_rows(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Common tokens and rare ones, and those above 50 never."""
+    ids = (50 * torch.rand(count, 16, 12, generator=torch.Generator().manual_seed(0)).pow(3)).long()
+    return [(part, part[:, 0] % 3) for part in ids]
+
+
+def answered(model: nn.Module, count: int) -> list[dict[str, torch.Tensor]]:
+    """Rows on which the model is always right."""
+    rows: list[dict[str, torch.Tensor]] = list(random_rows(count))
+    with torch.no_grad():
+        return [{**row, "labels": model(**row).logits.argmax(-1)} for row in rows]
+
+
+def test_a_model_of_ones_own_is_split_compressed_saved_and_loaded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Bag()
+    rows = [(ids, model(ids).argmax(-1)) for ids, _ in bag_rows(20)]
+    site = embedding_site(model, "words")
+    keep = {"embeddings.word.0": 12, "embeddings.word.1": 2}
+    result = rmtkd.compress(
+        model, train=rows, selection=rows[:3], sites=[site], embedding_levels=2, keep=keep, epochs=0.5, multiple_of=1
+    )
+    assert {name: result.plan.widths[name] for name in keep} == keep
+    result.save(tmp_path / "model")
+    loaded = rmtkd.load(tmp_path / "model", Bag)
+    assert torch.equal(loaded(rows[0][0]), result.model(rows[0][0]))
+
+
+def test_a_model_in_levels_stays_as_it_is_and_one_level_changes_nothing() -> None:
+    model, rows = tiny_bert(), list(random_rows(20))
+    sites = find_sites(model)
+    assert in_levels(model, sites, rows, 1) == (model, sites)
+    split, found = in_levels(model, sites, rows, 3)
+    assert found == find_sites(split) and len(found) == len(sites) + 2
+    assert in_levels(split, found, rows, 2) == (split, found)
+
+
+def test_an_embedding_that_was_cut_before_is_not_split() -> None:
+    model, rows = tiny_bert(), list(random_rows(20))
+    made, _ = plan(model, calibration=rows, keep={"embeddings.word": 8})
+    cut = narrow(model, made, calibration=rows)
+    with pytest.raises(UnsupportedModelError, match=r"one whole embedding among the sites\. Got 0"):
+        in_levels(cut, find_sites(cut), rows, 2)
+
+
+@pytest.mark.parametrize("options", [{"embedding_levels": 0}, {"embedding_levels": 2, "uniform": True}])
+def test_levels_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match="embedding_levels must be"):
+        Options(**options)
+
+
+def test_a_plan_with_levels_counts_from_the_untouched_model_and_can_be_applied(tmp_path: Path) -> None:
+    model = tiny_bert()
+    rows, before = answered(model, 40), snapshot(model)
+    made, _ = plan(model, calibration=rows, embedding_levels=3, keep=SIX, multiple_of=2)
+    assert made.embedding_levels == 3 and made.baseline["params"] == count_parameters(model)
+    made.save(tmp_path / "plan.json")
+    again = Plan.read(tmp_path / "plan.json")
+    student = narrow(model, again, calibration=rows)
+    assert count_parameters(student) == made.predicted["params"]
+    assert {site.name: site.width for site in find_sites(student)} == made.widths
+    assert_untouched(model, before)
+    with pytest.raises(OptionError, match="embedding_levels 2, not 3"):
+        rmtkd.compress(model, train=rows, selection=rows, plan=again, embedding_levels=2)
+    applied = rmtkd.compress(model, train=rows, selection=rows, plan=again, epochs=0.0)
+    assert applied.plan.widths == made.widths and applied.plan.embedding_levels == 3
+
+
+def test_a_plan_of_another_number_of_levels_is_refused() -> None:
+    model, rows = tiny_bert(), list(random_rows(40))
+    split, _ = in_levels(model, find_sites(model), rows, 2)
+    made, _ = plan(split, calibration=rows, embedding_levels=2)
+    with pytest.raises(PlanError, match=r"embeddings\.word\.2: every site of the model must be in the plan"):
+        plan(in_levels(model, find_sites(model), rows, 3)[0], calibration=rows, given=made)
+
+
+def test_a_run_with_levels_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    model = tiny_bert()
+    rows, before = answered(model, 60), snapshot(model)
+    options: Any = {"embedding_levels": 3, "keep": SIX, "multiple_of": 2, "epochs": 1.0, "granularity": "layer"}
+    options |= {"precision": "fp32", "save_every_s": 0.0}
+    straight = rmtkd.compress(model, train=rows, selection=rows[:2], out=tmp_path / "straight", **options)
+    steps = 0
+
+    def stop(event: Any) -> None:
+        nonlocal steps
+        steps += event["event"] == "step"
+        if event["event"] == "step" and steps == 3:
+            raise KeyboardInterrupt
+
+    interrupted = rmtkd.compress(model, train=rows, selection=rows[:2], out=tmp_path / "run", on_event=stop, **options)
+    assert not interrupted.record["finished"]
+    result = rmtkd.resume(tmp_path / "run", model, train=rows, selection=rows[:2])
+    assert_untouched(result.model, snapshot(straight.model))
+    assert result.record["baseline"]["parameters"] == count_parameters(model)
+    finished = rmtkd.resume(tmp_path / "run", model, train=rows, selection=rows[:2])
+    assert_untouched(finished.model, snapshot(straight.model))
+    loaded = rmtkd.load(tmp_path / "run" / "model")
+    assert_untouched(loaded, snapshot(straight.model))
+    assert_untouched(model, before)
+    rows = answered(loaded, 60)
+    further = rmtkd.compress(loaded, train=rows, selection=rows, keep={"embeddings.word.0": 6}, epochs=0.0)
+    assert further.plan.widths["embeddings.word.0"] == 6
