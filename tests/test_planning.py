@@ -15,7 +15,7 @@ from torch import nn
 
 from conftest import assert_untouched, random_rows, snapshot, tiny_bert
 from rmtkd import spectra
-from rmtkd.activations import collect
+from rmtkd.activations import observe
 from rmtkd.bases import Basis
 from rmtkd.batches import Batch
 from rmtkd.errors import DataError, OptionError, PlanError
@@ -27,7 +27,7 @@ from rmtkd.surgery import fold
 MODEL = tiny_bert()
 SITES = find_sites(MODEL)
 BATCH: Batch = next(iter(random_rows(4)))
-SPECTRUMS = spectra_of(collect(MODEL, SITES, random_rows(64)))
+SPECTRUMS = spectra_of(observe(MODEL, SITES, random_rows(64)))
 
 
 PLANNED = make_plan(MODEL, SITES, SPECTRUMS, BATCH)
@@ -450,9 +450,14 @@ def test_the_aspect_ratio_is_that_of_one_group() -> None:
 
 
 def test_spectra_are_the_eigenvalues_of_every_stream() -> None:
-    moments = collect(MODEL, SITES, random_rows(32))
-    for name, spectrums in spectra_of(moments).items():
-        for spectrum, moment in zip(spectrums, moments[name], strict=True):
+    observed = observe(MODEL, SITES, random_rows(32))
+    for name, spectrums in spectra_of(observed).items():
+        for spectrum, stream in zip(spectrums, observed[name], strict=True):
+            moment = stream.moments
             expected = np.linalg.eigvalsh(moment.covariance().numpy())[:, ::-1]
             np.testing.assert_allclose(spectrum.eigenvalues, expected, rtol=1e-9, atol=1e-12)
             assert spectrum.samples == moment.count
+            assert spectrum.variances is not None and spectrum.effective_samples is not None
+            np.testing.assert_allclose(spectrum.variances.sum(-1), expected.sum(-1))
+            assert 0 < spectrum.effective_samples <= moment.count
+            assert spectrum.replicate is None

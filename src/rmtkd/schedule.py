@@ -236,7 +236,7 @@ def _is_pair(pair: object) -> bool:
         and isinstance(pair[0], str)
         and bool(pair[0])
         and type(pair[1]) is int
-        and pair[1] >= 1
+        and pair[1] >= 0
     )
 
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 from torch import nn
 
+from rmtkd.activations import Observed
 from rmtkd.batches import Batch
-from rmtkd.covariance import Covariance
 from rmtkd.errors import PlanError
 from rmtkd.planning.costs import COSTS, LATENCY, Amount, Cost, CostTable, Target
 from rmtkd.planning.desk import Count, Desk, Spectrum
@@ -16,12 +16,21 @@ from rmtkd.planning.plan import Plan
 from rmtkd.sites import Site, share_settings
 
 
-def spectra_of(moments: Mapping[str, Sequence[Covariance]]) -> dict[str, tuple[Spectrum, ...]]:
-    """The spectrum of every stream of every site."""
-    return {
-        name: tuple(Spectrum(eigenvalues=m.eigenvalues().numpy(), samples=m.count) for m in streams)
-        for name, streams in moments.items()
-    }
+def spectra_of(observed: Mapping[str, Sequence[Observed]]) -> dict[str, tuple[Spectrum, ...]]:
+    """The spectrum of every stream of every site, and what else rules look at."""
+    return {name: tuple(map(_spectrum, streams)) for name, streams in observed.items()}
+
+
+def _spectrum(stream: Observed) -> Spectrum:
+    covariance = stream.moments.covariance()
+    replicate = stream.replicates
+    return Spectrum(
+        eigenvalues=stream.moments.eigenvalues().numpy(),
+        samples=stream.moments.count,
+        variances=covariance.diagonal(dim1=-2, dim2=-1).numpy().copy(),
+        effective_samples=stream.effective_samples,
+        replicate=None if replicate is None else replicate.eigenvalues().numpy(),
+    )
 
 
 def make_plan(

@@ -215,6 +215,7 @@ class Desk:
             count=count,
             rule=edge.rule,
             samples=spectrum.samples,
+            effective_samples=spectrum.effective_samples,
             q=edge.q,
             sigma2=edge.sigma2,
             edge=edge.edge,

@@ -25,6 +25,7 @@ class SitePlan:
         count: directions above the noise edge per group, before rounding and sharing (the mean over heads).
         setting, each, groups_of, least: see `Site`.
         samples: vectors that the spectrum was measured on.
+        effective_samples: independent vectors that these are worth; None where unknown.
         q: aspect ratio of the noise that was fitted; dead directions, if any, are set aside.
         sigma2: noise variance; for the rule `mp`, `edge` is `sigma2 (1 + √q)²`.
         edge: the noise edge of the rule, in units of the activations' variance.
@@ -57,6 +58,7 @@ class SitePlan:
     margin: float | None
     energy: float
     why: str
+    effective_samples: float | None = None
     setting: str | None = None
     each: int = 1
     groups_of: str | None = None
