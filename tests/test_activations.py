@@ -129,7 +129,7 @@ def test_vectors_of_a_row_belong_together() -> None:
     for site in find_sites(model):
         ids = torch.arange(60).repeat_interleave(torch.tensor(rows.lengths))
         for value, vectors in zip(found[site.name], seen_without_padding(model, site, rows), strict=True):
-            expected = EffectiveSize(site.groups * site.width)
+            expected = EffectiveSize(site.groups * site.size)
             expected.update(vectors.flatten(1), ids)
             assert value == pytest.approx(expected.value(), rel=1e-6)
             assert value is not None and 0 < value <= sum(rows.lengths)
