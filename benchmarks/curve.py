@@ -1,4 +1,4 @@
-"""Accuracy against parameters, from 50 % down to 5 %: four ways to choose widths and directions, before and after recovery.
+"""Accuracy against parameters, from 50 % down to 5 %: four ways to choose widths and directions.
 
     python benchmarks/curve.py --teacher TEACHER --task sst2 --data DIR run [--methods …] [--sizes …] [--seeds …]
     python benchmarks/curve.py table
@@ -11,8 +11,8 @@
 | energy | the same share of variance everywhere | folded |
 | magnitude | the same share of every width | largest weights |
 
-Every cell (task, method, size, seed, learning rate) is one JSON file in `benchmarks/results/curve/`, and one that has its
-file is not run again. All share the teacher, whose answers to the training rows are computed once, the rows, the number
+Every cell (task, method, size, seed, learning rate) is one JSON file in `benchmarks/results/curve/`, and one that has
+its file is not run again. All share the teacher, whose answers to the training rows are computed once, the rows, the number
 of steps and the loss. The learning rate of a method at a size is the one that is best on selection rows with seed 0.
 Report rows are read once a cell, after all choices.
 """
@@ -37,6 +37,7 @@ from rmtkd.cutting import cut_in_order
 from rmtkd.distillation import Recovery, Teacher
 from rmtkd.dry_run import metrics_of
 from rmtkd.environment import has_bf16
+from rmtkd.levels import in_levels
 from rmtkd.measurement import accuracy, count_parameters, evaluation
 from rmtkd.planning import Plan, spectra_of
 from rmtkd.schedule import Options
@@ -118,7 +119,7 @@ class Work:
 def guarded(work: Work, size: float) -> nn.Module:
     """The library's default."""
     levels = Options(embedding_levels=LEVELS)
-    model, sites = compression.in_levels(work.model, work.sites, work.rows.train, levels.embedding_levels)
+    model, sites = in_levels(work.model, work.sites, work.rows.train, levels.embedding_levels)
     example = work.recipe.example(work.model, work.rows)
     metrics = metrics_of(model, sites, work.calibration, levels)
     made, _ = compression.plan(
@@ -279,8 +280,8 @@ def table() -> str:
                     n = cells[0]["baseline_parameters"]
                     share = statistics.mean(r["parameters"] for r in cells) / n
                     lines.append(
-                        f"| {method} | {size:.0%} | {share:.1%} | {len(cells)} | {lr:g} | {spread(cells, 'accuracy_cut')} "
-                        f"| {spread(cells, 'accuracy')} | {spread(cells, 'accuracy_selection')} |"
+                        f"| {method} | {size:.0%} | {share:.1%} | {len(cells)} | {lr:g} "
+                        f"| {spread(cells, 'accuracy_cut')} | {spread(cells, 'accuracy')} | {spread(cells, 'accuracy_selection')} |"
                     )
         lines.append("")
     return "\n".join(lines)
@@ -318,7 +319,9 @@ def main() -> None:
                 rates = chosen.learning_rates if seed == 0 or best is None else [best]
                 for lr in rates:
                     name = f"{chosen.task}-{method}-{size:g}-seed{seed}-{lr:g}"
-                    cell(RESULTS / f"{name}.json", lambda m=method, s=size, r=lr: run(work, m, s, r, chosen.epochs))
+                    cell(
+                        RESULTS / f"{name}.json", lambda w=work, m=method, s=size, r=lr: run(w, m, s, r, chosen.epochs)
+                    )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from rmtkd import batches as batching
-from rmtkd.activations import collect
+from rmtkd.activations import moments_of, observe
 from rmtkd.batches import Batch
 from rmtkd.cutting import cut_in_order
 from rmtkd.environment import has_bf16
@@ -30,6 +30,7 @@ from rmtkd.planning import (
 from rmtkd.schedule import Options
 from rmtkd.sensitivity import Sensitivity
 from rmtkd.sites import Site, blocks_of, find_sites
+from rmtkd.spectra import RULES
 from rmtkd.surgery import check_cut
 
 CHECK_ROWS = 4
@@ -75,8 +76,10 @@ def plan(
         given.check_fits(sites)
     elif chosen.uniform:
         uniform_sites(sites)  # refused before anything takes time
-    moments = collect(model, sites, calibration, pieces=pieces)
-    spectrums = spectra_of(moments)
+    rule = RULES[chosen.rule if given is None else given.rule]
+    seed = chosen.seed if "replicate" in getattr(rule, "needs", ()) else None
+    observed = observe(model, sites, calibration, pieces=pieces, replicate_seed=seed)
+    spectrums = spectra_of(observed)
     if example is None:
         example = batching.first(calibration, "calibration")
     if given is not None:
@@ -87,7 +90,7 @@ def plan(
     sensitivity = Sensitivity(
         model,
         uniform_sites(sites) if chosen.uniform else sites,
-        moments,
+        moments_of(observed),
         calibration if selection is None else selection,
         metrics=metrics_of(model, sites, calibration, chosen, pieces=pieces) if metrics is None else metrics,
         bf16=has_bf16(chosen.device),
@@ -186,6 +189,8 @@ def metrics_of(
 
 
 def narrowed(sites: Sequence[Site], plan: Plan) -> tuple[Site, ...]:
-    """The sites of the model that the plan narrows."""
+    """The sites of the model that the plan narrows; without the width of heads of which none is kept."""
     plan.check_fits(sites)
-    return tuple(site for site in sites if plan.widths[site.name] < site.width)
+    widths = plan.widths
+    gone = {name for name, width in widths.items() if width == 0}
+    return tuple(site for site in sites if widths[site.name] < site.width and site.groups_of not in gone)

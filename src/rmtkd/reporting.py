@@ -12,7 +12,8 @@ from rmtkd.planning import LATENCY, Plan, SitePlan
 def plan_table(plan: Plan, width: int = 120) -> Table:
     """A plan as a table, one line a site: how many directions (of one head) stand above the edge, how many stay.
 
-    Where the console is narrow, the noise level is left to plan.json, which also has the reasons in words.
+    Of n activation vectors n_eff are independent. Where the console is narrow, these and the noise level are left to
+    plan.json, which also has the reasons in words.
     """
     table = Table(
         title=(
@@ -39,7 +40,8 @@ def plan_table(plan: Plan, width: int = 120) -> Table:
         "kind": [site.kind for site in plan.sites],
         "width": [_per_head(site, site.width) for site in plan.sites],
         "above": [f"{site.count:.1f}" if site.groups > 1 else f"{site.count:.0f}" for site in plan.sites],
-        "keep": [_per_head(site, site.keep) + _mark(site, plan) for site in plan.sites],
+        "keep": [_kept(site, plan) + _mark(site, plan) for site in plan.sites],
+        "n_eff/n": [_independent(site) for site in plan.sites],
         "q": [f"{site.q:.2g}" for site in plan.sites],
         "noise σ²": [f"{site.sigma2:.3g}" for site in plan.sites],
         "edge": [f"{site.edge:.3g}" for site in plan.sites],
@@ -47,7 +49,7 @@ def plan_table(plan: Plan, width: int = 120) -> Table:
         "energy": [f"{site.energy:.1%}" for site in plan.sites],
     }
     if width < 100:
-        for name in ("q", "noise σ²", "edge"):
+        for name in ("n_eff/n", "q", "noise σ²", "edge"):
             del columns[name]
     for name in columns:
         table.add_column(name, justify="left" if name in ("site", "kind") else "right", no_wrap=True)
@@ -58,6 +60,18 @@ def plan_table(plan: Plan, width: int = 120) -> Table:
 
 def _per_head(site: SitePlan, width: int) -> str:
     return f"{site.groups}×{width}" if site.groups > 1 else str(width)
+
+
+def _kept(site: SitePlan, plan: Plan) -> str:
+    """The width that stays, in as many heads as stay."""
+    heads = plan.widths.get(site.groups_of or "", site.groups)
+    if heads == site.groups:
+        return _per_head(site, site.keep)
+    return f"{heads}×{site.keep}" if heads else "0"
+
+
+def _independent(site: SitePlan) -> str:
+    return "–" if site.effective_samples is None else f"{site.effective_samples / site.samples:.0%}"
 
 
 def _mark(site: SitePlan, plan: Plan) -> str:
@@ -228,10 +242,7 @@ def model_card(record: Mapping[str, Any], plan: Plan, loads_with: Iterable[str])
         "",
         "| site | before | after | why |",
         "|---|--:|--:|---|",
-        *(
-            f"| {site.name} | {_per_head(site, site.width)} | {_per_head(site, site.keep)} | {site.why} |"
-            for site in plan.sites
-        ),
+        *(f"| {site.name} | {_per_head(site, site.width)} | {_kept(site, plan)} | {site.why} |" for site in plan.sites),
         "",
         *(f"{remark}\n" for remark in plan.remarks),
         f"Stopped: {record['stop_reason']}. Seed {record['seed']}. Versions: "

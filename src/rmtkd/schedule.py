@@ -21,7 +21,8 @@ class Options:
     """All choices of a run.
 
     Attributes:
-        target: what remains (`25%params`, `40%flops`, `5M`); without one, what the rule keeps.
+        target: what remains (`25%params`, `5M`, `40%flops`, `40%latency`) or a speed-up (`2.5x`); without one, what
+            the policy keeps.
         policy: how widths are chosen: `guarded` by the loss that every width costs on selection rows, measured after
             cuts in closed form; `paper` by the noise edges alone, moved by a common factor to meet a target.
         max_loss: what guarded widths may cost in sum where there is no target, in nats of divergence from the teacher.
@@ -99,7 +100,7 @@ class Options:
             ("embedding_levels", self.embedding_levels >= 1, "at least 1"),
             ("embedding_levels", self.embedding_levels == 1 or not self.uniform, "1 in a uniform plan"),
             ("exclude", all(isinstance(name, str) and name for name in self.exclude), "names of sites"),
-            ("keep", all(_is_pair(pair) for pair in self.keep), "names of sites with a width from 1 each"),
+            ("keep", all(_is_pair(pair) for pair in self.keep), "names of sites with a width from 0 each"),
             ("calibration_share", 0 < self.calibration_share <= 1, "within (0, 1]"),
             ("seed", self.seed >= 0, "at least 0"),
             ("save_every_s", 0 <= self.save_every_s < math.inf, "at least 0"),
@@ -251,7 +252,7 @@ def _is_pair(pair: object) -> bool:
         and isinstance(pair[0], str)
         and bool(pair[0])
         and type(pair[1]) is int
-        and pair[1] >= 1
+        and pair[1] >= 0
     )
 
 

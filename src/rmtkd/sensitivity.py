@@ -114,9 +114,16 @@ class Sensitivity:
         for site in published.sites:
             counts = (site.count, site.floor)
             guesses[site.shares] |= {max(1, math.ceil(count)) for count in counts if count is not None}
-        least = published.multiple_of
         curves = {
-            shares: self.curve(shares, {least, *(round(share * group[0].width) for share in SHARES), *guesses[shares]})
+            shares: self.curve(
+                shares,
+                {
+                    group[0].least,
+                    *_floor(group[0], published.multiple_of),
+                    *(round(share * group[0].width) for share in SHARES),
+                    *guesses[shares],
+                },
+            )
             for shares, group in self.groups.items()
         }
         plans: list[tuple[float, Plan]] = []
@@ -162,6 +169,11 @@ class Sensitivity:
         with evaluation(self.model), self.autocast():
             answers = [self.pieces(batch, run) for batch in self.batches]
         return torch.cat(answers).double().log_softmax(-1)
+
+
+def _floor(site: Site, multiple_of: int) -> tuple[int, ...]:
+    """The least width but none that a plan gives; of heads, any number may stay."""
+    return (multiple_of,) if site.kind != "heads" else ()
 
 
 def _shared(plan: Plan) -> dict[str, int]:

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 from torch import nn
 
+from rmtkd.activations import Observed
 from rmtkd.batches import Batch
-from rmtkd.covariance import Covariance
 from rmtkd.errors import PlanError
 from rmtkd.planning.budget import Curve
 from rmtkd.planning.costs import COSTS, LATENCY, Amount, Cost, CostTable, Target
@@ -18,12 +18,21 @@ from rmtkd.sites import Site, share_settings
 from rmtkd.spectra import Spectrum
 
 
-def spectra_of(moments: Mapping[str, Sequence[Covariance]]) -> dict[str, tuple[Spectrum, ...]]:
-    """The spectrum of every stream of every site."""
-    return {
-        name: tuple(Spectrum(eigenvalues=m.eigenvalues().numpy(), samples=m.count) for m in streams)
-        for name, streams in moments.items()
-    }
+def spectra_of(observed: Mapping[str, Sequence[Observed]]) -> dict[str, tuple[Spectrum, ...]]:
+    """The spectrum of every stream of every site, and what else rules look at."""
+    return {name: tuple(map(_spectrum, streams)) for name, streams in observed.items()}
+
+
+def _spectrum(stream: Observed) -> Spectrum:
+    covariance = stream.moments.covariance()
+    replicate = stream.replicates
+    return Spectrum(
+        eigenvalues=stream.moments.eigenvalues().numpy(),
+        samples=stream.moments.count,
+        variances=covariance.diagonal(dim1=-2, dim2=-1).numpy().copy(),
+        effective_samples=stream.effective_samples,
+        replicate=None if replicate is None else replicate.eigenvalues().numpy(),
+    )
 
 
 def make_plan(
@@ -245,9 +254,7 @@ def _timed(count: Count, baseline: Cost, latency: LatencyTable | None) -> tuple[
 
 def _check_spectrums(sites: Sequence[Site], spectrums: Mapping[str, Sequence[Spectrum]]) -> None:
     strangers = {site.name for site in sites} ^ set(spectrums) or {
-        site.name
-        for site in sites
-        if {s.eigenvalues.shape for s in spectrums[site.name]} != {(site.groups, site.width)}
+        site.name for site in sites if {s.eigenvalues.shape for s in spectrums[site.name]} != {(site.groups, site.size)}
     }
     if strangers:
         raise PlanError(
