@@ -2,7 +2,6 @@
 
     python benchmarks/curve.py --teacher TEACHER --task sst2 --data DIR run [--methods …] [--sizes …] [--seeds …]
     python benchmarks/curve.py table
-    python benchmarks/curve.py figure FILE.svg
 
 | method | widths | directions |
 |---|---|---|
@@ -12,8 +11,8 @@
 | magnitude | the same share of every width | largest weights |
 
 Every cell (task, method, size, seed, learning rate) is one JSON file in `benchmarks/results/curve/`, and one that has
-its file is not run again. All share the teacher, whose answers to the training rows are computed once, the rows, the number
-of steps and the loss. The learning rate of a method at a size is the one that is best on selection rows with seed 0.
+its file is not run again. All share the teacher, whose answers to the training rows are computed once, the rows, the
+number of steps and the loss. The learning rate of a method at a size is the one that is best on selection rows with seed 0.
 Report rows are read once a cell, after all choices.
 """
 
@@ -23,7 +22,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -281,7 +280,8 @@ def table() -> str:
                     share = statistics.mean(r["parameters"] for r in cells) / n
                     lines.append(
                         f"| {method} | {size:.0%} | {share:.1%} | {len(cells)} | {lr:g} "
-                        f"| {spread(cells, 'accuracy_cut')} | {spread(cells, 'accuracy')} | {spread(cells, 'accuracy_selection')} |"
+                        f"| {spread(cells, 'accuracy_cut')} | {spread(cells, 'accuracy')} "
+                        f"| {spread(cells, 'accuracy_selection')} |"
                     )
         lines.append("")
     return "\n".join(lines)

@@ -114,18 +114,11 @@ class Sensitivity:
         for site in published.sites:
             counts = (site.count, site.floor)
             guesses[site.shares] |= {max(1, math.ceil(count)) for count in counts if count is not None}
-        curves = {
-            shares: self.curve(
-                shares,
-                {
-                    group[0].least,
-                    *_floor(group[0], published.multiple_of),
-                    *(round(share * group[0].width) for share in SHARES),
-                    *guesses[shares],
-                },
-            )
-            for shares, group in self.groups.items()
-        }
+        curves = {}
+        for shares, group in self.groups.items():
+            spaced = (round(share * group[0].width) for share in SHARES)
+            floor = _floor(group[0], published.multiple_of)
+            curves[shares] = self.curve(shares, {group[0].least, *floor, *spaced, *guesses[shares]})
         plans: list[tuple[float, Plan]] = []
         for _ in range(1 + PASSES):
             if plans:
