@@ -12,8 +12,8 @@
 
 Every cell (task, method, size, seed, learning rate) is one JSON file in `benchmarks/results/curve/`, and one that has
 its file is not run again. All share the teacher, whose answers to the training rows are computed once, the rows, the
-number of steps and the loss. The learning rate of a method at a size is the one that is best on selection rows with seed 0.
-Report rows are read once a cell, after all choices.
+number of steps and the loss. The learning rate of a method at a size is the one that is best on selection rows with
+seed 0. Report rows are read once a cell, after all choices.
 """
 
 import argparse
@@ -319,9 +319,7 @@ def main() -> None:
                 rates = chosen.learning_rates if seed == 0 or best is None else [best]
                 for lr in rates:
                     name = f"{chosen.task}-{method}-{size:g}-seed{seed}-{lr:g}"
-                    cell(
-                        RESULTS / f"{name}.json", lambda w=work, m=method, s=size, r=lr: run(w, m, s, r, chosen.epochs)
-                    )
+                    cell(RESULTS / f"{name}.json", partial(run, work, method, size, lr, chosen.epochs))
 
 
 if __name__ == "__main__":

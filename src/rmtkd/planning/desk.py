@@ -164,7 +164,7 @@ class Desk:
             widths |= {site.name: keep for site in group}
         return widths
 
-    def _rounded(self, shares: str, wish: float) -> int:
+    def _rounded(self, shares: str, wish: float | int) -> int:
         """The multiple that a wish is rounded up to, at least the floor. Heads are counted one by one."""
         site = self.groups[shares][0]
         multiple = self.multiple_of if _is_counted(site) else 1

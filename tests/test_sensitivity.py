@@ -1,0 +1,180 @@
+"""The claims of guarded plans: the measured loss is that of the narrowed model, budgets are kept, and the plan that is
+chosen loses no more than the one of common edges."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import rmtkd
+from conftest import assert_untouched, random_rows, snapshot, tiny_bert
+from rmtkd import batches as batching
+from rmtkd.activations import collect
+from rmtkd.cutting import fit_bases
+from rmtkd.dry_run import metrics_of
+from rmtkd.errors import DataError, PlanError
+from rmtkd.measurement import evaluation
+from rmtkd.planning import Plan, retarget
+from rmtkd.schedule import Options
+from rmtkd.sensitivity import Sensitivity, spread
+from rmtkd.sites import by_width, find_sites
+from rmtkd.surgery import fold
+
+MODEL = tiny_bert()
+SITES = find_sites(MODEL)
+ROWS = random_rows(200)
+HELD_OUT = random_rows(60, seed=1)
+MOMENTS = collect(MODEL, SITES, ROWS)
+SENSITIVITY = Sensitivity(MODEL, SITES, MOMENTS, HELD_OUT)
+
+
+@pytest.fixture(scope="module")
+def planned() -> tuple[Plan, dict]:
+    return rmtkd.plan(MODEL, calibration=ROWS, selection=HELD_OUT, target="50%params", multiple_of=2)
+
+
+@torch.no_grad()
+def divergence(student: torch.nn.Module) -> float:
+    """Of a model's answers from those of `MODEL`, over all held-out rows."""
+    total = count = 0.0
+    with evaluation(MODEL), evaluation(student):
+        for batch in HELD_OUT:
+            a, b = (batching.logits(net, batch).double().log_softmax(-1) for net in (MODEL, student))
+            total, count = total + float((a.exp() * (a - b)).sum()), count + len(a)
+    return total / count
+
+
+@pytest.mark.parametrize("shares", list(by_width(SITES)))
+def test_the_loss_of_a_width_is_that_of_the_narrowed_model(shares: str) -> None:
+    group = by_width(SITES)[shares]
+    width = max(1, group[0].width // 2)
+    bases = {site.name: fit_bases(MODEL, site, MOMENTS[site.name], width) for site in group}
+    assert SENSITIVITY.loss({shares: width}) == pytest.approx(divergence(fold(MODEL, group, bases)), rel=1e-3, abs=1e-6)
+
+
+def test_nothing_is_lost_at_full_width() -> None:
+    assert SENSITIVITY.loss({}) == 0
+    assert SENSITIVITY.loss({shares: group[0].width for shares, group in by_width(SITES).items()}) == 0
+
+
+def test_a_curve_ends_at_full_width_without_loss() -> None:
+    curve = SENSITIVITY.curve("layer.0.ffn", [4, 99, 12, 4])
+    assert curve.widths == (4, 12, 48)
+    assert curve.losses[-1] == 0 < curve.losses[0]
+    assert curve.is_sound
+
+
+def test_measuring_leaves_the_model_as_it_was() -> None:
+    model = tiny_bert(seed=3)
+    before = snapshot(model)
+    rmtkd.plan(model, calibration=ROWS, selection=HELD_OUT, target="60%params", multiple_of=4)
+    assert_untouched(model, before)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_guarded_plan_meets_its_target_and_says_what_it_loses(planned: tuple[Plan, dict]) -> None:
+    made, _ = planned
+    assert made.policy == "guarded"
+    assert made.meets_target
+    assert made.predicted["params"] >= 0.47 * made.baseline["params"]
+    metrics = metrics_of(MODEL, SITES, ROWS, Options())
+    again = Sensitivity(MODEL, SITES, MOMENTS, HELD_OUT, metrics=metrics)
+    assert made.loss == pytest.approx(again.loss({site.shares: site.keep for site in made.sites}), rel=0.1)
+    assert all(site.loss is not None for site in made.sites)
+
+
+def test_it_loses_no_more_than_the_plan_of_common_edges(planned: tuple[Plan, dict]) -> None:
+    paper, _ = rmtkd.plan(MODEL, calibration=ROWS, target="50%params", multiple_of=2, policy="paper")
+    metrics = metrics_of(MODEL, SITES, ROWS, Options())
+    judge = Sensitivity(MODEL, SITES, MOMENTS, HELD_OUT, metrics=metrics)
+    made = planned[0]
+    assert made.loss is not None
+    assert made.loss <= judge.loss({site.shares: site.keep for site in paper.sites})
+
+
+def test_without_a_target_the_sum_of_losses_is_bounded() -> None:
+    tight, loose = (
+        rmtkd.plan(MODEL, calibration=ROWS, selection=HELD_OUT, multiple_of=2, max_loss=bound)[0]
+        for bound in (0.001, 0.2)
+    )
+    for plan, bound in ((tight, 0.001), (loose, 0.2)):
+        assert plan.curves is not None
+        kept = {site.shares: site.keep for site in plan.sites}
+        assert sum(curve.loss(kept[shares]) for shares, curve in plan.curves.items()) <= bound
+    assert loose.predicted["params"] < tight.predicted["params"]
+
+
+def test_several_targets_come_from_one_measurement(planned: tuple[Plan, dict]) -> None:
+    made, spectrums = planned
+    made = Plan.from_json(made.to_json())
+    sizes = [
+        retarget(made, spectrums, target=target).predicted["params"]
+        for target in ("70%params", "40%params", "30%params")
+    ]
+    assert sizes == sorted(sizes, reverse=True)
+    assert retarget(made, spectrums, target="40%params").loss is None  # a prediction, not a measurement
+    assert retarget(made, spectrums, policy="paper").policy == "paper"
+
+
+def test_guarding_a_plan_without_curves_takes_the_model() -> None:
+    paper, spectrums = rmtkd.plan(MODEL, calibration=ROWS, multiple_of=2, policy="paper")
+    with pytest.raises(PlanError, match="Plan with the model"):
+        retarget(paper, spectrums, policy="guarded")
+
+
+def test_losses_on_calibration_rows_are_told() -> None:
+    made, _ = rmtkd.plan(MODEL, calibration=ROWS, multiple_of=4)
+    assert any("calibration rows" in remark for remark in made.remarks)
+
+
+def test_fixed_widths_stay() -> None:
+    made, _ = rmtkd.plan(
+        MODEL,
+        calibration=ROWS,
+        selection=HELD_OUT,
+        target="60%params",
+        multiple_of=2,
+        keep={"layer.0.ffn": 21},
+        exclude=["layer.1.head"],
+    )
+    assert made.widths["layer.0.ffn"] == 21
+    assert made.widths["layer.1.value"] == 16
+    assert made.meets_target
+
+
+def test_an_unreachable_target_names_the_least() -> None:
+    with pytest.raises(PlanError, match="at least"):
+        rmtkd.plan(MODEL, calibration=ROWS, selection=HELD_OUT, target="1%params")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda curves: curves.pop("layer.0.ffn"),
+        lambda curves: curves["layer.0.ffn"].update(widths=[3, 2, 48]),
+        lambda curves: curves["layer.0.ffn"].update(weight=0.0),
+        lambda curves: curves["layer.0.ffn"]["losses"].pop(),
+    ],
+)
+def test_broken_curves_in_a_plan_are_named(planned: tuple[Plan, dict], change) -> None:
+    fields = json.loads(planned[0].to_json())
+    change(fields["curves"])
+    with pytest.raises(PlanError, match="curves must"):
+        Plan.from_json(json.dumps(fields))
+
+
+def test_rows_are_spread_over_batches() -> None:
+    rows = random_rows(100, batch_size=10)
+    picked = spread(rows, 20)
+    assert sum(batching.rows(batch) for batch in picked) == 20
+    assert len(picked) == 10
+    assert sum(batching.rows(batch) for batch in spread(rows, 1000)) == 100
+    with pytest.raises(DataError, match="at least one row"):
+        spread([], 10)
+
+
+def test_a_plan_is_a_value(planned: tuple[Plan, dict]) -> None:
+    made = planned[0]
+    assert Plan.from_json(made.to_json()) == made
+    assert replace(made, remarks=()) != made or not made.remarks
