@@ -27,6 +27,7 @@ ORDER = [
     "sites",
     "activations",
     "levels",
+    "vocabulary",
     "bases",
     "surgery",
     "pretrained",
