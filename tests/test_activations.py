@@ -10,9 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from conftest import assert_untouched, random_rows, snapshot, tiny_bert
-from rmtkd.activations import attach, collect, in_groups, readers
-from rmtkd.errors import DataError
+from rmtkd.activations import attach, collect, in_groups, moments_of, observe, readers
+from rmtkd.covariance import Covariance
+from rmtkd.effective import EffectiveSize
+from rmtkd.errors import DataError, UnsupportedModelError
+from rmtkd.memory import Pieces
 from rmtkd.recipes.rows import TokenRows
+from rmtkd.replicates import Replicates
 from rmtkd.sites import Site, find_sites
 from rmtkd.surgery import factorize_embedding, fill_with_zeros, skeleton
 
@@ -109,6 +113,112 @@ def test_dropout_is_off_while_activations_are_seen() -> None:
     sites = find_sites(model)
     a, b = collect(model, sites, rows), collect(model.train(), sites, rows)
     assert torch.equal(a["layer.1.ffn"][0].covariance(), b["layer.1.ffn"][0].covariance())
+
+
+# ---------------------------------------------------------------------------------------------- rows
+
+
+def effective(model: nn.Module, batches: Iterable, **options) -> dict[str, list[float | None]]:
+    observed = observe(model, find_sites(model), batches, **options)
+    return {name: [stream.effective_samples for stream in streams] for name, streams in observed.items()}
+
+
+def test_vectors_of_a_row_belong_together() -> None:
+    model, rows = double_bert(), random_rows(60)
+    found = effective(model, rows)
+    for site in find_sites(model):
+        ids = torch.arange(60).repeat_interleave(torch.tensor(rows.lengths))
+        for value, vectors in zip(found[site.name], seen_without_padding(model, site, rows), strict=True):
+            expected = EffectiveSize(site.groups * site.width)
+            expected.update(vectors.flatten(1), ids)
+            assert value == pytest.approx(expected.value(), rel=1e-6)
+            assert value is not None and 0 < value <= sum(rows.lengths)
+
+
+def test_the_effective_number_is_that_of_the_rows_and_not_of_the_batches() -> None:
+    model = double_bert()
+    (whole,) = random_rows(60, batch_size=60)
+    bare = {name: value for name, value in whole.items() if name != "row_ids"}
+    shuffled = list(random_rows(60, batch_size=9, shuffle=True))
+    for one, others in (
+        (whole, [shuffled, shuffled[::-1], list(random_rows(60, batch_size=7))]),
+        (bare, [[{name: value[i : i + 7] for name, value in bare.items()} for i in range(0, 60, 7)]]),
+    ):
+        expected = effective(model, [one])
+        for found in (effective(model, [one], pieces=Pieces(count=4)), *(effective(model, x) for x in others)):
+            for name in expected:
+                assert found[name] == pytest.approx(expected[name], rel=1e-6)
+
+
+def test_one_row_says_nothing_of_its_effective_number() -> None:
+    batch = {"input_ids": torch.randint(1, 50, (1, 24)).repeat(1, 1)}
+    model = double_bert()
+    heads = [site for site in find_sites(model) if site.groups == 2]
+    observed = observe(model, heads, [batch])
+    assert all(stream.effective_samples is None for streams in observed.values() for stream in streams)
+
+
+def test_what_observing_and_collecting_give_is_the_same() -> None:
+    model, rows = tiny_bert(), random_rows(40)
+    sites = find_sites(model)
+    collected, observed = collect(model, sites, rows), moments_of(observe(model, sites, rows, replicate_seed=0))
+    for name in collected:
+        for a, b in zip(collected[name], observed[name], strict=True):
+            assert torch.equal(a.covariance(), b.covariance())
+
+
+# ---------------------------------------------------------------------------------------------- two stochastic passes
+
+
+def replicated(
+    model: nn.Module, name: str, seed: int = 0, rows: TokenRows | None = None
+) -> tuple[Covariance, Replicates]:
+    (stream,) = observe(model, find_sites(model), rows or random_rows(60), replicate_seed=seed)[name]
+    assert stream.replicates is not None
+    return stream.moments, stream.replicates
+
+
+def test_two_stochastic_passes_share_what_is_before_any_dropout_and_differ_after() -> None:
+    moments, replicates = replicated(double_bert(), "embeddings.word")
+    torch.testing.assert_close(replicates.covariance(), moments.covariance(), rtol=1e-10, atol=1e-10)
+    _, replicates = replicated(double_bert(), "layer.1.ffn")
+    found = replicates.eigenvalues()
+    assert found.shape == (1, 48)
+    assert float(found.min()) < -1e-4 * float(found.max())
+    assert (found.diff(dim=-1) <= 0).all()
+
+
+def test_replicates_are_drawn_from_their_seed_and_leave_random_numbers_alone() -> None:
+    model = double_bert()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first, again, other = (replicated(model, "layer.1.ffn", seed)[1].covariance() for seed in (1, 1, 2))
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other, rtol=1e-6)
+
+
+def test_replicates_train_no_norm_and_leave_every_mode_as_it_was() -> None:
+    model = double_bert()
+    model.get_submodule("bert.encoder.layer.0").register_module("counter", nn.BatchNorm1d(2).double())
+    modes, before = [module.training for module in model.modules()], snapshot(model)
+    seen = []
+    for module in (model.get_submodule("bert.encoder.layer.0.output"), model.get_submodule("bert.embeddings.dropout")):
+        module.register_forward_hook(lambda module, *_: seen.append((type(module).__name__, module.training)))
+    rows = random_rows(60)
+    replicated(model, "layer.0.ffn", rows=rows)
+    assert {training for name, training in seen if name != "Dropout"} == {False}
+    assert [training for name, training in seen if name == "Dropout"] == [False, True, True] * len(list(rows))
+    assert [module.training for module in model.modules()] == modes
+    assert_untouched(model, before)
+
+
+def test_a_model_without_dropout_has_no_stochastic_pass() -> None:
+    model = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    with pytest.raises(UnsupportedModelError, match="BertForSequenceClassification has no stochastic pass"):
+        replicated(model, "layer.0.ffn")
+    assert hooks(model) == 0
 
 
 # ---------------------------------------------------------------------------------------------- what is left behind

@@ -2,13 +2,14 @@
 
 import json
 import os
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from conftest import random_rows, tiny_bert
 from rmtkd import compression
-from rmtkd.checkpoint import RunFolder, new_folder, write_atomically, write_json
+from rmtkd.checkpoint import RunFolder, new_folder, read_planned, write_atomically, write_json
 from rmtkd.errors import RunError
 from rmtkd.planning import Plan
 
@@ -125,6 +126,31 @@ def test_a_saved_plan_reads_back_equal_with_its_spectra(tmp_path: Path):
     arrays = np.load(tmp_path / "run" / "spectra.npz", allow_pickle=False)
     assert np.array_equal(arrays["layer.0.ffn/0/eigenvalues"], spectrums["layer.0.ffn"][0].eigenvalues)
     assert arrays["layer.0.ffn/0/samples"] == spectrums["layer.0.ffn"][0].samples
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_spectra_read_back_whole_and_those_of_earlier_versions_with_what_they_hold(tmp_path: Path, older: bool):
+    import numpy as np
+
+    made, spectrums = compression.plan(tiny_bert(), calibration=list(random_rows(200)), multiple_of=2)
+    spectrums = {
+        name: tuple(replace(s, replicate=-s.eigenvalues) for s in streams) for name, streams in spectrums.items()
+    }
+    RunFolder.for_plan(tmp_path).save_plan(made, spectrums)
+    if older:
+        arrays = dict(np.load(tmp_path / "spectra.npz"))
+        np.savez(
+            tmp_path / "spectra.npz", **{k: v for k, v in arrays.items() if k.endswith(("/eigenvalues", "/samples"))}
+        )
+    _, read = read_planned(tmp_path)
+    assert list(read) == sorted(spectrums)
+    for name, streams in spectrums.items():
+        for stored, spectrum in zip(read[name], streams, strict=True):
+            assert spectrum.effective_samples is not None
+            for field, value in asdict(spectrum).items():
+                expected = None if older and field not in ("eigenvalues", "samples") else value
+                assert np.array_equal(getattr(stored, field), expected)  # type: ignore[arg-type]
+                assert type(getattr(stored, field)) is type(expected)
 
 
 def test_planning_again_keeps_the_earlier_plan_under_a_number(tmp_path: Path):

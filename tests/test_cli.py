@@ -19,6 +19,8 @@ import rmtkd
 from conftest import Sentiment, make_tokenizer, tiny_bert, write_sentiment_rows
 from rmtkd import artifact, cli, recipes
 from rmtkd.checkpoint import RunFolder
+from rmtkd.planning import LatencyTable, Plan
+from rmtkd.sites import find_sites
 
 Result = tuple[int, str, str]
 Command = Callable[..., Result]
@@ -194,6 +196,45 @@ def test_a_uniform_plan_stays_uniform_when_made_anew_and_applied(
     words = ("--multiple-of", 4, "--uniform", "--target", "85%params")
     code, *_ = command("compress", "sst2", *common, "--out", other, "--epochs", 0, *words)
     assert code == 0 and contents(other)["plan.json"] == contents(run)["plan.json"]
+
+
+def test_a_target_of_latency_rests_on_times_that_are_measured_once(
+    sentiment: Sentiment, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("RMTKD_CACHE", str(tmp_path / "cache"))
+    task = recipes.get("sst2")
+    source = task.load(str(sentiment.teacher))
+    example = task.example(source.model, task.rows(sentiment.data, source, 0))
+    # Times as if they had been measured before: of no clock, but the number of parameters of what is called.
+    table = LatencyTable.cached(
+        source.model, find_sites(source.model), example, stopwatch=lambda calls, _: [parameters_of(c) for c in calls]
+    )
+    run, common = tmp_path / "run", ("--model", sentiment.teacher, "--data", sentiment.data)
+    code, told, log = command("plan", "sst2", *common, "--out", run, *QUICK[2:], "--target", "1.4x")
+    assert code == 0 and "are timed on this machine, if they were not before" in log
+    assert "Latency is predicted" in told and "predicted from measured shapes" in told
+    made = Plan.read(run / "plan.json")
+    assert made.latency == table and made.predicted["latency_ms"] == table.cost(made.widths)
+
+    for path in (tmp_path / "cache").iterdir():
+        path.unlink()  # from here on the plan's own times count
+    code, told, _ = command("plan", run, "--target", "60%latency", "--json")
+    again = Plan.from_json(told)
+    assert code == 0 and again.latency == table and again.predicted["latency_ms"] <= 0.6 * table.full_ms
+    code, _, log = command("compress", "sst2", *common, "--out", run, "--plan", run / "plan.json", "--epochs", 0)
+    assert code == 0 and "stopped: target: 60%latency reached, as predicted from measured shapes" in log
+    assert Plan.read(run / "plan.json").latency == table
+    assert not list((tmp_path / "cache").iterdir())
+
+    other = tmp_path / "other"
+    assert command("plan", "sst2", *common, "--out", other, *QUICK)[0] == 0
+    code, _, log = command("plan", other, "--target", "2x")
+    assert code == 2 and "must rest on measured times" in log and "rmtkd plan RECIPE --model MODEL" in log
+
+
+def parameters_of(call: Any) -> float:
+    module = call.func if isinstance(call.func, torch.nn.Module) else call.args[0]
+    return float(sum(parameter.numel() for parameter in module.parameters()))
 
 
 def test_a_broken_plan_is_refused_line_by_line_and_leaves_nothing_behind(

@@ -18,6 +18,8 @@ ORDER = [
     "environment",
     "spectra",
     "covariance",
+    "effective",
+    "replicates",
     "batches",
     "memory",
     "measurement",

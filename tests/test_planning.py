@@ -15,7 +15,7 @@ from torch import nn
 
 from conftest import assert_untouched, random_rows, snapshot, tiny_bert
 from rmtkd import spectra
-from rmtkd.activations import collect
+from rmtkd.activations import observe
 from rmtkd.bases import Basis
 from rmtkd.batches import Batch
 from rmtkd.errors import DataError, OptionError, PlanError
@@ -27,7 +27,7 @@ from rmtkd.surgery import fold
 MODEL = tiny_bert()
 SITES = find_sites(MODEL)
 BATCH: Batch = next(iter(random_rows(4)))
-SPECTRUMS = spectra_of(collect(MODEL, SITES, random_rows(64)))
+SPECTRUMS = spectra_of(observe(MODEL, SITES, random_rows(64)))
 
 
 PLANNED = make_plan(MODEL, SITES, SPECTRUMS, BATCH)
@@ -87,6 +87,10 @@ def narrowed(widths: dict[str, int], model: nn.Module = MODEL) -> nn.Module:
         (" 12.5 % PARAMS ", "params", 0.125, True),
         (".5%params", "params", 0.005, True),
         ("100%params", "params", 1.0, True),
+        ("40%latency", "latency_ms", 0.4, True),
+        ("2.5x", "latency_ms", 0.4, True),
+        ("4 X", "latency_ms", 0.25, True),
+        ("1×", "latency_ms", 1.0, True),
         ("5M", "params", 5e6, False),
         ("1.5m", "params", 1.5e6, False),
         ("800k", "params", 8e5, False),
@@ -106,7 +110,11 @@ def test_a_target_is_read(text: str, cost: str, amount: float, is_share: bool) -
     [
         ("25%parms", "Did you mean 'params'"),
         ("25%flop", "Did you mean 'flops'"),
-        ("25%accuracy", "one of params, flops"),
+        ("25%accuracy", "one of params, flops, latency"),
+        ("50%latencies", "Did you mean 'latency'"),
+        ("0.5x", "speed-up from 1x"),
+        ("1000000x", "speed-up from 1x"),
+        ("x", "such as 25%params"),
         ("0%params", "more than 0 %"),
         ("101%params", "at most 100 %"),
         ("25%", "such as 25%params"),
@@ -440,9 +448,14 @@ def test_the_aspect_ratio_is_that_of_one_group() -> None:
 
 
 def test_spectra_are_the_eigenvalues_of_every_stream() -> None:
-    moments = collect(MODEL, SITES, random_rows(32))
-    for name, spectrums in spectra_of(moments).items():
-        for spectrum, moment in zip(spectrums, moments[name], strict=True):
+    observed = observe(MODEL, SITES, random_rows(32))
+    for name, spectrums in spectra_of(observed).items():
+        for spectrum, stream in zip(spectrums, observed[name], strict=True):
+            moment = stream.moments
             expected = np.linalg.eigvalsh(moment.covariance().numpy())[:, ::-1]
             np.testing.assert_allclose(spectrum.eigenvalues, expected, rtol=1e-9, atol=1e-12)
             assert spectrum.samples == moment.count
+            assert spectrum.variances is not None and spectrum.effective_samples is not None
+            np.testing.assert_allclose(spectrum.variances.sum(-1), expected.sum(-1))
+            assert 0 < spectrum.effective_samples <= moment.count
+            assert spectrum.replicate is None

@@ -20,7 +20,7 @@ from torch import nn
 
 from conftest import random_rows, tiny_bert
 from rmtkd import reporting
-from rmtkd.activations import collect
+from rmtkd.activations import observe
 from rmtkd.checkpoint import RunFolder, read_planned
 from rmtkd.errors import OptionError, PlanError, RmtkdError, RunError
 from rmtkd.planning import (
@@ -43,7 +43,7 @@ from rmtkd.sites import Axis, Site, Stream, by_width, find_sites
 MODEL = tiny_bert()
 SITES = find_sites(MODEL)
 BATCH = next(iter(random_rows(4)))
-SPECTRUMS = spectra_of(collect(MODEL, SITES, random_rows(64)))
+SPECTRUMS = spectra_of(observe(MODEL, SITES, random_rows(64)))
 PLAN = make_plan(MODEL, SITES, SPECTRUMS, BATCH, multiple_of=2, target=Target.parse("60%params"))
 LINES = PLAN.to_json().splitlines()
 ANY_WIDTHS = st.fixed_dictionaries(

@@ -17,7 +17,7 @@ from rmtkd.schedule import History, Options, Round, stop_reason, too_much_lost
         ({"target": "25%parms"}, "Did you mean 'params'"),
         ({"target": "0%params"}, "more than 0 %"),
         ({"target": "101%flops"}, "at most 100 %"),
-        ({"target": "small"}, "25%params, 40%flops or 5M"),
+        ({"target": "small"}, "25%params, 40%flops, 2.5x or 5M"),
         ({"tau": 0.0}, r"tau must be within \(0, 1\)\. Got 0\.0"),
         ({"tau": 1.0}, "tau must be within"),
         ({"tau": float("nan")}, "tau must be within"),

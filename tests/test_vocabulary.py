@@ -127,7 +127,7 @@ def test_a_run_with_a_trimmed_vocabulary_says_what_was_trimmed_and_travels_with_
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     marks = [("[CLS]", known["[CLS]"]), ("[SEP]", known["[SEP]"])]
     backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=marks)
-    names = {name: value for name, value in make_tokenizer().special_tokens_map.items()}
+    names = make_tokenizer().special_tokens_map
     PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(teacher)
     options = ["--data", str(sentiment.data), "--epochs", "0", "--target", "80%params", "--trim-vocabulary"]
     done = CliRunner().invoke(app, ["compress", "sst2", "--model", str(teacher), "--out", str(out), *options])

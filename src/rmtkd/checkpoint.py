@@ -15,6 +15,7 @@ import shutil
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +70,22 @@ def read_planned(folder: Path) -> tuple[Plan, dict[str, tuple[Spectrum, ...]]]:
         with np.load(folder / "spectra.npz") as arrays:
             for key in sorted(name for name in arrays if name.endswith("/eigenvalues")):
                 name = key.rsplit("/", 2)[0]
-                samples = int(arrays[key.replace("eigenvalues", "samples")])
-                spectrum = Spectrum(eigenvalues=arrays[key], samples=samples)
-                spectrums[name] = (*spectrums.get(name, ()), spectrum)
+                spectrums[name] = (*spectrums.get(name, ()), _read_spectrum(arrays, key.rsplit("/", 1)[0]))
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise RunError(
             f"spectra.npz must be the arrays that rmtkd wrote. Reading {folder / 'spectra.npz'} gave {error!r}. "
             "Plan anew with the model."
         ) from None
     return plan, spectrums
+
+
+def _read_spectrum(arrays: Mapping[str, np.ndarray], prefix: str) -> Spectrum:
+    """What is stored of one stream; folders of earlier versions hold less."""
+    found: dict[str, Any] = {}
+    for name in (field.name for field in fields(Spectrum)):
+        if (value := arrays.get(f"{prefix}/{name}")) is not None:
+            found[name] = value if value.ndim else value.item()
+    return Spectrum(**found)
 
 
 @contextmanager
@@ -283,8 +291,8 @@ class RunFolder:
         arrays = {}
         for name, streams in spectrums.items():
             for i, spectrum in enumerate(streams):
-                arrays[f"{name}/{i}/eigenvalues"] = spectrum.eigenvalues
-                arrays[f"{name}/{i}/samples"] = np.int64(spectrum.samples)
+                known = {field: value for field, value in asdict(spectrum).items() if value is not None}
+                arrays |= {f"{name}/{i}/{field}": np.asarray(value) for field, value in known.items()}
         packed = io.BytesIO()
         np.savez_compressed(packed, **arrays)
         with _told(self.path):

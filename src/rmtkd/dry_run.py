@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from rmtkd import batches as batching
-from rmtkd.activations import collect
+from rmtkd.activations import observe
 from rmtkd.batches import Batch
 from rmtkd.cutting import cut_in_order
 from rmtkd.levels import in_levels
@@ -15,6 +15,7 @@ from rmtkd.memory import Pieces
 from rmtkd.planning import Plan, Spectrum, Target, make_plan, settle, spectra_of, uniform_sites
 from rmtkd.schedule import Options
 from rmtkd.sites import Site, blocks_of, find_sites
+from rmtkd.spectra import RULES
 from rmtkd.surgery import check_cut
 
 CHECK_ROWS = 4
@@ -55,7 +56,9 @@ def plan(
         given.check_fits(sites)
     elif chosen.uniform:
         uniform_sites(sites)  # refused before anything takes time
-    spectrums = spectra_of(collect(model, sites, calibration, pieces=pieces))
+    rule = RULES[chosen.rule if given is None else given.rule]
+    seed = chosen.seed if "replicate" in getattr(rule, "needs", ()) else None
+    spectrums = spectra_of(observe(model, sites, calibration, pieces=pieces, replicate_seed=seed))
     if example is None:
         example = batching.first(calibration, "calibration")
     if given is not None:

@@ -4,9 +4,10 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,15 +116,9 @@ def time_forward(models: Sequence[nn.Module], batch: Batch, *, repeats: int = 20
     """
     device = next(models[0].parameters()).device
     batch = batching.to(batch, device)
-    times: list[list[float]] = [[] for _ in models]
     with evaluation(*models):
-        for i in range(warm_up + repeats):
-            for model, record in zip(models, times, strict=True):
-                start = time.perf_counter()
-                batching.logits(model, batch)
-                _wait(device)
-                if i >= warm_up:
-                    record.append((time.perf_counter() - start) * 1e3)
+        calls = [partial(batching.logits, model, batch) for model in models]
+        times = time_calls(calls, device, repeats=repeats, warm_up=warm_up)
     return [
         Latency(
             median=statistics.median(record),
@@ -136,6 +131,35 @@ def time_forward(models: Sequence[nn.Module], batch: Batch, *, repeats: int = 20
         )
         for record in times
     ]
+
+
+def time_calls(
+    calls: Sequence[Callable[[], object]],
+    device: torch.device,
+    *,
+    repeats: int,
+    warm_up: int,
+    clock: Callable[[], float] | None = None,
+) -> list[list[float]]:
+    """Milliseconds of every timed repetition of each call, interleaved.
+
+    Args:
+        calls: what to time.
+        device: that they compute on, which is waited for.
+        repeats: timed repetitions of each call.
+        warm_up: untimed repetitions of each call before.
+        clock: seconds now; the wall clock by default.
+    """
+    clock = clock or time.perf_counter
+    times: list[list[float]] = [[] for _ in calls]
+    for i in range(warm_up + repeats):
+        for call, record in zip(calls, times, strict=True):
+            start = clock()
+            call()
+            _wait(device)
+            if i >= warm_up:
+                record.append((clock() - start) * 1e3)
+    return times
 
 
 def measure(model: nn.Module, batch: Batch, *, encoder: str | None = None, latency: Latency | None = None) -> Footprint:

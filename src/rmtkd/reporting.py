@@ -6,13 +6,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from rmtkd.planning import Plan, SitePlan
+from rmtkd.planning import LATENCY, Plan, SitePlan
 
 
 def plan_table(plan: Plan, width: int = 120) -> Table:
     """A plan as a table, one line a site: how many directions (of one head) stand above the edge, how many stay.
 
-    Where the console is narrow, the noise level is left to plan.json, which also has the reasons in words.
+    Of n activation vectors n_eff are independent. Where the console is narrow, these and the noise level are left to
+    plan.json, which also has the reasons in words.
     """
     table = Table(
         title=(
@@ -24,6 +25,12 @@ def plan_table(plan: Plan, width: int = 120) -> Table:
             f"({plan.predicted['params'] / plan.baseline['params']:.1%}), "
             f"{plan.predicted['flops'] / 1e6:,.1f} of {plan.baseline['flops'] / 1e6:,.1f} MFLOPs "
             f"({plan.predicted['flops'] / plan.baseline['flops']:.1%})"
+            + (
+                f", {plan.predicted[LATENCY]:.4g} of {plan.baseline[LATENCY]:.4g} ms "
+                f"({plan.predicted[LATENCY] / plan.baseline[LATENCY]:.1%}, predicted from measured shapes)"
+                if LATENCY in plan.baseline
+                else ""
+            )
         ),
         title_justify="left",
         caption_justify="left",
@@ -34,6 +41,7 @@ def plan_table(plan: Plan, width: int = 120) -> Table:
         "width": [_per_head(site, site.width) for site in plan.sites],
         "above": [f"{site.count:.1f}" if site.groups > 1 else f"{site.count:.0f}" for site in plan.sites],
         "keep": [_per_head(site, site.keep) + _mark(site, plan) for site in plan.sites],
+        "n_eff/n": [_independent(site) for site in plan.sites],
         "q": [f"{site.q:.2g}" for site in plan.sites],
         "noise σ²": [f"{site.sigma2:.3g}" for site in plan.sites],
         "edge": [f"{site.edge:.3g}" for site in plan.sites],
@@ -41,7 +49,7 @@ def plan_table(plan: Plan, width: int = 120) -> Table:
         "energy": [f"{site.energy:.1%}" for site in plan.sites],
     }
     if width < 100:
-        for name in ("q", "noise σ²", "edge"):
+        for name in ("n_eff/n", "q", "noise σ²", "edge"):
             del columns[name]
     for name in columns:
         table.add_column(name, justify="left" if name in ("site", "kind") else "right", no_wrap=True)
@@ -52,6 +60,10 @@ def plan_table(plan: Plan, width: int = 120) -> Table:
 
 def _per_head(site: SitePlan, width: int) -> str:
     return f"{site.groups}×{width}" if site.groups > 1 else str(width)
+
+
+def _independent(site: SitePlan) -> str:
+    return "–" if site.effective_samples is None else f"{site.effective_samples / site.samples:.0%}"
 
 
 def _mark(site: SitePlan, plan: Plan) -> str:

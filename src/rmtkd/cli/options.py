@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from rmtkd.cli.console import log
+
 RecipeName = Annotated[str, typer.Argument(help="The task: see `rmtkd ls`.")]
 Model = Annotated[str | None, typer.Option("--model", help="Model folder, or a name on the hub.")]
 Data = Annotated[
@@ -20,7 +22,13 @@ Seed = Annotated[int, typer.Option(help="Of everything random.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 Precision = Annotated[str, typer.Option(help="Of training: auto (bf16 where the machine has it), fp32 or bf16.")]
-Target = Annotated[str | None, typer.Option(help="What remains: 25%params, 40%flops, 5M. Tied weights count once.")]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        help="What remains: 25%params, 5M, 40%flops; 40%latency or 2.5x (faster), by times of the real shapes that are "
+        "measured on this machine first. Tied weights count once."
+    ),
+]
 Tau = Annotated[
     float | None, typer.Option(help="Quantile that starts the noise level; larger cuts more; 0.5 by default.")
 ]
@@ -93,6 +101,14 @@ def plan_options(
         "keep": parse_keep(keep) if keep else None,
     }
     return given(shape)
+
+
+def tell_timing(target: str | None) -> None:
+    """Say what the first plan for a latency takes time for."""
+    from rmtkd.planning import LATENCY, Target
+
+    if target is not None and Target.parse(target).cost == LATENCY:
+        log("the model's real shapes are timed on this machine, if they were not before: up to a minute")
 
 
 def needed(model: str | None) -> str:

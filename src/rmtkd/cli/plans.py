@@ -32,6 +32,7 @@ from rmtkd.cli.options import (
     given,
     needed,
     plan_options,
+    tell_timing,
 )
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ def plan(
 
         source, rows, facts = trimmed(task, source, rows, data, seed)
         log(told(facts))
+    tell_timing(chosen.target)
     began, model_on_device = time.monotonic(), source.model.to(device)
     calibration = compression.share_of(rows.train, chosen.calibration_share)
     sites = find_sites(model_on_device)

@@ -38,6 +38,7 @@ from rmtkd.cli.options import (
     given,
     needed,
     plan_options,
+    tell_timing,
 )
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def compress(
     elif (out / "plan.json").exists():
         note = f"{out / 'plan.json'} is not applied: a new plan is made. To apply it: --plan {out / 'plan.json'}"
         log(note)
-    Options(**options)  # before anything takes time
+    tell_timing(Options(**options).target)  # before anything takes time
     RunFolder.check_free(out)
     if model is None and task.needs_no_checkpoint:
         teacher_folder = out.absolute().with_name(f"{out.absolute().name}-teacher")

@@ -1,7 +1,8 @@
 """From spectra to a plan: how wide every site stays, why, and what the model will then cost."""
 
 from rmtkd.planning.choice import make_plan, retarget, settle, spectra_of
-from rmtkd.planning.costs import COSTS, Cost, CostTable, Target, predict_cost
+from rmtkd.planning.costs import COSTS, LATENCY, Cost, CostTable, Target, predict_cost
+from rmtkd.planning.latency import LatencyTable
 from rmtkd.planning.pins import fixed_widths, parse_keep, uniform_sites
 from rmtkd.planning.plan import FORMAT, Plan, SitePlan
 from rmtkd.spectra import Spectrum
@@ -9,8 +10,10 @@ from rmtkd.spectra import Spectrum
 __all__ = [
     "COSTS",
     "FORMAT",
+    "LATENCY",
     "Cost",
     "CostTable",
+    "LatencyTable",
     "Plan",
     "SitePlan",
     "Spectrum",

@@ -5,22 +5,32 @@ from dataclasses import replace
 
 from torch import nn
 
+from rmtkd.activations import Observed
 from rmtkd.batches import Batch
-from rmtkd.covariance import Covariance
 from rmtkd.errors import PlanError
-from rmtkd.planning.costs import COSTS, Cost, CostTable, Target
+from rmtkd.planning.costs import COSTS, LATENCY, Amount, Cost, CostTable, Target
 from rmtkd.planning.desk import Count, Desk, Spectrum
+from rmtkd.planning.latency import LatencyTable
 from rmtkd.planning.pins import fixed_widths, uniform_sites
 from rmtkd.planning.plan import Plan
 from rmtkd.sites import Site, share_settings
 
 
-def spectra_of(moments: Mapping[str, Sequence[Covariance]]) -> dict[str, tuple[Spectrum, ...]]:
-    """The spectrum of every stream of every site."""
-    return {
-        name: tuple(Spectrum(eigenvalues=m.eigenvalues().numpy(), samples=m.count) for m in streams)
-        for name, streams in moments.items()
-    }
+def spectra_of(observed: Mapping[str, Sequence[Observed]]) -> dict[str, tuple[Spectrum, ...]]:
+    """The spectrum of every stream of every site, and what else rules look at."""
+    return {name: tuple(map(_spectrum, streams)) for name, streams in observed.items()}
+
+
+def _spectrum(stream: Observed) -> Spectrum:
+    covariance = stream.moments.covariance()
+    replicate = stream.replicates
+    return Spectrum(
+        eigenvalues=stream.moments.eigenvalues().numpy(),
+        samples=stream.moments.count,
+        variances=covariance.diagonal(dim1=-2, dim2=-1).numpy().copy(),
+        effective_samples=stream.effective_samples,
+        replicate=None if replicate is None else replicate.eigenvalues().numpy(),
+    )
 
 
 def make_plan(
@@ -37,6 +47,7 @@ def make_plan(
     uniform: bool = False,
     exclude: Iterable[str] = (),
     keep: Iterable[tuple[str, int]] = (),
+    latency: LatencyTable | None = None,
 ) -> Plan:
     """Choose the width of every site.
 
@@ -48,7 +59,7 @@ def make_plan(
         model: the untouched model.
         sites: the sites that may be narrowed.
         spectrums: from `spectra_of`, for the same sites.
-        batch: a batch whose FLOPs are counted.
+        batch: a batch whose FLOPs are counted, and whose latency is measured if the target asks for it.
         rule: name in `spectra.RULES`.
         tau: quantile that starts the noise level, in (0, 1); larger cuts more.
         target: what is to remain.
@@ -59,6 +70,7 @@ def make_plan(
         exclude: sites that stay whole: names or patterns such as `layer.*.ffn`.
         keep: sites with the width that they are given, whatever `multiple_of` and `min_share` say. The other sites
             meet the target around them.
+        latency: measured times of the model's shapes; those of this machine if the target asks for them.
 
     Raises:
         PlanError: if the target cannot be met (the message says the minimum), or if what `exclude` and `keep` ask for
@@ -69,18 +81,20 @@ def make_plan(
     if uniform:
         sites = uniform_sites(sites)
     fixed = fixed_widths(sites, exclude, keep, uniform=uniform)
+    if latency is None and target is not None and target.cost == LATENCY:
+        latency = LatencyTable.cached(model, sites, batch)
     baseline, costs = CostTable.measure(model, sites, batch)
     count = _by_table(costs, baseline, sites) if costs else _by_skeleton(model, sites, batch)
     desk = Desk(
         sites,
         spectrums,
-        count,
-        baseline,
+        *_timed(count, baseline, latency),
         rule=rule,
         tau=tau,
         multiple_of=multiple_of,
         min_share=min_share,
         uniform=uniform,
+        latency=latency,
     )
     return desk.plan(type(model).__name__, target, fixed, costs)
 
@@ -131,16 +145,21 @@ def retarget(
     desk = Desk(
         sites,
         spectrums,
-        _by_table(plan.costs, plan.baseline, sites),
-        plan.baseline,
+        *_timed(_by_table(plan.costs, plan.baseline, sites), plan.baseline, plan.latency),
         rule=plan.rule if rule is None else rule,
         tau=plan.tau if tau is None else tau,
         multiple_of=plan.multiple_of if multiple_of is None else multiple_of,
         min_share=plan.min_share if min_share is None else min_share,
         uniform=plan.uniform,
+        latency=plan.latency,
     )
     words = plan.target if target is None else target
     aim = None if words is None else Target.parse(words)
+    if aim is not None and aim.cost == LATENCY and plan.latency is None:
+        raise PlanError(
+            "a target of latency must rest on measured times. This plan has none, as its target asked for none. Plan "
+            f"with the model: `rmtkd plan RECIPE --model MODEL --target {words}`."
+        )
     fixed |= fixed_widths(sites, exclude, keep, uniform=plan.uniform)
     made = desk.plan(plan.model, aim, fixed, plan.costs)
     return replace(made, embedding_levels=plan.embedding_levels)
@@ -170,13 +189,13 @@ def settle(
     desk = Desk(
         sites,
         spectrums,
-        count,
-        baseline,
+        *_timed(count, baseline, plan.latency),
         rule=plan.rule,
         tau=plan.tau,
         multiple_of=plan.multiple_of,
         min_share=plan.min_share,
         uniform=plan.uniform,
+        latency=plan.latency,
     )
     target = None if plan.target is None else Target.parse(plan.target)
     planned = {site.name: site.planned for site in plan.sites}
@@ -188,7 +207,7 @@ def _by_table(costs: CostTable, baseline: Cost, sites: Sequence[Site]) -> Count:
     full = {site.shares: site.width for site in sites}
     shares = {site.name: site.shares for site in sites}
 
-    def count(cost: str, widths: Mapping[str, int]) -> int:
+    def count(cost: str, widths: Mapping[str, int]) -> Amount:
         dropped = {shares[name]: full[shares[name]] - width for name, width in widths.items()}
         return baseline[cost] + costs.change(cost, dropped)
 
@@ -197,6 +216,17 @@ def _by_table(costs: CostTable, baseline: Cost, sites: Sequence[Site]) -> Count:
 
 def _by_skeleton(model: nn.Module, sites: Sequence[Site], batch: Batch) -> Count:
     return lambda cost, widths: COSTS[cost](model, sites, widths, batch)
+
+
+def _timed(count: Count, baseline: Cost, latency: LatencyTable | None) -> tuple[Count, Cost]:
+    """The count and the baseline with latency beside what is counted, if there is a table."""
+    if latency is None:
+        return count, baseline
+
+    def cost_of(cost: str, widths: Mapping[str, int]) -> Amount:
+        return latency.cost(widths) if cost == LATENCY else count(cost, widths)
+
+    return cost_of, {**baseline, LATENCY: latency.full_ms}
 
 
 def _check_spectrums(sites: Sequence[Site], spectrums: Mapping[str, Sequence[Spectrum]]) -> None:

@@ -21,46 +21,72 @@ from rmtkd.surgery import fill_with_zeros, skeleton
 
 _NUMBER = r"(\d+\.?\d*|\.\d+)"
 
-Cost = Mapping[str, int]
-"""`params` and `flops` of a model."""
+LATENCY: Literal["latency_ms"] = "latency_ms"
+"""The cost that is not counted but measured, see `latency`."""
+
+Amount = int | float
+Cost = Mapping[str, Amount]
+"""`params` and `flops` of a model; `latency_ms`, where a table of measured times was made."""
+
+_WORDS: Mapping[str, Literal["params", "flops", "latency_ms"]] = {
+    "params": "params",
+    "flops": "flops",
+    "latency": LATENCY,
+}
+"""What a target calls a cost."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """The share, or number, of a cost that remains: `25%params`, `40%flops`, `5M`."""
+    """The share, or number, of a cost that remains: `25%params`, `40%flops`, `40%latency`, `2.5x`, `5M`."""
 
-    cost: Literal["params", "flops"]
+    cost: Literal["params", "flops", "latency_ms"]
     amount: float
     """At most this much: a fraction of the untouched model's cost if `is_share`, else a count."""
     is_share: bool
 
     @classmethod
     def parse(cls, text: str) -> "Target":
-        """Read `25%params`, `40%flops`, `5M`, `800k`, `1200000` or `1,200,000`.
+        """Read `25%params`, `40%flops`, `40%latency`, `2.5x` (a speed-up), `5M`, `800k`, `1200000` or `1,200,000`.
 
         Raises:
-            OptionError: if the text is none of these, the share is not within (0, 100], or the number is below 1.
+            OptionError: if the text is none of these, the share is not within (0, 100], the speed-up not within
+                [1, 10000], or the number is below 1.
         """
         words = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text.strip().lower())
         if share := re.fullmatch(rf"{_NUMBER}\s*%\s*([a-z]+)", words):
             amount = float(share[1]) / 100
             if not 0 < amount <= 1:
                 raise OptionError(f"--target must leave more than 0 % and at most 100 %. Got {text!r}.")
-            check_choice("the cost in --target", share[2], COSTS)
-            return cls(cost="params" if share[2] == "params" else "flops", amount=amount, is_share=True)
+            check_choice("the cost in --target", share[2], _WORDS)
+            return cls(cost=_WORDS[share[2]], amount=amount, is_share=True)
+        if speed_up := re.fullmatch(rf"{_NUMBER}\s*[x×]", words):
+            if not 1 <= float(speed_up[1]) <= 10_000:
+                raise OptionError(f"--target must be a speed-up from 1x to 10000x. Got {text!r}.")
+            return cls(cost=LATENCY, amount=1 / float(speed_up[1]), is_share=True)
         if number := re.fullmatch(rf"{_NUMBER}\s*([kmb]?)", words):
             amount = float(number[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[number[2]]
             if amount < 1:
                 raise OptionError(f"--target must leave at least 1 parameter. Got {text!r}. A share is 25%params.")
             return cls(cost="params", amount=amount, is_share=False)
-        raise OptionError(f"--target must be what remains, such as 25%params, 40%flops or 5M. Got {text!r}.")
+        raise OptionError(f"--target must be what remains, such as 25%params, 40%flops, 2.5x or 5M. Got {text!r}.")
 
     def limit(self, baseline: Cost) -> float:
         """The largest count that meets the target."""
         return self.amount * baseline[self.cost] if self.is_share else self.amount
 
     def __str__(self) -> str:
-        return f"{self.amount * 100:.10g}%{self.cost}" if self.is_share else f"{self.amount:,.0f}"
+        return f"{self.amount * 100:.10g}%{word(self.cost)}" if self.is_share else f"{self.amount:,.0f}"
+
+
+def word(cost: str) -> str:
+    """What a target calls this cost."""
+    return "latency" if cost == LATENCY else cost
+
+
+def shown(cost: str, amount: Amount) -> str:
+    """An amount of this cost, as messages say it."""
+    return f"{amount:.4g} ms" if cost == LATENCY else f"{amount:,.0f}"
 
 
 def predict_cost(model: nn.Module, sites: Sequence[Site], widths: Mapping[str, int], batch: Batch) -> dict[str, int]:
@@ -176,7 +202,9 @@ class CostTable:
             products += each * dropped.get(a, 0) * dropped.get(b, 0)
         return lines + products
 
-    def _fit_line(self, whole: Cost, low: Cost, high: Cost | None, shares: str, width: int) -> None:
+    def _fit_line(
+        self, whole: Mapping[str, int], low: Mapping[str, int], high: Mapping[str, int] | None, shares: str, width: int
+    ) -> None:
         """The line through the costs at widths 1 (`low`) and full; or, with a step there, through 1 and `width - 1`."""
         for cost in COSTS:
             if high is None:

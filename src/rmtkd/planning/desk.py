@@ -8,13 +8,14 @@ from jaxtyping import Float
 
 from rmtkd import spectra
 from rmtkd.errors import DataError, OptionError, PlanError, check_choice
-from rmtkd.planning.costs import COSTS, Cost, CostTable, Target
+from rmtkd.planning.costs import LATENCY, Amount, Cost, CostTable, Target, shown, word
+from rmtkd.planning.latency import LatencyTable
 from rmtkd.planning.plan import Plan, SitePlan
 from rmtkd.sites import Site, by_width
 from rmtkd.spectra import NoiseEdge, Spectrum
 
-Count = Callable[[str, Mapping[str, int]], int]
-"""Parameters or FLOPs, by name, at these widths of sites; full where a site is missing."""
+Count = Callable[[str, Mapping[str, int]], Amount]
+"""A cost, by name, at these widths of sites; full where a site is missing."""
 
 
 class Desk:
@@ -32,6 +33,7 @@ class Desk:
         multiple_of: int,
         min_share: float,
         uniform: bool = False,
+        latency: LatencyTable | None = None,
     ):
         check_choice("rule", rule, spectra.RULES)
         if not 0 <= min_share <= 1:
@@ -42,7 +44,7 @@ class Desk:
             raise OptionError(f"tau must be within (0, 1). Got {tau}.")
         self.sites, self.spectrums, self.count, self.baseline = sites, spectrums, count, dict(baseline)
         self.rule, self.tau, self.multiple_of, self.min_share = rule, tau, multiple_of, min_share
-        self.uniform = uniform
+        self.uniform, self.latency = uniform, latency
         self.groups = by_width(sites)
         self.edges: dict[str, tuple[NoiseEdge, ...]] = {}
         self.pays = {shares: self._paying_width(group) for shares, group in self.groups.items()}
@@ -75,7 +77,7 @@ class Desk:
     ) -> Plan:
         """The plan of these widths, its numbers derived from the spectra and counted costs."""
         self._find_edges(fixed)
-        predicted = {cost: self.count(cost, widths) for cost in COSTS}
+        predicted = {cost: self.count(cost, widths) for cost in self.baseline}
         return Plan(
             model=model,
             target=None if target is None else str(target),
@@ -93,6 +95,7 @@ class Desk:
             predicted=predicted,
             remarks=tuple(self._remarks(target, fixed, widths, predicted)),
             costs=costs,
+            latency=self.latency,
         )
 
     def widths_at(self, multiplier: float, fixed: Mapping[str, int]) -> dict[str, int]:
@@ -166,15 +169,18 @@ class Desk:
                 f"With --uniform, which narrows {self._settings()} alone, a plan goes down to "
                 f"{_share(least, cost, self.baseline)}; with widths per layer, lower."
             )
+        if self.latency is not None:
+            after, before = shown(LATENCY, predicted[LATENCY]), shown(LATENCY, self.baseline[LATENCY])
+            yield f"Latency is predicted: {after} of {before}, from times of the real shapes {self.latency.words}."
         for shares, group in self.groups.items():
             keep = widths[group[0].name]
             if self.pays[shares] < keep < group[0].width:
                 more = self.count("params", {site.name: keep for site in group}) - self.baseline["params"]
-                yield f"{shares}: the two factors of width {keep} have {more:,} parameters more than the table has."
+                yield f"{shares}: the two factors of width {keep} have {more:,.0f} parameters more than the table has."
         if target is not None and (excess := predicted[target.cost] - target.limit(self.baseline)) > 0:
             yield (
-                f"The target {target} is not met: {predicted[target.cost]:,} {target.cost} remain, "
-                f"{math.ceil(excess):,} too many, at the widths that were given."
+                f"The target {target} is not met: {shown(target.cost, predicted[target.cost])} {word(target.cost)} "
+                f"remain, {_excess(target.cost, excess)}, at the widths that were given."
             )
 
     def _site_plan(self, site: Site, fixed: Mapping[str, int], multiplier: float, keep: int, planned: int) -> SitePlan:
@@ -199,6 +205,7 @@ class Desk:
             count=count,
             rule=edge.rule,
             samples=spectrum.samples,
+            effective_samples=spectrum.effective_samples,
             q=edge.q,
             sigma2=edge.sigma2,
             edge=edge.edge,
@@ -270,7 +277,7 @@ def _critical(pairs: Iterable[tuple[Spectrum, NoiseEdge]]) -> Float[np.ndarray, 
 def _meet(
     target: Target,
     baseline: Cost,
-    cost_at: Callable[[float], int],
+    cost_at: Callable[[float], Amount],
     candidates: Float[np.ndarray, " candidates"],
     *,
     some_fixed: bool,
@@ -291,7 +298,7 @@ def _meet(
         raise PlanError(
             f"the target must be at least {_share(least, target.cost, baseline)}, which remain with every "
             f"{'free ' * (some_fixed or bool(alone))}site at its least width{only}. "
-            f"Got {limit:,.0f}. Raise the target, or lower multiple_of or min_share"
+            f"Got {shown(target.cost, limit)}. Raise the target, or lower multiple_of or min_share"
             f"{', or fix fewer widths' * some_fixed}{instead}."
         )
     low, high = 0, len(candidates) - 1  # `high` meets the target
@@ -304,6 +311,11 @@ def _meet(
     return float(candidates[high])
 
 
-def _share(count: int, cost: str, baseline: Cost) -> str:
-    """A count and its share of the baseline, rounded up: what is named can be met."""
-    return f"{count:,} {cost} ({math.ceil(count / baseline[cost] * 1000) / 10:.1f}% of {baseline[cost]:,})"
+def _share(amount: Amount, cost: str, baseline: Cost) -> str:
+    """An amount of a cost and its share of the baseline, rounded up: what is named can be met."""
+    percent = math.ceil(amount / baseline[cost] * 1000) / 10
+    return f"{shown(cost, amount)} {word(cost)} ({percent:.1f}% of {shown(cost, baseline[cost])})"
+
+
+def _excess(cost: str, excess: Amount) -> str:
+    return f"{shown(cost, excess)} too much" if cost == LATENCY else f"{math.ceil(excess):,} too many"

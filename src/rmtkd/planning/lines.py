@@ -1,6 +1,7 @@
 """JSON that knows its lines: values with the line they stand on, checked against the fields of a dataclass."""
 
 import json
+import math
 import re
 import sys
 import types
@@ -86,7 +87,7 @@ def check(kind: Any, placed: Placed, label: str, problems: Problems) -> Any:
     Returns:
         The value. Of a dataclass, a dict of those fields that are there and in order.
     """
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+    if kind not in _KINDS and typing.get_origin(kind) in (types.UnionType, typing.Union):
         (inner,) = (part for part in typing.get_args(kind) if part is not type(None))
         return None if placed.value is None else check(inner, placed, label, problems)
     if is_dataclass(kind):
@@ -102,7 +103,7 @@ def check(kind: Any, placed: Placed, label: str, problems: Problems) -> Any:
             show(name): check(parts[1], member, f"{label}, {show(name)},", problems)
             for name, member in placed.value.items()
         }
-    words, fits = _KINDS[typing.get_origin(kind) or kind]
+    words, fits = _KINDS[kind if kind in _KINDS else typing.get_origin(kind)]
     if not fits(placed.value):
         problems.add(placed.line, f"{label} must be {words}. Got {brief(placed.value)}.")
         return MISSING
@@ -153,6 +154,10 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
         "a finite number",
         # NaN fails the comparison, infinity and numbers that are too large for a float do too
         lambda value: type(value) in (int, float) and abs(value) <= sys.float_info.max,
+    ),
+    int | float: (
+        "a finite number, below 2⁶³ if it is whole",
+        lambda value: abs(value) < _WHOLE if type(value) is int else type(value) is float and math.isfinite(value),
     ),
     bool: ("true or false", lambda value: isinstance(value, bool)),
     tuple: ("a list", lambda value: False),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rmtkd.errors import PlanError
 from rmtkd.planning.costs import CostTable, Target
+from rmtkd.planning.latency import LatencyTable
 from rmtkd.planning.lines import Problems, brief, check, parse
 from rmtkd.planning.review import misfits, review
 from rmtkd.sites import Site, share_settings
@@ -24,6 +25,7 @@ class SitePlan:
         count: directions above the noise edge per group, before rounding and sharing (the mean over heads).
         setting: see `Site`.
         samples: vectors that the spectrum was measured on.
+        effective_samples: independent vectors that these are worth; None where unknown.
         q: aspect ratio of the noise that was fitted; dead directions, if any, are set aside.
         sigma2: noise variance; for the rule `mp`, `edge` is `sigma2 (1 + √q)²`.
         edge: the noise edge of the rule, in units of the activations' variance.
@@ -56,6 +58,7 @@ class SitePlan:
     margin: float | None
     energy: float
     why: str
+    effective_samples: float | None = None
     setting: str | None = None
     remarks: tuple[str, ...] = ()
 
@@ -96,9 +99,12 @@ class Plan:
         fixed: by name of a shared width: what `exclude`, `keep` and `uniform` asked for; planning again leaves it
             alone.
         multiplier: common factor on all edges, the smallest that meets the target.
-        baseline, predicted: `params` and `flops` of the untouched and of the narrowed model.
+        baseline, predicted: `params` and `flops` of the untouched and of the narrowed model, counted; `latency_ms` in
+            addition where there is a table to predict it from.
         remarks: what the reader of the plan must know, in sentences.
         costs: the model's cost as a formula of the widths; None where there is none.
+        latency: measured times of the model's shapes, made when a target first asks for latency. Every later plan
+            from this one, and every resumed run, uses these.
     """
 
     model: str
@@ -112,10 +118,11 @@ class Plan:
     fixed: dict[str, int]
     multiplier: float
     sites: tuple[SitePlan, ...]
-    baseline: dict[str, int]
-    predicted: dict[str, int]
+    baseline: dict[str, int | float]
+    predicted: dict[str, int | float]
     remarks: tuple[str, ...] = ()
     costs: CostTable | None
+    latency: LatencyTable | None = None
     format: int = field(default=FORMAT)
 
     def __post_init__(self) -> None:
@@ -183,7 +190,9 @@ class Plan:
         review(root, fields, sites, problems)
         problems.stop()
         costs = fields["costs"] and CostTable(**fields["costs"])
-        return cls(**{**fields, "costs": costs, "sites": tuple(SitePlan(**site) for site in fields["sites"])})
+        latency = fields["latency"] and LatencyTable.of(fields["latency"])
+        sites_kept = tuple(SitePlan(**site) for site in fields["sites"])
+        return cls(**{**fields, "costs": costs, "latency": latency, "sites": sites_kept})
 
     @classmethod
     def read(cls, path: Path, *, sites: Sequence[Site] | None = None) -> "Plan":

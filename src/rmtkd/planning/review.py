@@ -5,8 +5,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING
 from typing import Any, get_args
 
-from rmtkd.errors import OptionError
-from rmtkd.planning.costs import COSTS, PAIR, Target
+from rmtkd.errors import OptionError, PlanError
+from rmtkd.planning.costs import COSTS, LATENCY, PAIR, Target
+from rmtkd.planning.latency import LatencyTable
 from rmtkd.planning.lines import Placed, Problems, brief, show
 from rmtkd.sites import Kind, Site, share_settings
 from rmtkd.spectra import RULES
@@ -107,14 +108,25 @@ def _review_sites(
 
 def _review_head(root: Placed, fields: Mapping[str, Any], problems: Problems) -> None:
     full = {site["shares"]: site["width"] for site in fields["sites"] if "shares" in site and "width" in site}
+    timed = fields.get("latency") is not None
+    both = f"be {' and '.join(COSTS)}, each a whole number of at least 1{f', and {LATENCY}' * timed}"
+
+    def is_cost(cost: Mapping[str, int | float]) -> bool:
+        counts = [cost.get(name) for name in COSTS]
+        return (
+            set(cost) == {*COSTS, *([LATENCY] if timed else [])}
+            and all(isinstance(count, int) and count >= 1 for count in counts)
+            and cost.get(LATENCY, 1) > 0
+        )
+
     for name, holds, words in (
         ("rule", lambda rule: rule in RULES, f"be one of {', '.join(RULES)}"),
         ("tau", lambda tau: 0 < tau < 1, "be within (0, 1)"),
         ("multiple_of", lambda number: number >= 1, "be at least 1"),
         ("min_share", lambda share: 0 <= share <= 1, "be within [0, 1]"),
         ("multiplier", lambda number: number > 0, "be greater than 0"),
-        ("baseline", _is_cost, f"be {' and '.join(COSTS)}, each at least 1"),
-        ("predicted", _is_cost, f"be {' and '.join(COSTS)}, each at least 1"),
+        ("baseline", is_cost, both),
+        ("predicted", is_cost, both),
         (
             "fixed",
             lambda fixed: all(1 <= width <= full.get(name, 0) for name, width in fixed.items()),
@@ -131,14 +143,19 @@ def _review_head(root: Placed, fields: Mapping[str, Any], problems: Problems) ->
             placed = root.value[name]
             problems.add(placed.line, f"{name} must {words}. Got {brief(placed.plain())}.")
     if fields.get("target") is not None:
+        line = root.value["target"].line
         try:
-            Target.parse(fields["target"])
+            if Target.parse(fields["target"]).cost == LATENCY and not timed:
+                text = "a target of latency must come with the measured times in `latency`. There are none."
+                problems.add(line, f"{text} Plan with the model.")
         except OptionError as error:
-            problems.add(root.value["target"].line, str(error).replace("--target", "target"))
-
-
-def _is_cost(cost: Mapping[str, int]) -> bool:
-    return set(cost) == set(COSTS) and min(cost.values()) >= 1
+            problems.add(line, str(error).replace("--target", "target"))
+    if timed and not problems.found:
+        try:
+            table = LatencyTable.of(fields["latency"])
+            table.check_fits({site["name"]: site["width"] for site in fields["sites"]})
+        except PlanError as error:
+            problems.add(root.value["latency"].line, str(error))
 
 
 def _is_table(table: Mapping[str, Any], full: Mapping[str, int]) -> bool:
