@@ -22,7 +22,7 @@ from rmtkd.batches import Batch, Call
 from rmtkd.covariance import Covariance
 from rmtkd.measurement import evaluation
 from rmtkd.memory import Pieces, is_out_of_memory
-from rmtkd.sites import Site, blocks_of, by_width
+from rmtkd.sites import Site, after_cuts, blocks_of, by_width
 from rmtkd.surgery import fold
 
 DAMPING = 0.1
@@ -42,7 +42,7 @@ def fit_bases(
         queries, keys = moments
         # A constant added to all keys moves every score of a query alike, which softmax does not see: centre them.
         return bilinear_bases(queries.second_moment(), keys.covariance(), keep)
-    form = {"linear": linear_basis, "pointwise": unit_basis}[site.kind]
+    form = linear_basis if site.kind == "linear" else partial(unit_basis, each=site.each)
     (moment,) = moments
     read = readers(model, site)
     if metric is not None:
@@ -76,11 +76,15 @@ def cut_in_order(
         metrics: for names of sites the metric of what their readers compute (see `fit_bases`).
 
     Returns:
-        The narrower model and the bases by site name.
+        The narrower model and the bases by site name; none for the width of heads of which none was kept.
     """
     bases: dict[str, tuple[Basis, ...]] = {}
     with BlockCalls(model, calibration, blocks or blocks_of(sites), scratch=scratch) as calls:
-        for group in by_width(sites).values():
+        for shares in by_width(sites):
+            cut = {name: widths[name] for name in bases}
+            group = by_width(after_cuts(sites, cut)).get(shares, ())
+            if not group:
+                continue
             moments = _moments(model, group, calibration, calls, pieces)
             for site in group:
                 metric = (metrics or {}).get(site.name)
