@@ -20,7 +20,8 @@ class Options:
     """All choices of a run.
 
     Attributes:
-        target: what remains (`25%params`, `40%flops`, `5M`); without one, what the rule keeps.
+        target: what remains (`25%params`, `5M`, `40%flops`, `40%latency`) or a speed-up (`2.5x`); without one, what the
+            rule keeps.
         rule: spectral rule, a name in `spectra.RULES`.
         tau: quantile that starts the noise level; larger cuts more.
         granularity: what is cut between two recoveries: one width (`site`), one layer, or all (`round`).
