@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import integrate, stats
 
 from rmtkd.errors import DataError, OptionError
-from rmtkd.spectra import RULES, MarchenkoPastur, MarchenkoPasturRule, NoiseEdge, Spectrum
+from rmtkd.spectra import MarchenkoPastur, MarchenkoPasturRule, NoiseEdge, Spectrum
 from rmtkd.spectra.laws import _cdf_of_angle
 
 QUADRATURE_Q = [1e-6, 1e-4, 0.01, 0.1, 0.5, 1.0, 3.0]
@@ -379,13 +379,6 @@ def test_count_is_strict_and_takes_a_margin() -> None:
     assert found.count(eigenvalues) == 3
     assert found.count(eigenvalues, 1.5) == 1
     assert found.count(eigenvalues, 0.9) == 4
-
-
-def test_registry_names_every_rule_as_the_rule_names_itself() -> None:
-    spectrum = Spectrum(eigenvalues=wishart_spectrum(np.ones(64), 640, 0)[None], samples=640)
-    assert RULES["mp"] is MarchenkoPasturRule
-    for name, rule in RULES.items():
-        assert rule()(spectrum).rule == name
 
 
 spectra = st.builds(random_spectrum, st.integers(0, 10**6), st.integers(1, 200))

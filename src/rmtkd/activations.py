@@ -118,11 +118,11 @@ def observe(
         UnsupportedModelError: also if replicates are asked for and the model has no dropout.
         DataError: see `collect`.
     """
-    sizes = [EffectiveSize(site.groups * site.width) for site in sites for _ in site.streams]
+    sizes = [EffectiveSize(site.groups * site.size) for site in sites for _ in site.streams]
     pairs = None
     if replicate_seed is not None:
         _check_dropout(model)
-        pairs = [Replicates(site.width, groups=site.groups) for site in sites for _ in site.streams]
+        pairs = [Replicates(site.size, groups=site.groups) for site in sites for _ in site.streams]
     return _gather(model, sites, batches, pieces, sizes, pairs, replicate_seed or 0)
 
 
@@ -141,7 +141,7 @@ def _gather(
     seed: int = 0,
 ) -> dict[str, tuple[Observed, ...]]:
     streams = [site for site in sites for _ in site.streams]
-    moments = [Covariance(site.width, groups=site.groups) for site in streams]
+    moments = [Covariance(site.size, groups=site.groups) for site in streams]
     rows = 0
     with evaluation(model), watched(model, sites, pieces) as vectors_of:
         for number, batch in enumerate(batches):
@@ -296,9 +296,9 @@ def _check_count(site: Site, count: int) -> None:
             "calibration must hold at least one real (unpadded) position. Got none: no rows, or rows of padding "
             "only. Pass calibration rows with their attention_mask."
         )
-    if count < site.width:
+    if count < site.size:
         raise DataError(
-            f"site {site.name} of width {site.width} needs at least as many activation vectors. Got {count}. "
+            f"site {site.name} of width {site.size} needs at least as many activation vectors. Got {count}. "
             "Pass more calibration rows."
         )
 

@@ -22,7 +22,7 @@ from rmtkd.batches import Batch, Call
 from rmtkd.covariance import Covariance
 from rmtkd.measurement import evaluation
 from rmtkd.memory import Pieces, is_out_of_memory
-from rmtkd.sites import Site, blocks_of, by_width
+from rmtkd.sites import Site, after_cuts, blocks_of, by_width
 from rmtkd.surgery import fold
 
 
@@ -32,7 +32,7 @@ def fit_bases(model: nn.Module, site: Site, moments: Sequence[Covariance], keep:
         queries, keys = moments
         # A constant added to all keys moves every score of a query alike, which softmax does not see: centre them.
         return bilinear_bases(queries.second_moment(), keys.covariance(), keep)
-    form = {"linear": linear_basis, "pointwise": unit_basis}[site.kind]
+    form = linear_basis if site.kind == "linear" else partial(unit_basis, each=site.each)
     (moment,) = moments
     if not site.is_centred:
         return (form(moment.second_moment(), torch.zeros_like(moment.mean), readers(model, site), keep),)
@@ -61,11 +61,15 @@ def cut_in_order(
         scratch: folder for the files of this cut; the system's by default.
 
     Returns:
-        The narrower model and the bases by site name.
+        The narrower model and the bases by site name; none for the width of heads of which none was kept.
     """
     bases: dict[str, tuple[Basis, ...]] = {}
     with BlockCalls(model, calibration, blocks or blocks_of(sites), scratch=scratch) as calls:
-        for group in by_width(sites).values():
+        for shares in by_width(sites):
+            cut = {name: widths[name] for name in bases}
+            group = by_width(after_cuts(sites, cut)).get(shares, ())
+            if not group:
+                continue
             moments = _moments(model, group, calibration, calls, pieces)
             for site in group:
                 bases[site.name] = fit_bases(model, site, moments[site.name], widths[site.name])

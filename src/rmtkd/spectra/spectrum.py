@@ -1,6 +1,7 @@
 """What every spectral rule looks at, `Spectrum`, and what it answers, `NoiseEdge`."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -8,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from rmtkd.errors import DataError
+from rmtkd.spectra.anisotropic import AnisotropicMarchenkoPastur
 from rmtkd.spectra.laws import check_positive
 
 MISFIT_KS = 0.1
@@ -169,9 +171,11 @@ def alive(spectrum: Spectrum) -> Alive:
 
 @runtime_checkable
 class Law(Protocol):
-    """A law of the eigenvalues of noise: its cumulative distribution function."""
+    """A law of the eigenvalues of noise: its cumulative distribution function, and the inverse of it."""
 
-    def cdf(self, x: Float[np.ndarray, " count"]) -> Float[np.ndarray, " count"]: ...
+    def cdf(self, x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]: ...
+
+    def ppf(self, p: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]: ...
 
 
 def kolmogorov_smirnov(values: Float[np.ndarray, " count"], law: Law) -> float:
@@ -180,6 +184,94 @@ def kolmogorov_smirnov(values: Float[np.ndarray, " count"], law: Law) -> float:
         return 1.0
     steps, cdf = np.arange(len(values) + 1) / len(values), law.cdf(values)
     return float(max(np.max(steps[1:] - cdf), np.max(cdf - steps[:-1])))
+
+
+def histogram_error(values: Float[np.ndarray, " count"], law: Law, bins: int = 20) -> float:
+    """L2 distance between the histogram of `values` and `law`, on the support of the law scaled to length one."""
+    if len(values) == 0:
+        return 1.0
+    bins = min(bins, max(1, len(values) // 8))
+    edges = np.linspace(law.ppf(np.zeros(())), law.ppf(np.ones(())), bins + 1)
+    shares = np.histogram(values, edges)[0] / len(values)
+    return float(np.sqrt(bins * np.sum((shares - np.diff(law.cdf(edges))) ** 2)))
+
+
+def fitted_scale(values: Float[np.ndarray, " count"], law: Law, trim: float = 0.2) -> float:
+    """The factor by which the quantiles of `law` fit the middle of ascending `values` best, in least squares.
+
+    Args:
+        values: eigenvalues; the share `trim` at either end is left out, where signal and small directions are.
+        law: of the same shape, and any scale.
+        trim: share left out at either end.
+
+    Reference:
+        Z. T. Ke, Y. Ma, X. Lin, "Estimation of the number of spiked eigenvalues in a covariance matrix by bulk
+        eigenvalue matching analysis", J. Am. Stat. Assoc. 118 (2023) 374–392.
+    """
+    middle = slice(int(trim * len(values)), max(1, math.ceil((1 - trim) * len(values))))
+    expected = law.ppf((np.arange(len(values))[middle] + 0.5) / len(values))
+    return float(expected @ values[middle] / (expected @ expected))
+
+
+def answer(
+    rule: str,
+    found: Alive,
+    law: Law,
+    edge: float,
+    *,
+    sigma2: float,
+    scale: float = 1.0,
+    assumes: bool = True,
+    diagnostics: Mapping[str, float] | None = None,
+    remarks: Sequence[str] = (),
+) -> NoiseEdge:
+    """The answer of a rule, with what its law of the noise says of the eigenvalues at or below the edge.
+
+    Args:
+        rule: its name.
+        found: what it looked at.
+        law: of the noise divided by `scale`.
+        edge: the threshold.
+        sigma2: noise variance.
+        scale: what eigenvalues are divided by before they are held against the law.
+        assumes: whether the edge hangs on the law, so that a misfit is the rule's.
+        diagnostics, remarks: the rule's own.
+    """
+    noise = found.eigenvalues[found.eigenvalues <= edge] / scale
+    ks = kolmogorov_smirnov(noise, law)
+    misfit = assumes and ks > MISFIT_KS
+    return NoiseEdge(
+        rule=rule,
+        q=found.q,
+        q_eff=found.q_eff,
+        sigma2=sigma2,
+        edge=edge,
+        fit_error=histogram_error(noise, law),
+        ks=ks,
+        misfit=misfit,
+        diagnostics=dict(diagnostics or {}),
+        remarks=(*found.remarks, *remarks, *([f"No bulk fits, KS {ks:.2f}."] if misfit else [])),
+    )
+
+
+def white_noise(found: Alive) -> Law:
+    """The law of the non-zero eigenvalues of noise of variance one in every direction."""
+    return AnisotropicMarchenkoPastur(variances=np.ones(1), q=found.q_eff)
+
+
+def against_white_noise(
+    rule: str, found: Alive, edge: float, *, assumes: bool = True, diagnostics: Mapping[str, float] | None = None
+) -> NoiseEdge:
+    """`answer` of a rule that has no law of its own: white noise with the variance of the middle of the spectrum."""
+    law = white_noise(found)
+    sigma2 = fitted_scale(found.eigenvalues, law)
+    return answer(rule, found, law, edge, sigma2=sigma2, scale=sigma2, assumes=assumes, diagnostics=diagnostics)
+
+
+def edge_below(found: Alive, count: int) -> float:
+    """An edge that just so many of the pooled eigenvalues lie above."""
+    descending = np.concatenate([[2 * found.eigenvalues[-1]], found.eigenvalues[::-1], [0.0]])
+    return float(descending[count : count + 2].mean())
 
 
 def _checked(eigenvalues: Float[np.ndarray, " count"]) -> Float[np.ndarray, " count"]:

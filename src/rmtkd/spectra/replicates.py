@@ -1,0 +1,54 @@
+"""Signal is what two noisy passes over the same inputs have in common."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from rmtkd.errors import DataError
+from rmtkd.spectra.laws import check_positive
+from rmtkd.spectra.spectrum import NoiseEdge, Spectrum, against_white_noise, alive, edge_below
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicateRule:
+    """`replicate`, the mirror: noise leaves the cross-covariance of two passes a spectrum symmetric about zero.
+
+    Two passes over the same inputs share the signal, and their noise is independent (dropout masks, augmentations).
+    Then the noise has no sign in C = sym(Y¹Y²ᵀ)/n, and its negative edge is the null of its positive one: signal is
+    what lies above the mirrored edge. No noise level, no sample size, no basis is assumed. A network without noise is
+    all signal, and the rule then answers nearly the full width: a ceiling.
+
+    Args:
+        slack: margin beyond the mirrored edge, in units of the distance from the smallest to the fifth smallest
+            eigenvalue of C.
+
+    Raises:
+        OptionError: if `slack` is not a positive finite number.
+
+    Reference:
+        In the spirit of cvPCA (C. Stringer et al., "High-dimensional geometry of population responses in visual
+        cortex", Nature 571 (2019) 361–365); the mirror is ours.
+    """
+
+    name: ClassVar[str] = "replicate"
+    slack: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_positive("slack", self.slack)
+
+    def __call__(self, spectrum: Spectrum) -> NoiseEdge:
+        """See `Rule`. The diagnostics hold `mirror`, the threshold for the eigenvalues of C; what is counted there is
+        counted from the top among the eigenvalues of the covariance."""
+        if spectrum.replicate is None:
+            raise DataError(
+                f"The rule {self.name} needs two stochastic passes — the spectrum has none — collect the spectra with "
+                "replicates, or use the rule rdpa."
+            )
+        found = alive(spectrum)
+        shared = np.sort(spectrum.replicate.ravel())
+        lowest = float(shared[0])
+        mirror = max(0.0, -lowest) + self.slack * float(shared[min(4, len(shared) - 1)] - lowest)
+        count = int(np.count_nonzero(shared > mirror))
+        edge = edge_below(found, min(count, len(found.eigenvalues)))
+        return against_white_noise(self.name, found, edge, assumes=False, diagnostics={"mirror": mirror})
