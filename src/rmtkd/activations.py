@@ -303,6 +303,52 @@ def _check_count(site: Site, count: int) -> None:
         )
 
 
+def gradient_moment(model: nn.Module, module: str, batches: Iterable[Batch]) -> Float[Tensor, "width width"]:
+    """What the model's answers feel of an error at the output of a module: `E[g gᵀ]` at the real positions, with g the
+    gradient of the log-probability of a class that is drawn from the model's own answer (Fisher information).
+
+    To second order, the KL divergence from the model with an error e there is `½ eᵀ E[g gᵀ] e`. Each batch takes one
+    backward pass per class, and no parameter is changed.
+
+    Args:
+        model: run in evaluation mode.
+        module: path of a module whose output is one tensor with positions before the last dimension.
+        batches: calibration rows; a few dozen batches will do.
+
+    Returns:
+        The second moment in float64 on the CPU, with a mean diagonal of 1.
+
+    Raises:
+        DataError: if no row has a gradient.
+    """
+    device = next(model.parameters()).device
+    seen: list[Any] = []
+    total: Tensor | None = None
+    flags = [(part, part.training) for part in model.modules()]
+    handle = model.get_submodule(module).register_forward_hook(lambda _, __, output: seen.append(output))
+    try:
+        model.eval()
+        for batch in batches:
+            seen.clear()
+            with torch.enable_grad():
+                scores = batching.logits(model, batching.to(batch, device)).log_softmax(-1)
+            mask = batching.real_positions(batch)
+            for label in range(scores.shape[-1]):
+                chosen = scores[:, label]
+                drawn = (chosen * chosen.detach().exp().sqrt()).sum()  # the root: it is squared below
+                (gradient,) = torch.autograd.grad(drawn, seen[0], retain_graph=True)
+                real = gradient.flatten(0, -2) if mask is None else gradient[mask.to(device)]
+                real = real.double().cpu()
+                total = real.mT @ real + (0 if total is None else total)
+    finally:
+        handle.remove()
+        for part, flag in flags:
+            part.training = flag
+    if total is None or not total.diagonal().mean() > 0:
+        raise DataError("the answers must depend on calibration rows. No gradient arrives. Pass rows of the task.")
+    return total / total.diagonal().mean()
+
+
 def readers(model: nn.Module, site: Site) -> Float[Tensor, "groups out width"]:
     """The weights that read a site's (first) stream, stacked along their outputs, in float64 on the CPU.
 
