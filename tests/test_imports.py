@@ -30,6 +30,7 @@ ORDER = [
     "activations",
     "fisher",
     "levels",
+    "vocabulary",
     "bases",
     "surgery",
     "pretrained",

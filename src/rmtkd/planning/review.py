@@ -28,6 +28,8 @@ def review(root: Placed, fields: Mapping[str, Any], sites: Sequence[Site] | None
     """
     if "sites" in fields:
         uniform = fields.get("uniform") is True
+        if fields.get("embedding_levels", 1) != 1:
+            sites = None  # they are known when tokens are counted, and held against the plan then
         if uniform and sites is not None:
             sites = share_settings(sites)
         _review_sites(root.value["sites"], fields["sites"], sites, problems, uniform=uniform)
