@@ -23,8 +23,9 @@ from records import cell
 from recovery import compare
 from rmtkd import compression, recipes
 from rmtkd.activations import collect
-from rmtkd.cutting import DAMPING, cut_in_order
+from rmtkd.cutting import cut_in_order
 from rmtkd.distillation import Recovery, Teacher
+from rmtkd.fisher import Metrics, output_metrics, weighed
 from rmtkd.levels import count_tokens, in_levels, share_out
 from rmtkd.measurement import count_parameters
 from rmtkd.recipes.recipe import Source
@@ -97,17 +98,15 @@ def cut_cell(task_name: str, variant: str, teacher: str, data: Path, share: floa
 
 
 def ranks_of(
-    model: nn.Module, words: Sequence[Site], calibration: Sequence[Any], metric: torch.Tensor | None, budget: int
+    model: nn.Module, words: Sequence[Site], calibration: Sequence[Any], metrics: Metrics, budget: int
 ) -> dict[str, int]:
     """Ranks of the tables that together lose least of the (weighted) squared error."""
     moments = collect(model, words, calibration)
-    if metric is None:
-        metric = torch.eye(words[0].width, dtype=torch.float64)
-    root = torch.linalg.cholesky(metric + DAMPING * torch.eye(len(metric), dtype=metric.dtype)).mT
     gains, prices = [], []
     for site in words:
         (moment,) = moments[site.name]
         second = moment.covariance()[0] if site.is_centred else moment.second_moment()[0]
+        root = weighed(torch.eye(site.width, dtype=torch.float64)[None], site, metrics)[0]
         gains.append(torch.linalg.eigvalsh(root @ second @ root.mT).flip(0).clamp_min(0))
         prices.append(len(model.get_parameter(site.streams[0].writers[0].parameter)) + site.width)
     if len(words) == 1:

@@ -303,7 +303,6 @@ def _check_count(site: Site, count: int) -> None:
         )
 
 
-
 def readers(model: nn.Module, site: Site) -> Float[Tensor, "groups out width"]:
     """The weights that read a site's (first) stream, stacked along their outputs, in float64 on the CPU.
 
