@@ -31,14 +31,14 @@ from torch import nn
 
 from records import cell, print_event
 from rmtkd import compression, recipes
-from rmtkd.activations import collect
+from rmtkd.activations import observe
 from rmtkd.cutting import cut_in_order
 from rmtkd.distillation import Recovery, Teacher
 from rmtkd.dry_run import metrics_of
 from rmtkd.environment import has_bf16
 from rmtkd.levels import in_levels
 from rmtkd.measurement import accuracy, count_parameters, evaluation
-from rmtkd.planning import Plan, spectra_of
+from rmtkd.planning import Plan, retarget, spectra_of
 from rmtkd.schedule import Options
 from rmtkd.sites import Site, by_width, find_sites
 from rmtkd.surgery import fold
@@ -101,6 +101,23 @@ class Work:
         )
         return made
 
+    @cached_property
+    def measured(self) -> Any:
+        """A guarded plan with its spectra, the model in levels that it is for, and the metrics of its outputs."""
+        model, sites = in_levels(self.model, self.sites, self.rows.train, LEVELS)
+        metrics = metrics_of(model, sites, self.calibration, Options())
+        made, spectrums = compression.plan(
+            model,
+            calibration=self.calibration,
+            selection=self.rows.selection,
+            example=self.recipe.example(self.model, self.rows),
+            sites=sites,
+            metrics=metrics,
+            target="10%params",
+            seed=self.seed,
+        )
+        return made, spectrums, model, sites, metrics
+
     def taught(self) -> Teacher:
         """The teacher with its answers to all training rows, which are computed once for all cells."""
         teacher = Teacher(self.model, cache=True)
@@ -116,22 +133,10 @@ class Work:
 
 
 def guarded(work: Work, size: float) -> nn.Module:
-    """The library's default."""
-    levels = Options(embedding_levels=LEVELS)
-    model, sites = in_levels(work.model, work.sites, work.rows.train, levels.embedding_levels)
-    example = work.recipe.example(work.model, work.rows)
-    metrics = metrics_of(model, sites, work.calibration, levels)
-    made, _ = compression.plan(
-        model,
-        calibration=work.calibration,
-        selection=work.rows.selection,
-        example=example,
-        sites=sites,
-        metrics=metrics,
-        target=f"{100 * size:g}%params",
-        seed=work.seed,
-    )
-    return cut(model, sites, made.widths, work, metrics)
+    """The library's default: all sizes from the same measured losses."""
+    made, spectrums, model, sites, metrics = work.measured
+    plan = retarget(made, spectrums, target=f"{100 * size:g}%params")
+    return cut(model, sites, plan.widths, work, metrics)
 
 
 def published(work: Work, size: float) -> nn.Module:
@@ -143,7 +148,7 @@ def energy(work: Work, size: float) -> nn.Module:
     """The fewest directions with the same share of the variance at every site."""
     values = {
         name: tuple(spectrum.eigenvalues.sum(0) / spectrum.eigenvalues.sum() for spectrum in streams)
-        for name, streams in spectra_of(collect(work.model, work.sites, work.calibration)).items()
+        for name, streams in spectra_of(observe(work.model, work.sites, work.calibration)).items()
     }
 
     def widths(share: float) -> dict[str, int]:

@@ -29,9 +29,9 @@ from rmtkd.memory import Pieces
 from rmtkd.planning import Curve, Plan
 from rmtkd.sites import Site, by_width
 
-ROWS = 768
+ROWS = 400
 """Held-out rows on which losses are measured, spread evenly over all of them."""
-SHARES = (0.05, 0.12, 0.25, 0.45, 0.7)
+SHARES = (0.06, 0.15, 0.35, 0.65)
 """Shares of a full width at which its loss is measured, beside the least one and those that the rules count."""
 PASSES = 1
 """How often curves are weighed by the losses around a plan."""
