@@ -32,6 +32,7 @@ class ReplicateRule:
     """
 
     name: ClassVar[str] = "replicate"
+    needs: ClassVar[tuple[str, ...]] = ("replicate",)
     slack: float = 1.0
 
     def __post_init__(self) -> None:
