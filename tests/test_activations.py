@@ -36,7 +36,7 @@ def seen_without_padding(model: nn.Module, site: Site, rows: TokenRows) -> list[
             _: nn.Module, inputs: tuple[Tensor], output: Tensor, seen: list = seen, side: str = stream.side
         ) -> None:
             vectors = inputs[0] if side == "input" else output
-            seen.append(vectors[0].reshape(-1, site.groups, site.width))
+            seen.append(vectors[0].reshape(-1, site.groups, site.size))
 
         handle = module.register_forward_hook(keep)
         with torch.no_grad():
@@ -129,7 +129,7 @@ def test_vectors_of_a_row_belong_together() -> None:
     for site in find_sites(model):
         ids = torch.arange(60).repeat_interleave(torch.tensor(rows.lengths))
         for value, vectors in zip(found[site.name], seen_without_padding(model, site, rows), strict=True):
-            expected = EffectiveSize(site.groups * site.width)
+            expected = EffectiveSize(site.groups * site.size)
             expected.update(vectors.flatten(1), ids)
             assert value == pytest.approx(expected.value(), rel=1e-6)
             assert value is not None and 0 < value <= sum(rows.lengths)
@@ -304,7 +304,7 @@ def test_fewer_vectors_than_the_width_are_refused_and_the_site_is_named(model: n
     sites = find_sites(model)
     batch = {"input_ids": torch.randint(1, 50, (2, 10))}  # 20 vectors: enough for heads of 16, not for a ffn of 48
     with pytest.raises(DataError, match=r"layer\.0\.ffn of width 48 .* Got 20"):
-        collect(model, sites[1:], [batch])
+        collect(model, sites[2:], [batch])
     heads = [site for site in sites if site.groups == 2]
     assert collect(model, heads, [batch])["layer.0.value"][0].count == 20
 
@@ -348,7 +348,7 @@ def test_readers_are_what_turns_activations_into_the_next_layer_s_input() -> Non
             continue
         module = model.get_submodule(site.streams[0].module)
         assert isinstance(module, nn.Linear)
-        activations = torch.randn(5, site.groups * site.width, dtype=torch.float64)
+        activations = torch.randn(5, site.groups * site.size, dtype=torch.float64)
         got = torch.einsum("gow,ngw->no", readers(model, site), in_groups(activations, site.groups))
         torch.testing.assert_close(got + module.bias, module(activations))
 

@@ -14,7 +14,7 @@ from rmtkd.activations import collect
 from rmtkd.cutting import BlockCalls, cut_in_order
 from rmtkd.sites import blocks_of, feed_forward_site, find_sites
 
-WIDTHS = {"query_key": 6, "value": 6, "ffn": 20, "word": 12}
+WIDTHS = {"heads": 1, "query_key": 6, "value": 6, "ffn": 20, "word": 12}
 
 
 def widths(model: nn.Module) -> dict[str, int]:
@@ -54,8 +54,8 @@ def test_a_pass_runs_one_block_and_not_the_network(deep: nn.Module, monkeypatch:
     monkeypatch.setattr(layer, "forward", counted)
     batches = len(random_rows(200))
     cut(deep)
-    # the head, the feed-forward part and the step to the next block; the first watches all blocks on one batch
-    assert runs["blocks"] <= 3 * 4 * batches + 4
+    # heads, their width, the feed-forward part and the step to the next block; the first watches all on one batch
+    assert runs["blocks"] <= 4 * 4 * batches + 4
     short = runs["blocks"]
     monkeypatch.setattr(cutting, "_follow_each_other", lambda *_: False)
     runs.clear()

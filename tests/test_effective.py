@@ -190,6 +190,16 @@ def test_nothing_is_said_where_nothing_can_be() -> None:
     assert streamed(torch.ones(100, 8), numbers(100, 1)).value() is None  # no variance
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_values_that_are_not_finite_are_refused_and_nothing_is_added(bad: float) -> None:
+    effective, vectors = streamed(white(200, 300), numbers(200)), white(40, 300)
+    before = effective.value()
+    vectors[7, 250] = bad
+    with pytest.raises(DataError, match="finite"):
+        effective.update(vectors, numbers(40))
+    assert (effective.count, effective.value()) == (200, before)
+
+
 def test_wrong_shapes_are_refused() -> None:
     with pytest.raises(DataError, match=r"\[n, 8\]"):
         EffectiveSize(8).update(white(4, 9), torch.arange(4))

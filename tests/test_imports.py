@@ -29,6 +29,7 @@ ORDER = [
     "sites",
     "activations",
     "levels",
+    "vocabulary",
     "bases",
     "surgery",
     "pretrained",

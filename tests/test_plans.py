@@ -47,7 +47,7 @@ SPECTRUMS = spectra_of(observe(MODEL, SITES, random_rows(64)))
 PLAN = make_plan(MODEL, SITES, SPECTRUMS, BATCH, multiple_of=2, target=Target.parse("60%params"))
 LINES = PLAN.to_json().splitlines()
 ANY_WIDTHS = st.fixed_dictionaries(
-    {shares: st.integers(1, group[0].width) for shares, group in by_width(SITES).items()}
+    {shares: st.integers(group[0].least, group[0].width) for shares, group in by_width(SITES).items()}
 )
 
 
@@ -110,7 +110,7 @@ def test_all_problems_are_named_at_once_each_with_its_line_and_site() -> None:
     assert found[0] == "a plan must be whole and fit its model. plan.json has 7 problems:"
     assert found[1:-1] == sorted(found[1:-1], key=lambda line: int(line.split(":")[1]))
     for expected in (
-        f"plan.json:{ffn}: layer.0.ffn: keep must be a whole number from 1 to 48. Got 1600.",
+        f"plan.json:{ffn}: layer.0.ffn: keep must be a whole number from 0 to 48. Got 1600.",
         f"plan.json:{head}: layer.1.value: keep must be that of layer.1.query_key on line {first}, whose width it "
         f"shares. Got 1 and {kept}.",
         f"plan.json:{tau}: tau must be a finite number. Got NaN.",
@@ -144,7 +144,10 @@ def test_all_problems_are_named_at_once_each_with_its_line_and_site() -> None:
         (with_fields(lambda plan: plan.update(multiple_of=True)), "multiple_of must be a whole number. Got true."),
         (with_fields(lambda plan: plan["baseline"].update(flops=0)), "baseline must be params and flops"),
         (with_fields(lambda plan: plan["baseline"].pop("flops")), "baseline must be params and flops"),
-        (with_fields(lambda plan: plan["fixed"].update({"layer.9.ffn": 3})), "fixed must give widths from 1 to"),
+        (
+            with_fields(lambda plan: plan["fixed"].update({"layer.9.ffn": 3})),
+            "fixed must give widths from the least to",
+        ),
         (with_fields(lambda plan: plan["costs"]["once"].pop("flops")), "costs must have an entry for every cost"),
         (with_fields(lambda plan: plan["sites"][0].update(keep=True)), "keep must be a whole number. Got true."),
         (with_fields(lambda plan: plan["sites"][0].update(keep=8.5)), "keep must be a whole number. Got 8.5."),
@@ -153,7 +156,7 @@ def test_all_problems_are_named_at_once_each_with_its_line_and_site() -> None:
         (with_fields(lambda plan: plan["sites"][0].update(why="\ud800")), "why must be text. Got '\\ud800'."),
         (with_fields(lambda plan: plan["sites"][0].update(kind="quadratic")), "kind must be one of linear"),
         (with_fields(lambda plan: plan["sites"][0].update(width=64)), "width must be 32, the model's. Got 64."),
-        (with_fields(lambda plan: plan["sites"][1].update(groups=4)), "groups must be 2, the model's. Got 4."),
+        (with_fields(lambda plan: plan["sites"][2].update(groups=4)), "groups must be 2, the model's. Got 4."),
         (with_fields(lambda plan: plan["sites"].append(plan["sites"][0])), "a site must come once. It also stands on"),
         (with_fields(lambda plan: plan["sites"].pop()), "every site of the model must be in the plan"),
         (
@@ -171,7 +174,7 @@ def test_a_plan_of_another_model_is_refused_in_all_that_differs() -> None:
     other = find_sites(tiny_bert(layers=1, intermediate_size=64))
     found = refusal(PLAN.to_json(), sites=other)
     assert any("layer.0.ffn: width must be 64, the model's. Got 48." in line for line in found)
-    assert sum("layer.1." in line and "no such site" in line for line in found) == 3
+    assert sum("layer.1." in line and "no such site" in line for line in found) == 4
     with pytest.raises(PlanError, match=r"layer\.0\.ffn: width must be 64(.|\n)*layer\.1\.value"):
         PLAN.check_fits(other)
 
@@ -381,16 +384,15 @@ def test_impossible_wishes_are_named_all_at_once() -> None:
         fixed_widths(
             SITES,
             ["layer.0.fnn", "layer.1.value"],
-            [("layer.1.query_key", 8), ("layer.0.ffn", 49), ("*.ffn", 0), ("x", 1)],
+            [("layer.1.query_key", 8), ("layer.0.ffn", 49), ("*.word", 0), ("x", 1)],
         )
     found = str(caught.value).splitlines()
     assert found[1:-1] == [
         "--exclude layer.0.fnn: some site must have this name. None has. Did you mean layer.0.ffn?",
-        "--keep layer.0.ffn=49: layer.0.ffn must keep from 1 to 48. Got 49.",
-        "--keep *.ffn=0: layer.0.ffn must keep from 1 to 48. Got 0.",
-        "--keep *.ffn=0: layer.1.ffn must keep from 1 to 48. Got 0.",
-        "--keep x=1: some site must have this name. None has. There are embeddings.word, layer.0.query_key, "
-        "layer.0.head, layer.0.value, layer.0.ffn, layer.1.query_key, layer.1.head, layer.1.value, ….",
+        "--keep layer.0.ffn=49: layer.0.ffn must keep from 0 to 48. Got 49.",
+        "--keep *.word=0: embeddings.word must keep from 1 to 32. Got 0.",
+        "--keep x=1: some site must have this name. None has. There are embeddings.word, layer.0.heads, "
+        "layer.0.query_key, layer.0.head, layer.0.value, layer.0.ffn, layer.1.heads, layer.1.query_key, ….",
         "layer.1.head: there must be one width for all sites that share it. Got 16 (--exclude layer.1.value) and 8 "
         "(--keep layer.1.query_key=8).",
     ]
@@ -424,7 +426,7 @@ def test_options_take_wishes_as_mappings_and_as_json() -> None:
     assert (options.exclude, options.keep) == (("a",), (("b", 3),))
     values = json.loads(json.dumps(options.to_dict()))
     assert Options(exclude=values["exclude"], keep=values["keep"]) == options
-    for wrong in ({"b": 0}, [("b", True)], [("", 3)], [("b",)]):
+    for wrong in ({"b": -1}, [("b", True)], [("", 3)], [("b",)]):
         with pytest.raises(OptionError, match="keep must be"):
             Options(keep=wrong)  # type: ignore[arg-type]
 
@@ -446,12 +448,12 @@ def test_an_applied_plan_has_all_but_its_widths_derived_anew() -> None:
     assert made.widths == {**PLAN.widths, "layer.0.ffn": 37}
     assert made.predicted == predict_cost(MODEL, SITES, made.widths, BATCH)
     assert "old" not in made.remarks
-    changed, same = made.sites[3], made.sites[6]
+    changed, same = made.sites[4], made.sites[8]
     assert changed.why.startswith(f"changed by hand: {changed.planned} → 37; planned: ")
     assert changed.energy == pytest.approx(
         SPECTRUMS["layer.0.ffn"][0].eigenvalues[0, :37].sum() / SPECTRUMS["layer.0.ffn"][0].eigenvalues.sum()
     )
-    assert same == PLAN.sites[6]
+    assert same == PLAN.sites[8]
     assert settle(made, MODEL, SITES, SPECTRUMS, BATCH) == made
     assert settle(PLAN, MODEL, SITES, SPECTRUMS, BATCH) == PLAN
 
@@ -485,7 +487,7 @@ def test_options_follow_the_plan_that_is_applied_and_must_not_contradict_it() ->
 
 
 UNIFORM = make_plan(MODEL, SITES, SPECTRUMS, BATCH, multiple_of=2, target=Target.parse("85%params"), uniform=True)
-WHOLE = {"embeddings.word": 32, "layer.0.head": 16, "layer.1.head": 16}
+WHOLE = {"embeddings.word": 32} | {f"layer.{i}.{part}": n for i in range(2) for part, n in (("heads", 2), ("head", 16))}
 
 
 def ffn_width(plan: Plan) -> int:
@@ -559,7 +561,7 @@ def test_a_uniform_plan_refuses_other_widths_by_name() -> None:
 
 def test_what_makes_an_edited_plan_no_longer_uniform_is_refused_with_its_line() -> None:
     ffn = ffn_width(UNIFORM)
-    lines, found = refusal_of_uniform(lambda plan: plan["sites"][6].update(keep=31))
+    lines, found = refusal_of_uniform(lambda plan: plan["sites"][8].update(keep=31))
     first, second = (i + 1 for i, line in enumerate(lines) if line.strip() in (f'"keep": {ffn},', '"keep": 31,'))
     expected = f"keep must be that of layer.0.ffn on line {first}, whose width it shares. Got 31 and {ffn}."
     assert found[1] == f"plan.json:{second}: layer.1.ffn: {expected}"
@@ -603,7 +605,7 @@ def test_a_uniform_plan_tells_the_least_without_a_target_too() -> None:
 
 def test_sites_that_no_stock_configuration_gives_cannot_be_uniform() -> None:
     nameless = tuple(replace(site, setting=None) for site in SITES)
-    with pytest.raises(OptionError, match=r"None of embeddings\.word, layer\.0\.query_key, .* has such an entry"):
+    with pytest.raises(OptionError, match=r"None of embeddings\.word, layer\.0\.heads, .* has such an entry"):
         make_plan(MODEL, nameless, SPECTRUMS, BATCH, uniform=True)
     uneven = tuple(replace(site, width=40) if site.name == "layer.1.ffn" else site for site in SITES)
     with pytest.raises(PlanError, match=r"one intermediate_size.*Got 48 in layer\.0\.ffn, 40 in layer\.1\.ffn"):

@@ -4,6 +4,7 @@ the caller's model stays as it was.
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import pytest
@@ -69,7 +70,7 @@ def fit(
         if site.kind == "bilinear":
             bases[site.name] = bilinear_bases(moment.second_moment(), other[0].covariance(), keep)
         else:
-            form = {"linear": linear_basis, "pointwise": unit_basis}[site.kind]
+            form = linear_basis if site.kind == "linear" else partial(unit_basis, each=site.each)
             bases[site.name] = (form(moment.covariance(), moment.mean, readers(model, site), keep),)
     return sites, bases
 
@@ -99,7 +100,7 @@ def test_the_batch_of_these_tests_holds_padding() -> None:
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu", "silu", "tanh"])
-@pytest.mark.parametrize("kind", ["linear", "pointwise", "bilinear", "all"])
+@pytest.mark.parametrize("kind", ["linear", "pointwise", "bilinear", "heads", "all"])
 def test_a_cut_at_full_width_changes_nothing(kind: str, activation: str) -> None:
     model = double_bert(hidden_act=activation)
     widths = {site.name: site.width for site in find_sites(model) if kind in (site.kind, "all")}
@@ -107,7 +108,9 @@ def test_a_cut_at_full_width_changes_nothing(kind: str, activation: str) -> None
     assert difference(run(student), run(model)) < 1e-10
     before = snapshot(model)
     changed = [name for name, p in student.named_parameters() if name in before and not torch.equal(p, before[name])]
-    assert bool(changed) == (kind != "pointwise")  # keeping all units leaves even the weights as they are
+    assert bool(changed) == (
+        kind not in ("pointwise", "heads")
+    )  # keeping all units leaves even the weights as they are
 
 
 def test_a_cut_at_full_width_changes_nothing_where_units_and_directions_are_dead() -> None:
@@ -394,7 +397,8 @@ def test_resizing_and_loading_gives_the_narrow_model_back() -> None:
     assert shapes(other) == shapes(student)
     for site in find_sites(student):
         for attribute in site.attributes:
-            setattr(other.get_submodule(attribute.module), attribute.name, attribute.value(site.width, site.groups))
+            value = attribute.value(site.width, site.groups, site.each)
+            setattr(other.get_submodule(attribute.module), attribute.name, value)
     other.load_state_dict(student.state_dict())
     assert torch.equal(run(other), run(student))
 

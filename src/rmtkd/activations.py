@@ -118,11 +118,11 @@ def observe(
         UnsupportedModelError: also if replicates are asked for and the model has no dropout.
         DataError: see `collect`.
     """
-    sizes = [EffectiveSize(site.groups * site.width) for site in sites for _ in site.streams]
+    sizes = [EffectiveSize(site.groups * site.size) for site in sites for _ in site.streams]
     pairs = None
     if replicate_seed is not None:
         _check_dropout(model)
-        pairs = [Replicates(site.width, groups=site.groups) for site in sites for _ in site.streams]
+        pairs = [Replicates(site.size, groups=site.groups) for site in sites for _ in site.streams]
     return _gather(model, sites, batches, pieces, sizes, pairs, replicate_seed or 0)
 
 
@@ -141,7 +141,7 @@ def _gather(
     seed: int = 0,
 ) -> dict[str, tuple[Observed, ...]]:
     streams = [site for site in sites for _ in site.streams]
-    moments = [Covariance(site.width, groups=site.groups) for site in streams]
+    moments = [Covariance(site.size, groups=site.groups) for site in streams]
     rows = 0
     with evaluation(model), watched(model, sites, pieces) as vectors_of:
         for number, batch in enumerate(batches):
@@ -296,11 +296,57 @@ def _check_count(site: Site, count: int) -> None:
             "calibration must hold at least one real (unpadded) position. Got none: no rows, or rows of padding "
             "only. Pass calibration rows with their attention_mask."
         )
-    if count < site.width:
+    if count < site.size:
         raise DataError(
-            f"site {site.name} of width {site.width} needs at least as many activation vectors. Got {count}. "
+            f"site {site.name} of width {site.size} needs at least as many activation vectors. Got {count}. "
             "Pass more calibration rows."
         )
+
+
+def gradient_moment(model: nn.Module, module: str, batches: Iterable[Batch]) -> Float[Tensor, "width width"]:
+    """What the model's answers feel of an error at the output of a module: `E[g gᵀ]` at the real positions, with g the
+    gradient of the log-probability of a class that is drawn from the model's own answer (Fisher information).
+
+    To second order, the KL divergence from the model with an error e there is `½ eᵀ E[g gᵀ] e`. Each batch takes one
+    backward pass per class, and no parameter is changed.
+
+    Args:
+        model: run in evaluation mode.
+        module: path of a module whose output is one tensor with positions before the last dimension.
+        batches: calibration rows; a few dozen batches will do.
+
+    Returns:
+        The second moment in float64 on the CPU, with a mean diagonal of 1.
+
+    Raises:
+        DataError: if no row has a gradient.
+    """
+    device = next(model.parameters()).device
+    seen: list[Any] = []
+    total: Tensor | None = None
+    flags = [(part, part.training) for part in model.modules()]
+    handle = model.get_submodule(module).register_forward_hook(lambda _, __, output: seen.append(output))
+    try:
+        model.eval()
+        for batch in batches:
+            seen.clear()
+            with torch.enable_grad():
+                scores = batching.logits(model, batching.to(batch, device)).log_softmax(-1)
+            mask = batching.real_positions(batch)
+            for label in range(scores.shape[-1]):
+                chosen = scores[:, label]
+                drawn = (chosen * chosen.detach().exp().sqrt()).sum()  # the root: it is squared below
+                (gradient,) = torch.autograd.grad(drawn, seen[0], retain_graph=True)
+                real = gradient.flatten(0, -2) if mask is None else gradient[mask.to(device)]
+                real = real.double().cpu()
+                total = real.mT @ real + (0 if total is None else total)
+    finally:
+        handle.remove()
+        for part, flag in flags:
+            part.training = flag
+    if total is None or not total.diagonal().mean() > 0:
+        raise DataError("the answers must depend on calibration rows. No gradient arrives. Pass rows of the task.")
+    return total / total.diagonal().mean()
 
 
 def readers(model: nn.Module, site: Site) -> Float[Tensor, "groups out width"]:

@@ -62,22 +62,28 @@ def unit_basis(
     mean: Float[Tensor, "groups width"],
     readers: Float[Tensor, "groups out width"],
     keep: int,
+    each: int = 1,
 ) -> Basis:
     """`keep` units and the least-squares reconstruction of all others from them: `T = C[:,S] C[S,S]⁻¹`.
 
     A rotation does not commute with a pointwise non-linearity, a choice of units does. `T[S,S] = I` by construction.
+    A unit may have several coordinates, `each` side by side, which stay or go together: a head.
 
     Reference:
-        Nyström step of MoDeGPT, arXiv 2408.09632, §3; the choice of units is `select_units`.
+        Nyström step of MoDeGPT, arXiv 2408.09632, §3; the choice of units is `select_units` or `select_heads`.
     """
     groups, width = mean.shape
-    reduce = covariance.new_zeros(groups, keep, width)
-    lift = covariance.new_zeros(groups, width, keep)
+    reduce = covariance.new_zeros(groups, keep * each, width)
+    lift = covariance.new_zeros(groups, width, keep * each)
     for g in range(groups):
-        kept = select_units(covariance[g], readers[g], keep)
+        if each == 1:
+            kept = select_units(covariance[g], readers[g], keep)
+        else:
+            units = select_heads(covariance[g], readers[g], keep, each)
+            kept = (each * units[:, None] + torch.arange(each)).flatten()
         dropped = torch.ones(width, dtype=torch.bool).index_fill(0, kept, False)
-        reduce[g, torch.arange(keep), kept] = 1
-        lift[g, kept, torch.arange(keep)] = 1
+        reduce[g, torch.arange(len(kept)), kept] = 1
+        lift[g, kept, torch.arange(len(kept))] = 1
         metric = _regularized(covariance[g][kept][:, kept])
         lift[g, dropped] = torch.linalg.solve(metric, covariance[g][kept][:, dropped]).mT
     return Basis(reduce=reduce, lift=lift, mean=mean)
@@ -110,7 +116,38 @@ def select_units(covariance: Float[Tensor, "width width"], reader: Float[Tensor,
         factor[step] = residual / residual[unit].clamp_min(floor).sqrt()
         unseen -= torch.outer(unseen[:, unit] / residual[unit].clamp_min(floor).sqrt(), factor[step])
         diagonal = (diagonal - factor[step].square()).clamp_min(0)
-    return torch.tensor(sorted(chosen))
+    return torch.tensor(sorted(chosen), dtype=torch.long)
+
+
+def select_heads(
+    covariance: Float[Tensor, "width width"], reader: Float[Tensor, "out width"], keep: int, each: int
+) -> Tensor:
+    """Choose units of `each` coordinates one by one, each the one that explains most of what the reader's output still
+    lacks.
+
+    With the covariance R of the residual after regressing on the chosen units, unit j explains
+    `tr(W R_:j R_jj⁻¹ R_j: Wᵀ)` of the reader's output: `select_units` with blocks for pivots. Units are few.
+
+    Returns:
+        Indices of the chosen units in ascending order, shape `(keep,)`.
+    """
+    blocks = [slice(start, start + each) for start in range(0, len(covariance), each)]
+    ridge = _ridge(covariance) * torch.eye(each, dtype=covariance.dtype)
+    residual, unseen = covariance, reader @ covariance  # R and W R
+    chosen: list[int] = []
+    for _ in range(keep):
+        gain = [_explained(unseen[:, block], residual[block, block] + ridge) for block in blocks]
+        best = max((unit for unit in range(len(blocks)) if unit not in chosen), key=gain.__getitem__)
+        chosen.append(best)
+        block = blocks[best]
+        weights = torch.linalg.solve(residual[block, block] + ridge, residual[block])
+        residual, unseen = residual - residual[:, block] @ weights, unseen - unseen[:, block] @ weights
+    return torch.tensor(sorted(chosen), dtype=torch.long)
+
+
+def _explained(unseen: Float[Tensor, "out each"], metric: Float[Tensor, "each each"]) -> float:
+    """`tr(U M⁻¹ Uᵀ)`"""
+    return float((torch.linalg.solve(metric, unseen.mT) * unseen.mT).sum())
 
 
 def bilinear_bases(
@@ -148,9 +185,12 @@ def _paired(
 
 def _regularized(matrix: Float[Tensor, "*groups width width"]) -> Float[Tensor, "*groups width width"]:
     """The matrix plus `RIDGE` of its mean diagonal; the identity where the matrix is zero."""
+    return matrix + _ridge(matrix)[..., None, None] * torch.eye(matrix.shape[-1], dtype=matrix.dtype)
+
+
+def _ridge(matrix: Float[Tensor, "*groups width width"]) -> Float[Tensor, "*groups"]:
     ridge = RIDGE * matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
-    ridge = torch.where(ridge > 0, ridge, torch.ones_like(ridge))
-    return matrix + ridge[..., None, None] * torch.eye(matrix.shape[-1], dtype=matrix.dtype)
+    return torch.where(ridge > 0, ridge, torch.ones_like(ridge))
 
 
 def _roots(

@@ -93,7 +93,7 @@ def check(
                 refused[part] = Verdict(site=part, ok=False, why=str(error))
     known = [site for site in described if isinstance(site, Site)]
     check_parameters(model, known)
-    widest = max((site.width for site in known), default=1)
+    widest = max((site.size for site in known), default=1)
     positions = VECTORS_A_UNIT * widest
     rows = _enough(random_batches(model, positions) if batches is None else batches, positions)
     verdicts = {**refused, **_try_all(model, known, rows)}

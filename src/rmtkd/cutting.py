@@ -22,21 +22,34 @@ from rmtkd.batches import Batch, Call
 from rmtkd.covariance import Covariance
 from rmtkd.measurement import evaluation
 from rmtkd.memory import Pieces, is_out_of_memory
-from rmtkd.sites import Site, blocks_of, by_width
+from rmtkd.sites import Site, after_cuts, blocks_of, by_width
 from rmtkd.surgery import fold
 
+DAMPING = 0.1
+"""Of a metric of what is read, whose mean diagonal is 1: directions that the answers did not feel still count."""
 
-def fit_bases(model: nn.Module, site: Site, moments: Sequence[Covariance], keep: int) -> tuple[Basis, ...]:
-    """The bases of one site's streams at width `keep`, from the moments of its activations."""
+
+def fit_bases(
+    model: nn.Module, site: Site, moments: Sequence[Covariance], keep: int, metric: Tensor | None = None
+) -> tuple[Basis, ...]:
+    """The bases of one site's streams at width `keep`, from the moments of its activations.
+
+    Args:
+        metric: by which the error of what the readers compute is measured, of mean diagonal 1, such as
+            `activations.gradient_moment` at their output; plain squares by default.
+    """
     if site.kind == "bilinear":
         queries, keys = moments
         # A constant added to all keys moves every score of a query alike, which softmax does not see: centre them.
         return bilinear_bases(queries.second_moment(), keys.covariance(), keep)
-    form = {"linear": linear_basis, "pointwise": unit_basis}[site.kind]
+    form = linear_basis if site.kind == "linear" else partial(unit_basis, each=site.each)
     (moment,) = moments
+    read = readers(model, site)
+    if metric is not None:
+        read = torch.linalg.cholesky(metric + DAMPING * torch.eye(len(metric), dtype=metric.dtype)).mT @ read
     if not site.is_centred:
-        return (form(moment.second_moment(), torch.zeros_like(moment.mean), readers(model, site), keep),)
-    return (form(moment.covariance(), moment.mean, readers(model, site), keep),)
+        return (form(moment.second_moment(), torch.zeros_like(moment.mean), read, keep),)
+    return (form(moment.covariance(), moment.mean, read, keep),)
 
 
 def cut_in_order(
@@ -48,6 +61,7 @@ def cut_in_order(
     blocks: Sequence[str] | None = None,
     pieces: Pieces | None = None,
     scratch: Path | None = None,
+    metrics: Mapping[str, Tensor] | None = None,
 ) -> tuple[nn.Module, dict[str, tuple[Basis, ...]]]:
     """Cut sites one width after the other, shallow to deep.
 
@@ -59,16 +73,22 @@ def cut_in_order(
         blocks: paths of all blocks of the model in order; those of the sites by default.
         pieces: in how many pieces a batch is run, should memory run out.
         scratch: folder for the files of this cut; the system's by default.
+        metrics: for names of sites the metric of what their readers compute (see `fit_bases`).
 
     Returns:
-        The narrower model and the bases by site name.
+        The narrower model and the bases by site name; none for the width of heads of which none was kept.
     """
     bases: dict[str, tuple[Basis, ...]] = {}
     with BlockCalls(model, calibration, blocks or blocks_of(sites), scratch=scratch) as calls:
-        for group in by_width(sites).values():
+        for shares in by_width(sites):
+            cut = {name: widths[name] for name in bases}
+            group = by_width(after_cuts(sites, cut)).get(shares, ())
+            if not group:
+                continue
             moments = _moments(model, group, calibration, calls, pieces)
             for site in group:
-                bases[site.name] = fit_bases(model, site, moments[site.name], widths[site.name])
+                metric = (metrics or {}).get(site.name)
+                bases[site.name] = fit_bases(model, site, moments[site.name], widths[site.name], metric)
             model = fold(model, group, bases)
     return model, bases
 

@@ -113,6 +113,8 @@ def narrow(
 
 
 def narrowed(sites: Sequence[Site], plan: Plan) -> tuple[Site, ...]:
-    """The sites of the model that the plan narrows."""
+    """The sites of the model that the plan narrows; without the width of heads of which none is kept."""
     plan.check_fits(sites)
-    return tuple(site for site in sites if plan.widths[site.name] < site.width)
+    widths = plan.widths
+    gone = {name for name, width in widths.items() if width == 0}
+    return tuple(site for site in sites if widths[site.name] < site.width and site.groups_of not in gone)

@@ -39,6 +39,7 @@ GROUPS = 8
 BUCKETS = 128
 """Coordinates of the sketch, at most."""
 _BULK = 0.75  # of the directions that are alive, from below
+_WAITING = 2048  # vectors, before they are dealt
 _ALIVE = 1e-12  # of the whole variance; what float32 leaves of a dead direction is less
 
 
@@ -54,12 +55,10 @@ class EffectiveSize:
         buckets = min(width, BUCKETS)
         signs = torch.randint(2, (width,), generator=torch.Generator().manual_seed(width)) * 2 - 1
         self._signs = pad(signs, (0, -width % buckets)).double()
-        self._groups: Sequence[Covariance] = [Covariance(buckets) for _ in range(GROUPS)]
-
-    @property
-    def count(self) -> int:
+        self._dealt: Sequence[Covariance] = [Covariance(buckets) for _ in range(GROUPS)]
+        self._waiting: list[tuple[Tensor, Tensor]] = []  # sketches and their groups: many at a time are much faster
+        self.count = 0
         """Vectors seen, n."""
-        return sum(group.count for group in self._groups)
 
     @torch.no_grad()
     def update(self, vectors: Float[Tensor, "n width"], sequences: Int64[Tensor, " given"]) -> None:
@@ -78,11 +77,27 @@ class EffectiveSize:
                 f"{list(sequences.shape)} — pass the number of a sequence for every vector."
             )
         sketch = self._sketch(vectors)
-        group = _scattered(sequences).to(sketch.device)
-        order = group.argsort(stable=True)
-        parts = sketch[order].split(torch.bincount(group, minlength=GROUPS).tolist())
-        for covariance, part in zip(self._groups, parts, strict=True):
+        if not sketch.isfinite().all():
+            raise DataError("Vectors must be finite — some are not — look for the module that overflows.")
+        self._waiting.append((sketch, _scattered(sequences).to(sketch.device)))
+        self.count += len(sketch)
+        if sum(len(sketch) for sketch, _ in self._waiting) >= _WAITING:
+            self._deal()
+
+    def _deal(self) -> None:
+        """Add the sketches that wait to their groups."""
+        if not self._waiting:
+            return
+        sketch, group = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+        self._waiting.clear()
+        parts = sketch[group.argsort(stable=True)].double().split(torch.bincount(group, minlength=GROUPS).tolist())
+        for covariance, part in zip(self._dealt, parts, strict=True):
             covariance.update(part[:, None])
+
+    @property
+    def _groups(self) -> Sequence[Covariance]:
+        self._deal()
+        return self._dealt
 
     def merge(self, other: "EffectiveSize") -> "EffectiveSize":
         """The effective size of the vectors of both; neither changes. Associative up to float64 rounding.
@@ -93,7 +108,8 @@ class EffectiveSize:
         if self.width != other.width:
             raise DataError(f"Only equal widths merge — got {self.width} and {other.width} — merge per stream.")
         result = EffectiveSize(self.width)
-        result._groups = [a.merge(b) for a, b in zip(self._groups, other._groups, strict=True)]
+        result._dealt = [a.merge(b) for a, b in zip(self._groups, other._groups, strict=True)]
+        result.count = self.count + other.count
         return result
 
     def value(self) -> float | None:
@@ -123,8 +139,11 @@ class EffectiveSize:
         return min(1.0, 2 / sum(inverses)) * self.count
 
     def _sketch(self, vectors: Tensor) -> Tensor:
-        self._signs = self._signs.to("cpu" if vectors.device.type == "mps" else vectors.device)
-        signed = pad(vectors, (0, len(self._signs) - self.width)).to(self._signs) * self._signs
+        if vectors.device.type == "mps":  # which has no float64
+            vectors = vectors.cpu()
+        vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+        self._signs = self._signs.to(vectors)
+        signed = pad(vectors, (0, len(self._signs) - self.width)) * self._signs
         return signed.unflatten(1, (-1, min(self.width, BUCKETS))).sum(1)
 
 

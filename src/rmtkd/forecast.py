@@ -91,7 +91,7 @@ def forecast(
         activations = _activation_bytes(student, largest, precision)
     parameters, kept = count_parameters(model), count_parameters(student)
     size = next(model.parameters()).element_size()
-    moments = sum(8 * site.groups * site.width**2 * len(site.streams) for site in sites)
+    moments = sum(8 * site.groups * site.size**2 * len(site.streams) for site in sites)
     # weights, gradients and the two moments of AdamW, the moving average, and the batch's activations
     training = size * kept * (5 if recovery.average else 4) + BACKWARD * activations
     slack = SLACK.get(device.type, 1.0)

@@ -7,12 +7,14 @@ model with torch and transformers alone; where rmtkd is installed, `import rmtkd
 The `config.json` of such a model is a stock configuration with
 
 - `model_type`: `rmtkd_` and the stock one, so that no stock class takes the folder for its own;
-- `per_layer_config`: what differs from layer to layer, in transformers' schema: `head_dim`, and the width of the
-  feed-forward block by its stock name. Layers that share their weights count once;
+- `per_layer_config`: what differs from layer to layer, in transformers' schema: `num_attention_heads`, `head_dim`, and
+  the width of the feed-forward block by its stock name. Layers that share their weights count once. A width of 0 leaves
+  a part that always answers the same;
 - `word_embedding_size`: columns of the embedding table, where it is narrower than the model;
 - `word_embedding_levels`: rows and columns of each table, where tokens have one by how often they occur, first to last;
 - `narrowed`: which parameters have these widths, by path within a layer: the dimension of the parameter, and how many
-  times it holds the width in each of `groups` (attention heads); and which attributes are to be set with them.
+  times it holds the width in each of `groups` (attention heads; in a layer that has its own number of what
+  `groups_from` names, as many); which attributes are to be set with them; and what `absent` heads leave, see `NoHeads`.
 
 Stock entries of the same names as in `per_layer_config` are the widths of layers that it does not list.
 """
@@ -49,6 +51,33 @@ class FactorizedEmbedding(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """Embed token ids of any shape, in one more dimension of the model's width."""
         return self.projection(super().forward(input))
+
+
+class NoHeads(nn.Module):
+    """What an attention does without heads, in a forward of its stock class's form: its context is empty, and only what
+    the reader makes of nothing remains, which is its bias.
+
+    Args:
+        attention: of the stock class, whose modules are taken over.
+        after: names in it of the modules that its context goes through, in order.
+        norm: name of the norm that is then taken of the sum with its input; none by default.
+    """
+
+    def __init__(self, attention: nn.Module, after: Sequence[str] = (), norm: str | None = None):
+        super().__init__()
+        self.after, self.norm = tuple(after), norm
+        for name in (*after, *([] if norm is None else [norm])):
+            self.add_module(name, attention.get_submodule(name))
+        self.train(attention.training)
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        """The output of shape `batch × length × width`, and no attention weights."""
+        output = hidden_states[..., :0]
+        for name in self.after:
+            output = self.get_submodule(name)(output)
+        if self.norm is not None:
+            output = self.get_submodule(self.norm)(hidden_states + output)
+        return output, None
 
 
 class EmbeddingLevel(nn.Embedding):
@@ -134,14 +163,19 @@ def narrow(model: nn.Module, config: Any) -> None:
     widths = per_layer_widths(config)
     for index, path in enumerate(narrowed["layers"]):
         layer = model.get_submodule(path)
-        for key, width in widths.get(index, {}).items():
+        own = widths.get(index, {})
+        for key, width in own.items():
             site = narrowed[key]
+            groups = own.get(site.get("groups_from"), site["groups"])
             for name, (dim, copies) in site["parameters"].items():
-                _shorten(layer, name, dim, copies * site["groups"] * width)
-            values = {"width": width, "total": site["groups"] * width, "scaling": width**-0.5}
+                _shorten(layer, name, dim, copies * groups * width)
             for name, quantity in site["attributes"].items():
+                value = width**-0.5 if quantity == "scaling" else width * (groups if quantity == "total" else 1)
                 owner, _, attribute = name.rpartition(".")
-                setattr(layer.get_submodule(owner), attribute, values[quantity])
+                setattr(layer.get_submodule(owner), attribute, value)
+            if width == 0 and (absent := site.get("absent")):
+                stock = layer.get_submodule(absent["module"])
+                layer.set_submodule(absent["module"], NoHeads(stock, absent["after"], absent["norm"]))
 
 
 def _shorten(layer: nn.Module, name: str, dim: int, size: int) -> None:

@@ -18,9 +18,10 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from rmtkd import modeling_rmtkd
 from rmtkd.families import FAMILIES
 from rmtkd.modeling_rmtkd import PREFIX, EmbeddingLevel, FactorizedEmbedding
-from rmtkd.sites import Site, find_family, find_sites, layer_paths
+from rmtkd.sites import Axis, Site, find_family, find_sites, layer_paths
 from rmtkd.surgery import fill, tensors_of
 
+HEADS = "num_attention_heads"
 HEAD = "head_dim"
 WORDS = "word_embedding_size"
 LEVELS = "word_embedding_levels"
@@ -60,9 +61,9 @@ def described(model: nn.Module) -> tuple[Any, Any]:
     common = stock.config_class.from_dict(config | _common_widths(sites))
     if shapes_of(on_meta(stock, common)) == shapes_of(model):
         return stock, _as_in(model, common)
-    full = {site.name: site.width for site in find_sites(on_meta(stock, stock.config_class.from_dict(config)))}
+    full = find_sites(on_meta(stock, stock.config_class.from_dict(config)))
     narrowed = getattr(modeling_rmtkd, PREFIX + family.model_class)
-    return narrowed, _as_in(model, narrowed.config_class.from_dict(config | _own_entries(model, sites, full)))
+    return narrowed, _as_in(model, narrowed.config_class.from_dict(config | _own_entries(model, full)))
 
 
 @contextmanager
@@ -130,15 +131,32 @@ def _common_widths(sites: Sequence[Site]) -> dict[str, int]:
     return {setting: found.pop() for setting, found in widths.items() if len(found) == 1}
 
 
-def _own_entries(model: nn.Module, sites: Sequence[Site], full: dict[str, int]) -> dict[str, Any]:
-    """What a configuration says beyond the stock one: which layers are narrower, and which of their parameters."""
+def _own_entries(model: nn.Module, full: Sequence[Site]) -> dict[str, Any]:
+    """What a configuration says beyond the stock one: which layers are narrower, and which of their parameters.
+
+    Args:
+        model: the narrowed model.
+        full: the sites of the stock one. Those of which nothing was kept are no sites of the narrowed one.
+    """
     layers = layer_paths(model)
     narrowed: dict[str, Any] = {"layers": layers}
     own: dict[str, Any] = {"narrowed": narrowed}
     widths: dict[str, dict[str, int]] = {}
-    for site in sites:
-        axes = [axis for stream in site.streams for axis in (*stream.writers, *stream.readers)]
-        layer = next((path for path in layers if axes[0].parameter.startswith(f"{path}.")), None)
+    sites = find_sites(model)
+    kept = {site.name: site.width for site in sites}
+    some_heads_went = any(site.kind == "heads" and kept.get(site.name, 0) < site.width for site in full)
+
+    def axes_of(site: Site) -> list[Axis]:
+        return [axis for stream in site.streams for axis in (*stream.writers, *stream.readers)]
+
+    def layer_of(site: Site) -> str | None:
+        return next((path for path in layers if axes_of(site)[0].parameter.startswith(f"{path}.")), None)
+
+    # An embedding may have been divided, of a layer some sites may be gone.
+    for site in (*(s for s in sites if layer_of(s) is None), *(s for s in full if layer_of(s) is not None)):
+        if site.kind == "heads" and not some_heads_went:
+            continue
+        axes, layer = axes_of(site), layer_of(site)
         if layer is None:
             path = axes[0].parameter.rpartition(".")[0]
             embedding: Any = model.get_submodule(path)
@@ -151,15 +169,21 @@ def _own_entries(model: nn.Module, sites: Sequence[Site], full: dict[str, int]) 
             if rank is not None:
                 own[WORDS] = rank
             continue
-        key = site.setting or HEAD
+        key = HEADS if site.kind == "heads" else site.setting or HEAD
         if key == HEAD:
-            own[HEAD] = full[site.name]
-        if site.width != full[site.name]:
-            widths.setdefault(str(layers.index(layer)), {})[key] = site.width
-        table = narrowed.setdefault(key, {"groups": site.groups, "parameters": {}, "attributes": {}})
+            own[HEAD] = site.width
+        has_gone = site.groups_of is not None and kept.get(site.groups_of, 0) == 0
+        if not has_gone and (width := kept.get(site.name, 0)) != site.width:
+            widths.setdefault(str(layers.index(layer)), {})[key] = width
+        table = narrowed.setdefault(key, {"groups": site.groups * site.each, "parameters": {}, "attributes": {}})
         within = len(layer) + 1
         table["parameters"] |= {axis.parameter[within:]: [axis.dim, axis.copies] for axis in axes}
         table["attributes"] |= {f"{a.module}.{a.name}"[within:]: a.quantity for a in site.attributes}
+        if some_heads_went and key in (HEADS, HEAD):
+            table["groups_from"] = HEAD if key == HEADS else HEADS
+        if site.kind == "heads" and site.absent:
+            absent = site.absent
+            table["absent"] = {"module": absent.module[within:], "after": list(absent.after), "norm": absent.norm}
     return own | {"per_layer_config": widths}
 
 

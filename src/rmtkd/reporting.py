@@ -40,7 +40,7 @@ def plan_table(plan: Plan, width: int = 120) -> Table:
         "kind": [site.kind for site in plan.sites],
         "width": [_per_head(site, site.width) for site in plan.sites],
         "above": [f"{site.count:.1f}" if site.groups > 1 else f"{site.count:.0f}" for site in plan.sites],
-        "keep": [_per_head(site, site.keep) + _mark(site, plan) for site in plan.sites],
+        "keep": [_kept(site, plan) + _mark(site, plan) for site in plan.sites],
         "n_eff/n": [_independent(site) for site in plan.sites],
         "q": [f"{site.q:.2g}" for site in plan.sites],
         "noise σ²": [f"{site.sigma2:.3g}" for site in plan.sites],
@@ -60,6 +60,14 @@ def plan_table(plan: Plan, width: int = 120) -> Table:
 
 def _per_head(site: SitePlan, width: int) -> str:
     return f"{site.groups}×{width}" if site.groups > 1 else str(width)
+
+
+def _kept(site: SitePlan, plan: Plan) -> str:
+    """The width that stays, in as many heads as stay."""
+    heads = plan.widths.get(site.groups_of or "", site.groups)
+    if heads == site.groups:
+        return _per_head(site, site.keep)
+    return f"{heads}×{site.keep}" if heads else "0"
 
 
 def _independent(site: SitePlan) -> str:
@@ -234,10 +242,7 @@ def model_card(record: Mapping[str, Any], plan: Plan, loads_with: Iterable[str])
         "",
         "| site | before | after | why |",
         "|---|--:|--:|---|",
-        *(
-            f"| {site.name} | {_per_head(site, site.width)} | {_per_head(site, site.keep)} | {site.why} |"
-            for site in plan.sites
-        ),
+        *(f"| {site.name} | {_per_head(site, site.width)} | {_kept(site, plan)} | {site.why} |" for site in plan.sites),
         "",
         *(f"{remark}\n" for remark in plan.remarks),
         f"Stopped: {record['stop_reason']}. Seed {record['seed']}. Versions: "

@@ -40,7 +40,7 @@ from rmtkd.pretrained import presented
 from rmtkd.result import Compressed
 from rmtkd.roles import Answered, Roles, check_report, check_teacher, fingerprint, share_of
 from rmtkd.schedule import History, Options, Round, stop_reason, too_much_lost
-from rmtkd.sites import Site, blocks_of, by_width, find_family, find_sites, share_settings
+from rmtkd.sites import Site, after_cuts, blocks_of, by_width, find_family, find_sites, share_settings
 from rmtkd.standing import Standing, kept_widths, shaped
 from rmtkd.surgery import check_cut, tensors_of
 from rmtkd.training import Phase, PhaseState, Precision
@@ -245,6 +245,7 @@ class Run:
     def round(self, standing: Standing, sites: Sequence[Site], number: int, steps: int) -> tuple[nn.Module, Round]:
         """Cut, check, evaluate, recover, evaluate. A round that was left in its recovery goes on there."""
         before, widths = standing.student, standing.plan.widths
+        sites = after_cuts(sites, standing.kept)
         saved = self.saved_step(number)
         start = time.monotonic()
         if saved is None:

@@ -20,7 +20,8 @@ class Options:
     """All choices of a run.
 
     Attributes:
-        target: what remains (`25%params`, `40%flops`, `5M`); without one, what the rule keeps.
+        target: what remains (`25%params`, `5M`, `40%flops`, `40%latency`) or a speed-up (`2.5x`); without one, what the
+            rule keeps.
         rule: spectral rule, a name in `spectra.RULES`.
         tau: quantile that starts the noise level; larger cuts more.
         granularity: what is cut between two recoveries: one width (`site`), one layer, or all (`round`).
@@ -87,7 +88,7 @@ class Options:
             ("embedding_levels", self.embedding_levels >= 1, "at least 1"),
             ("embedding_levels", self.embedding_levels == 1 or not self.uniform, "1 in a uniform plan"),
             ("exclude", all(isinstance(name, str) and name for name in self.exclude), "names of sites"),
-            ("keep", all(_is_pair(pair) for pair in self.keep), "names of sites with a width from 1 each"),
+            ("keep", all(_is_pair(pair) for pair in self.keep), "names of sites with a width from 0 each"),
             ("calibration_share", 0 < self.calibration_share <= 1, "within (0, 1]"),
             ("seed", self.seed >= 0, "at least 0"),
             ("save_every_s", 0 <= self.save_every_s < math.inf, "at least 0"),
@@ -236,7 +237,7 @@ def _is_pair(pair: object) -> bool:
         and isinstance(pair[0], str)
         and bool(pair[0])
         and type(pair[1]) is int
-        and pair[1] >= 1
+        and pair[1] >= 0
     )
 
 

@@ -5,7 +5,8 @@ A cut touches only what its sites name. The caller's model is never modified.
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -19,9 +20,9 @@ from rmtkd.bases import Basis
 from rmtkd.batches import Batch
 from rmtkd.errors import PlanError, SurgeryError
 from rmtkd.measurement import evaluation, relative_difference
-from rmtkd.modeling_rmtkd import FactorizedEmbedding
+from rmtkd.modeling_rmtkd import FactorizedEmbedding, NoHeads
 from rmtkd.modules import factorized
-from rmtkd.sites import Axis, Site, Stream
+from rmtkd.sites import Axis, Site, Stream, after_cuts
 
 ROUNDINGS = 1000
 """A cut model may differ from its reference, relatively and both run in float64, by this many roundings of its dtype:
@@ -33,7 +34,7 @@ def fold(model: nn.Module, sites: Sequence[Site], bases: Mapping[str, Sequence[B
 
     Args:
         model: the model, left as it was.
-        sites: the sites to cut.
+        sites: the sites to cut, of this model.
         bases: for each site's name one basis per stream.
 
     Returns:
@@ -49,7 +50,7 @@ def fold(model: nn.Module, sites: Sequence[Site], bases: Mapping[str, Sequence[B
         _prepare(student, site)
         for i, (stream, basis) in enumerate(zip(site.streams, bases[site.name], strict=True)):
             _fold_stream(student, stream, basis, rescale=site.scaled and i == 0)
-        _set_attributes(student, site, bases[site.name][0].reduce.shape[1])
+        _finish(student, replace(site, width=bases[site.name][0].reduce.shape[1] // site.each))
     return student
 
 
@@ -64,18 +65,18 @@ def skeleton(model: nn.Module, sites: Sequence[Site], widths: Mapping[str, int])
     # deepcopy takes what the memo holds in place of a copy: no parameter is ever duplicated.
     meta = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in model.parameters()}
     student = copy.deepcopy(model, meta)
-    for site in sites:
-        width = widths.get(site.name, site.width)
-        if width == site.width:
+    full = {site.name: site for site in sites}
+    for site in after_cuts(sites, widths):
+        if site == full[site.name]:
             continue
         _prepare(student, site)
         for stream in site.streams:
             for axis in (*stream.writers, *stream.readers):
                 parameter = student.get_parameter(axis.parameter)
                 shape = list(parameter.shape)
-                shape[axis.dim] = axis.copies * site.groups * width
+                shape[axis.dim] = axis.copies * site.groups * site.size
                 _replace(student, axis.parameter, torch.empty(shape, dtype=parameter.dtype, device="meta"))
-        _set_attributes(student, site, width)
+        _finish(student, site)
     return student
 
 
@@ -169,14 +170,17 @@ def check_cut(
 
 
 def projected_logits(
-    model: nn.Module, sites: Iterable[Site], bases: Mapping[str, Sequence[Basis]], batch: Batch
+    model: nn.Module, sites: Sequence[Site], bases: Mapping[str, Sequence[Basis]], batch: Batch
 ) -> Tensor:
     """Outputs of the full-width model with the streams of these sites projected by hooks."""
     handles: list[RemovableHandle] = []
     try:
-        for site in sites:
+        for site in reversed([site for site in sites if site.name in bases]):
+            # What was cut last is projected first: the width of heads, then the heads. And only in those that stay.
+            kept = _kept_units(bases[site.groups_of][0], site.groups) if site.groups_of in bases else None
             # In a product it is enough to project one of the two streams.
-            handles.append(attach(model, site.streams[0], partial(_project, bases[site.name][0])))
+            see = partial(_project, bases[site.name][0], site.groups, kept)
+            handles.append(attach(model, site.streams[0], see))
         with evaluation(model):
             return batching.logits(model, batching.to(batch, next(model.parameters()).device))
     finally:
@@ -184,10 +188,18 @@ def projected_logits(
             handle.remove()
 
 
-def _project(basis: Basis, activations: Tensor) -> Tensor:
+def _project(basis: Basis, groups: int, kept: Tensor | None, activations: Tensor) -> Tensor:
+    """Activations with the groups that are kept, all by default, projected."""
     projector, mean = basis.projector.to(activations), basis.mean.to(activations)
-    centred = in_groups(activations, len(mean)) - mean
-    return (torch.einsum("...gw,gvw->...gv", centred, projector) + mean).flatten(-2)
+    split = in_groups(activations, groups)
+    kept = torch.arange(groups) if kept is None else kept
+    projected = torch.einsum("...gw,gvw->...gv", split[..., kept, :] - mean, projector) + mean
+    return split.index_copy(-2, kept.to(split.device), projected).flatten(-2)
+
+
+def _kept_units(basis: Basis, units: int) -> Tensor:
+    """Which of so many units a basis keeps, each of several coordinates."""
+    return in_groups(basis.reduce[0], units).any(-1).any(0).nonzero().flatten()
 
 
 def _check_shared(sites: Sequence[Site], bases: Mapping[str, Sequence[Basis]]) -> None:
@@ -251,6 +263,11 @@ def _replace(model: nn.Module, name: str, value: Tensor) -> None:
         module.num_embeddings, module.embedding_dim = new.shape
 
 
-def _set_attributes(model: nn.Module, site: Site, width: int) -> None:
+def _finish(model: nn.Module, site: Site) -> None:
+    """Let modules know a site's new width; the one that does not run without units is replaced."""
     for attribute in site.attributes:
-        setattr(model.get_submodule(attribute.module), attribute.name, attribute.value(width, site.groups))
+        value = attribute.value(site.width, site.groups, site.each)
+        setattr(model.get_submodule(attribute.module), attribute.name, value)
+    if site.absent and site.width == 0:
+        absent = site.absent
+        model.set_submodule(absent.module, NoHeads(model.get_submodule(absent.module), absent.after, absent.norm))

@@ -48,6 +48,13 @@ EmbeddingLevels = Annotated[
         help="Embedding tables, each of a width of its own, for tokens by how often they occur; 1 by default."
     ),
 ]
+TrimVocabulary = Annotated[
+    bool,
+    typer.Option(
+        "--trim-vocabulary",
+        help="First drop tokens that no training row holds; other words are spelled by smaller pieces.",
+    ),
+]
 Exclude = Annotated[
     list[str] | None,
     typer.Option(

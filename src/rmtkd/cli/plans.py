@@ -27,6 +27,7 @@ from rmtkd.cli.options import (
     Seed,
     Target,
     Tau,
+    TrimVocabulary,
     Uniform,
     given,
     needed,
@@ -65,6 +66,7 @@ def plan(
     min_share: MinShare = None,
     uniform: Uniform = False,
     embedding_levels: EmbeddingLevels = None,
+    trim_vocabulary: TrimVocabulary = False,
     exclude: Exclude = None,
     keep: Keep = None,
     calibration_share: Calibration = None,
@@ -105,6 +107,7 @@ def plan(
             "--calibration-share": calibration_share,
             "--epochs": epochs,
             "--embedding-levels": shape.pop("embedding_levels", None),
+            "--trim-vocabulary": trim_vocabulary or None,
         }
         _plan_anew(Path(recipe), out, shape, [name for name, value in unused.items() if value is not None], as_json)
         return
@@ -122,6 +125,11 @@ def plan(
     source = task.load(needed(model))
     rows = task.rows(data, source, seed)
     log(rows.note)
+    if trim_vocabulary:
+        from rmtkd.recipes.trimmed import told, trimmed
+
+        source, rows, facts = trimmed(task, source, rows, data, seed)
+        log(told(facts))
     tell_timing(chosen.target)
     began, model_on_device = time.monotonic(), source.model.to(device)
     calibration = compression.share_of(rows.train, chosen.calibration_share)

@@ -33,6 +33,7 @@ from rmtkd.cli.options import (
     Seed,
     Target,
     Tau,
+    TrimVocabulary,
     Uniform,
     given,
     needed,
@@ -88,6 +89,7 @@ def compress(
     min_share: MinShare = None,
     uniform: Uniform = False,
     embedding_levels: EmbeddingLevels = None,
+    trim_vocabulary: TrimVocabulary = False,
     exclude: Exclude = None,
     keep: Keep = None,
     calibration_share: Calibration = None,
@@ -166,13 +168,10 @@ def compress(
         "columns": columns,
         "label": label,
         "max_length": max_length,
+        "trim_vocabulary": trim_vocabulary,
     }
     with prepared(command, seed) as (given_to_run, on_event):
-        made = None if plan_file is None else Plan.read(plan_file)
-        if (
-            plan_file is not None and made is not None and made.embedding_levels == 1
-        ):  # else the sites are known when the tokens are counted
-            Plan.read(plan_file, sites=find_sites(given_to_run["model"]))
+        made = None if plan_file is None else Plan.read(plan_file, sites=find_sites(given_to_run["model"]))
         result = compression.compress(
             **given_to_run, plan=made, control=control, out=out, command=command, on_event=on_event, **options
         )
@@ -218,7 +217,16 @@ def prepared(command: Mapping[str, Any], seed: int) -> Iterator[tuple[dict[str, 
     source = task.load(command["model"])
     rows = task.rows(None if command["data"] is None else Path(command["data"]), source, seed)
     log(rows.note)
+    facts = None
+    if command.get("trim_vocabulary"):
+        from rmtkd.recipes.trimmed import told, trimmed
+
+        place = None if command["data"] is None else Path(command["data"])
+        source, rows, facts = trimmed(task, source, rows, place, seed)
+        log(told(facts))
     with tempfile.TemporaryDirectory() as written, watcher(log_console) as on_event:
+        if facts is not None:
+            (Path(written) / "vocabulary.json").write_text(json.dumps(facts) + "\n")
         if source.tokenizer is not None:
             save_tokenizer(source.tokenizer, written)
         parts = {

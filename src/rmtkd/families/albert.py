@@ -25,6 +25,8 @@ ALBERT = EncoderFamily(
         value="attention.value",
         output="attention.dense",
         heads="num_attention_heads",
+        after=("dense", "output_dropout"),
+        norm="LayerNorm",
     ),
     feed_forward=FeedForward(
         writers=("ffn",),

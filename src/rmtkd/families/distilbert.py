@@ -20,6 +20,7 @@ DISTILBERT = EncoderFamily(
         output="attention.out_lin",
         heads="n_heads",
         all_head_size=None,
+        after=("out_lin",),
     ),
     feed_forward=FeedForward(
         writers=("ffn.lin1",),

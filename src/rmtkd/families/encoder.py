@@ -45,6 +45,10 @@ class Attention:
     head_size: str = "attention_head_size"
     scaling: str = "scaling"
     all_head_size: str | None = "all_head_size"
+    after: tuple[str, ...] = ()
+    """What the module's own code passes its context through, in order: all that remains of it without heads."""
+    norm: str | None = None
+    """The norm that its own code then takes of the sum with its input, if it does."""
 
 
 @dataclass(frozen=True, kw_only=True)

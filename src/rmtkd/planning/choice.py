@@ -231,9 +231,7 @@ def _timed(count: Count, baseline: Cost, latency: LatencyTable | None) -> tuple[
 
 def _check_spectrums(sites: Sequence[Site], spectrums: Mapping[str, Sequence[Spectrum]]) -> None:
     strangers = {site.name for site in sites} ^ set(spectrums) or {
-        site.name
-        for site in sites
-        if {s.eigenvalues.shape for s in spectrums[site.name]} != {(site.groups, site.width)}
+        site.name for site in sites if {s.eigenvalues.shape for s in spectrums[site.name]} != {(site.groups, site.size)}
     }
     if strangers:
         raise PlanError(

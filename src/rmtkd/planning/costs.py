@@ -168,16 +168,16 @@ class CostTable:
         # Lines are found on one row, which is fast, and have as many times the slope on all of them.
         scale = {cost: whole[cost] // max(small[cost], 1) for cost in COSTS}
         table = cls(**{name: {cost: {} for cost in COSTS} for name in ("once", "per_unit", "together")})
-        least = {shares: 1 for shares, width in full.items() if width > 1}
+        least = {shares: group[0].least for shares, group in groups.items() if group[0].width > group[0].least}
         for shares in full:
             has_step = any(site.factorizes for site in groups[shares])
-            low = count({shares: 1}, row) if shares in least else small
+            low = count({shares: least[shares]}, row) if shares in least else small
             high = count({shares: full[shares] - 1}, row) if has_step and shares in least else None
-            table._fit_line(small, low, high, shares, full[shares])
+            table._fit_line(small, low, high, shares, full[shares] - least.get(shares, 1))
         for pair in _meeting(groups):
             if all(shares in least for shares in pair):
-                both = count(dict.fromkeys(pair, 1), row)
-                dropped = {shares: full[shares] - 1 for shares in pair}
+                both = count({shares: least[shares] for shares in pair}, row)
+                dropped = {shares: full[shares] - least[shares] for shares in pair}
                 for cost in COSTS:
                     missing = both[cost] - small[cost] - table.change(cost, dropped)
                     if missing:
@@ -203,14 +203,15 @@ class CostTable:
         return lines + products
 
     def _fit_line(
-        self, whole: Mapping[str, int], low: Mapping[str, int], high: Mapping[str, int] | None, shares: str, width: int
+        self, whole: Mapping[str, int], low: Mapping[str, int], high: Mapping[str, int] | None, shares: str, most: int
     ) -> None:
-        """The line through the costs at widths 1 (`low`) and full; or, with a step there, through 1 and `width - 1`."""
+        """The line through the costs with no unit dropped and with `most` (`low`); or, with a step at the first,
+        through 1 and `most`."""
         for cost in COSTS:
             if high is None:
-                slope, step = (whole[cost] - low[cost]) // max(width - 1, 1), 0
+                slope, step = (whole[cost] - low[cost]) // max(most, 1), 0
             else:
-                slope = (high[cost] - low[cost]) // max(width - 2, 1)
+                slope = (high[cost] - low[cost]) // max(most - 1, 1)
                 step = high[cost] - whole[cost] + slope
             self.per_unit[cost][shares], self.once[cost][shares] = slope, step
 

@@ -105,6 +105,8 @@ class Desk:
             width = group[0].width
             if shares in fixed:
                 keep = fixed[shares]
+            elif not all(_is_counted(site) for site in group):
+                keep = width
             else:
                 wish = max(self._count_above(site, multiplier) for site in group)
                 # Shares are no binary fractions: 0.28 · 25 is a little above 7, and means 7.
@@ -119,7 +121,9 @@ class Desk:
             if site.name not in self.edges:
                 is_whole = fixed.get(site.shares) == site.width
                 self.edges[site.name] = tuple(
-                    _edge(site, spectrum, self.rule, self.tau, may_be_dead=is_whole)
+                    _no_edge(self.rule, spectrum, "The number of heads is not counted by an edge.", misfit=False)
+                    if not _is_counted(site)
+                    else _edge(site, spectrum, self.rule, self.tau, may_be_dead=is_whole)
                     for spectrum in self.spectrums[site.name]
                 )
 
@@ -128,11 +132,14 @@ class Desk:
 
     def _candidates(self, fixed: Mapping[str, int]) -> Float[np.ndarray, " candidates"]:
         """The multipliers that lead to different widths, ascending; at the last one every free site is at its least."""
-        free = [site.name for site in self.sites if site.shares not in fixed]
+        free = [site.name for site in self.sites if site.shares not in fixed and _is_counted(site)]
         return _critical([pair for name in free for pair in self._pairs(name)])
 
     def _count_above(self, site: Site, multiplier: float) -> float:
-        """Directions per group above the edge. A product carries no more directions than either of its streams."""
+        """Directions per group above the edge. A product carries no more directions than either of its streams. All
+        heads, as they are not counted so."""
+        if not _is_counted(site):
+            return float(site.width)
         return min(_count(spectrum, edge, multiplier) for spectrum, edge in self._pairs(site.name))
 
     def _paying_width(self, group: Sequence[Site]) -> int:
@@ -202,6 +209,9 @@ class Desk:
             kind=site.kind,
             block=site.block,
             setting=site.setting,
+            each=site.each,
+            groups_of=site.groups_of,
+            least=site.least,
             count=count,
             rule=edge.rule,
             samples=spectrum.samples,
@@ -214,7 +224,7 @@ class Desk:
             fit_error=edge.fit_error,
             misfit=edge.misfit,
             margin=float(pooled[above - 1] / pooled[above]) if has_gap else None,
-            energy=min(1.0, float(spectrum.eigenvalues[:, :keep].sum()) / total) if total > 0 else 1.0,
+            energy=min(1.0, float(spectrum.eigenvalues[:, : keep * site.each].sum()) / total) if total > 0 else 1.0,
             why=why if keep == planned else f"changed by hand: {planned} → {keep}; planned: {why}",
             remarks=edge.remarks,
         )
@@ -222,6 +232,8 @@ class Desk:
     def _why(self, site: Site, count: float, keep: int, multiplier: float, *, is_fixed: bool) -> str:
         directions = f"{count:.1f} a head" if site.groups > 1 else f"{count:.0f}"
         above = f"{directions} above {'edge' if multiplier == 1 else f'{multiplier:.3g} × edge'}"
+        if not _is_counted(site):
+            above = "no edge counts heads"
         if is_fixed and site.shares in self._whole():
             return f"{above}: whole with --uniform"
         if is_fixed:
@@ -239,22 +251,27 @@ def _edge(site: Site, spectrum: Spectrum, rule: str, tau: float, *, may_be_dead:
         return spectra.rule_named(rule, tau=tau)(spectrum)
     except DataError as error:
         if may_be_dead and not spectrum.eigenvalues.any():
-            return _no_edge(rule, spectrum)
+            return _no_edge(rule, spectrum, "The width is dead on these data.", misfit=True)
         raise DataError(f"site {site.name}: {error} To leave it whole: --exclude {site.name}.") from None
 
 
-def _no_edge(rule: str, spectrum: Spectrum) -> NoiseEdge:
-    """Of a dead width, which stays whole."""
+def _is_counted(site: Site) -> bool:
+    """Whether an edge says how wide the site stays. Heads are no directions: all stay, unless their number is given."""
+    return site.kind != "heads"
+
+
+def _no_edge(rule: str, spectrum: Spectrum, remark: str, *, misfit: bool) -> NoiseEdge:
+    """Of a width that no edge counts: heads, or a dead one, which stays whole."""
     return NoiseEdge(
         rule=rule,
         q=spectrum.q,
         q_eff=spectrum.q_eff,
         sigma2=0.0,
         edge=0.0,
-        fit_error=1.0,
-        ks=1.0,
-        misfit=True,
-        remarks=("The width is dead on these data.",),
+        fit_error=float(misfit),
+        ks=float(misfit),
+        misfit=misfit,
+        remarks=(remark,),
     )
 
 

@@ -30,8 +30,10 @@ from rmtkd.planning.lines import Problems, check, parse
 from rmtkd.sites import Site, by_width
 from rmtkd.surgery import fill_with_zeros, skeleton
 
-POINTS = 32
-"""Most widths, or combinations of widths, at which one part of the network is timed."""
+POINTS = 36
+"""Most combinations of widths at which a part of the network is timed, where two or more meet in a parameter."""
+MOST_KNOTS = 8
+"""Most sizes of one width at which it is timed."""
 SECONDS, FEWEST, MOST = 20.0, 5, 100
 """How long all parts are timed, in turns, unless these are fewer or more turns."""
 VERSION = 1
@@ -158,7 +160,7 @@ class LatencyTable:
 
         A part is the smallest module that holds all parameters around the sites of one block and is called in a forward
         pass, once or more often; the whole model, if need be. It is called as it was in a pass of the model. Parts of
-        one shape are measured once, at combinations of their widths: these need not add up.
+        one shape are measured once. Widths that meet in a parameter are measured in combinations, as they multiply.
 
         Args:
             model: the model, left as it was.
@@ -359,12 +361,12 @@ def _parts_by_shape(model: nn.Module, sites: Sequence[Site], batch: Batch) -> li
     for site in sites:
         if site.width > 1:
             blocks.setdefault(site.block, []).append(site)
-    clusters = list(_few_widths(blocks.values()))
-    seen = _watch(model, {path for block, _ in clusters for path in _paths(block)}, batch)
+    seen = _watch(model, {path for block in blocks.values() for path in _paths(block)}, batch)
     shapes: dict[str, list[_Part]] = {}
+    clusters = [(block, groups) for block in blocks.values() for groups in _clusters(block)]
     for block, groups in clusters:
         path = next(path for path in _paths(block) if path in seen)
-        most = min(8, int(POINTS ** (1 / len(groups))))
+        most = max(2, min(MOST_KNOTS, int(POINTS ** (1 / len(groups)))))
         part = _Part(
             path=path,
             groups=groups,
@@ -374,16 +376,23 @@ def _parts_by_shape(model: nn.Module, sites: Sequence[Site], batch: Batch) -> li
         )
         inner = [[(site.name.removeprefix(site.block), site.groups) for site in group] for group in groups]
         shape = repr((_shapes(model.get_submodule(path)), _outlines(part.arguments), part.times, part.knots, inner))
-        shapes.setdefault(shape if path else block[0].name, []).append(part)
+        shapes.setdefault(shape if path else groups[0][0].name, []).append(part)
     return list(shapes.values())
 
 
-def _few_widths(blocks: Iterable[Sequence[Site]]) -> Iterator[tuple[list[Site], tuple[tuple[Site, ...], ...]]]:
-    """Each block with its sites by shared width; of a block of many widths, every width as a block of its own."""
-    for block in blocks:
-        groups = tuple(by_width(block).values())
-        for some in [groups] if 2 ** len(groups) <= POINTS else [(group,) for group in groups]:
-            yield list(itertools.chain(*some)), some
+def _clusters(block: Sequence[Site]) -> list[tuple[tuple[Site, ...], ...]]:
+    """The sites of a block by shared width, those widths together that meet in a parameter. Others add up: attention
+    and feed-forward of MiniLM to 2 % of the block."""
+    found: list[tuple[set[str], tuple[tuple[Site, ...], ...]]] = []
+    for group in by_width(block).values():
+        parameters = {
+            a.parameter for site in group for stream in site.streams for a in (*stream.writers, *stream.readers)
+        }
+        meeting = [cluster for cluster in found if cluster[0] & parameters]
+        found = [cluster for cluster in found if not cluster[0] & parameters]
+        groups = (*itertools.chain(*(groups for _, groups in meeting)), group)
+        found.append((parameters.union(*(names for names, _ in meeting)), groups))
+    return [groups for _, groups in found]
 
 
 def _paths(block: Iterable[Site]) -> list[str]:

@@ -80,10 +80,10 @@ def fixed_widths(
             kept = site.width if width is None else width
             if uniform and site.setting is None and kept != site.width:
                 problems.append(f"{option}: with --uniform {site.name} must keep {site.width}. Got {kept}.")
-            elif 1 <= kept <= site.width:
+            elif site.least <= kept <= site.width:
                 asked.setdefault(site.shares, {}).setdefault(kept, option)
             else:
-                problems.append(f"{option}: {site.name} must keep from 1 to {site.width}. Got {kept}.")
+                problems.append(f"{option}: {site.name} must keep from {site.least} to {site.width}. Got {kept}.")
     for shares, widths in asked.items():
         if len(widths) > 1:
             given = " and ".join(f"{width} ({option})" for width, option in widths.items())

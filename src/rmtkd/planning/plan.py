@@ -20,10 +20,10 @@ class SitePlan:
     """What is done to one site, and why.
 
     Attributes:
-        keep: width that stays, per group, from 1 to `width`. The number to edit.
+        keep: width that stays, per group, from `least` to `width`. The number to edit.
         planned: the width that was chosen when the plan was made; another `keep` is one changed by hand.
         count: directions above the noise edge per group, before rounding and sharing (the mean over heads).
-        setting: see `Site`.
+        setting, each, groups_of, least: see `Site`.
         samples: vectors that the spectrum was measured on.
         effective_samples: independent vectors that these are worth; None where unknown.
         q: aspect ratio of the noise that was fitted; dead directions, if any, are set aside.
@@ -60,13 +60,16 @@ class SitePlan:
     why: str
     effective_samples: float | None = None
     setting: str | None = None
+    each: int = 1
+    groups_of: str | None = None
+    least: int = 1
     remarks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.keep, int) and 1 <= self.keep <= self.width):
+        if not (isinstance(self.keep, int) and self.least <= self.keep <= self.width):
             raise PlanError(
-                f"a site keeps a whole number from 1 to its width. {self.name} of width {self.width} was given "
-                f"{self.keep!r}. Change it in the plan."
+                f"a site keeps a whole number from {self.least} to its width. {self.name} of width {self.width} was "
+                f"given {self.keep!r}. Change it in the plan."
             )
 
     @property
@@ -85,6 +88,9 @@ class SitePlan:
             groups=self.groups,
             shares=self.shares,
             setting=self.setting,
+            each=self.each,
+            groups_of=self.groups_of,
+            least=self.least,
             streams=(),
         )
 

@@ -12,7 +12,7 @@ from rmtkd.planning.lines import Placed, Problems, brief, show
 from rmtkd.sites import Kind, Site, share_settings
 from rmtkd.spectra import RULES
 
-SHAPE = ("kind", "block", "shares", "setting", "width", "groups")
+SHAPE = ("kind", "block", "shares", "setting", "width", "groups", "each", "groups_of", "least")
 """What a site of a plan and the site of its model have in common."""
 
 
@@ -27,6 +27,8 @@ def review(root: Placed, fields: Mapping[str, Any], sites: Sequence[Site] | None
     """
     if "sites" in fields:
         uniform = fields.get("uniform") is True
+        if fields.get("embedding_levels", 1) != 1:
+            sites = None  # they are known when tokens are counted, and held against the plan then
         if uniform and sites is not None:
             sites = share_settings(sites)
         _review_sites(root.value["sites"], fields["sites"], sites, problems, uniform=uniform)
@@ -88,8 +90,9 @@ def _review_sites(
             text = f"{label}: kind must be one of {', '.join(get_args(Kind))}. Got {brief(site['kind'])}."
             problems.add(line(i, "kind"), text)
         for key in ("keep", "planned"):
-            if key in site and "width" in site and not 1 <= site[key] <= site["width"]:
-                text = f"{label}: {key} must be a whole number from 1 to {site['width']}. Got {site[key]}."
+            if {key, "width", "least"} <= set(site) and not site["least"] <= site[key] <= site["width"]:
+                least, width = site["least"], site["width"]
+                text = f"{label}: {key} must be a whole number from {least} to {width}. Got {site[key]}."
                 problems.add(line(i, key), text)
         stays_whole = uniform and site.get("setting", "") is None and {"keep", "width"} <= set(site)
         if stays_whole and site["keep"] != site["width"]:
@@ -105,7 +108,9 @@ def _review_sites(
 
 
 def _review_head(root: Placed, fields: Mapping[str, Any], problems: Problems) -> None:
-    full = {site["shares"]: site["width"] for site in fields["sites"] if "shares" in site and "width" in site}
+    whole = [site for site in fields["sites"] if {"shares", "width", "least"} <= set(site)]
+    full = {site["shares"]: site["width"] for site in whole}
+    least = {site["shares"]: site["least"] for site in whole}
     timed = fields.get("latency") is not None
     both = f"be {' and '.join(COSTS)}, each a whole number of at least 1{f', and {LATENCY}' * timed}"
 
@@ -127,8 +132,8 @@ def _review_head(root: Placed, fields: Mapping[str, Any], problems: Problems) ->
         ("predicted", is_cost, both),
         (
             "fixed",
-            lambda fixed: all(1 <= width <= full.get(name, 0) for name, width in fixed.items()),
-            f"give widths from 1 to the full one to {', '.join(full)}, or some of them",
+            lambda fixed: all(least.get(name, 1) <= width <= full.get(name, 0) for name, width in fixed.items()),
+            f"give widths from the least to the full one to {', '.join(full)}, or some of them",
         ),
         (
             "costs",

@@ -8,6 +8,7 @@ of algebra that the network allows there:
 | `linear` | nothing, or a map that acts on other axes | any change of basis | best low rank for the reader |
 | `pointwise` | a pointwise non-linearity, gated or not | permutation, scaling | units; least squares into the reader |
 | `bilinear` | two streams meet in a scalar product | paired change of basis | best low rank of the product |
+| `heads` | as `linear`, and whole heads are the units | permutation | whole heads; least squares into the reader |
 
 Sites that must keep one common width (query/key and value/output of a layer, so that the stock forward and the fused
 attention kernel survive) carry the same `shares`.
@@ -17,15 +18,29 @@ attention kernel survive) carry the same `shares`.
 
 from rmtkd.sites.parts import attention_sites, embedding_site, embedding_sites, feed_forward_site, linear_site
 from rmtkd.sites.search import check_parameters, find_family, find_sites, layer_paths, longest_input, search
-from rmtkd.sites.site import Attribute, Axis, Kind, Quantity, Site, Stream, blocks_of, by_width, share_settings
+from rmtkd.sites.site import (
+    Absent,
+    Attribute,
+    Axis,
+    Kind,
+    Quantity,
+    Site,
+    Stream,
+    after_cuts,
+    blocks_of,
+    by_width,
+    share_settings,
+)
 
 __all__ = [
+    "Absent",
     "Attribute",
     "Axis",
     "Kind",
     "Quantity",
     "Site",
     "Stream",
+    "after_cuts",
     "attention_sites",
     "blocks_of",
     "by_width",

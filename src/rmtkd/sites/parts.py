@@ -15,6 +15,7 @@ What they cannot see is the `forward` between the parts. `surgery.check_cut` com
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from rmtkd.errors import UnsupportedModelError
 from rmtkd.measurement import evaluation
 from rmtkd.modeling_rmtkd import EmbeddingLevel, EmbeddingLevels, FactorizedEmbedding, FactorizedLevel
-from rmtkd.sites.site import Attribute, Axis, Quantity, Site, Stream
+from rmtkd.sites.site import Absent, Attribute, Axis, Quantity, Site, Stream
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -155,6 +156,7 @@ def feed_forward_site(
         streams=(stream,),
         shares=name,
         scope=scope,
+        least=0,
     )
 
 
@@ -170,22 +172,27 @@ def attention_sites(
     attributes: Mapping[str, Quantity] | None = None,
     scaled: bool = True,
     scope: str | None = None,
-) -> tuple[Site, Site]:
-    """The head width of an attention whose scores are a plain product of queries and keys: no rotation by position,
-    no norm of their own. Two sites that share one width: query/key and value/output.
+    absent: Absent | None = None,
+) -> tuple[Site, ...]:
+    """The heads and the head width of an attention whose scores are a plain product of queries and keys: no rotation
+    by position, no norm of their own. The number of heads is a site where an attribute says it; two more sites share
+    the head width: query/key and value/output.
 
     Args:
         model: the model that holds them.
-        block: the part of the network that it belongs to; the sites are `block.query_key` and `block.value`.
+        block: the part of the network that it belongs to; the sites are `block.heads`, `block.query_key` and
+            `block.value`.
         query: path of the `nn.Linear` that writes the queries, head after head.
         key: of the keys, in as many heads.
         value: of the values, in as many heads.
         output: of the `nn.Linear` that reads all heads.
         heads: number of heads.
-        attributes: attributes by which modules know the width, as `path.to.module.name: quantity`.
+        attributes: attributes by which modules know the width, as `path.to.module.name: quantity`. Without one for the
+            `groups`, which are the heads, their number stays as it is.
         scaled: whether scores are divided by the square root of the head width that the module finds, in its weights
             or attributes; False where the factor is a constant.
         scope: path of the module whose single call computes the block.
+        absent: how the attention runs without heads; at least one is kept by default.
 
     Raises:
         UnsupportedModelError: if a part is no plain linear map, has another width, or an attribute is stale.
@@ -196,19 +203,23 @@ def attention_sites(
             raise UnsupportedModelError(
                 f"{path} must write {heads} heads of {width}, as {query} does. It writes {found}. Nothing was changed."
             )
-    value_site = linear_site(
-        model,
-        f"{block}.value",
-        writer=value,
-        reader=output,
-        groups=heads,
-        block=block,
-        shares=f"{block}.head",
-        scope=scope,
-    )
     named = tuple(_attribute(path, quantity) for path, quantity in (attributes or {}).items())
     for attribute in named:
         _check_attribute(model, attribute, width, heads, query)
+    heads_site = f"{block}.heads" if any(attribute.quantity == "groups" for attribute in named) else None
+    value_site = replace(
+        linear_site(
+            model,
+            f"{block}.value",
+            writer=value,
+            reader=output,
+            groups=heads,
+            block=block,
+            shares=f"{block}.head",
+            scope=scope,
+        ),
+        groups_of=heads_site,
+    )
     query_key = Site(
         name=f"{block}.query_key",
         kind="bilinear",
@@ -218,10 +229,30 @@ def attention_sites(
         streams=tuple(Stream(module=path, side="output", writers=_written(model, path)) for path in (query, key)),
         shares=f"{block}.head",
         scope=scope,
-        attributes=named,
+        groups_of=heads_site,
+        attributes=tuple(attribute for attribute in named if attribute.quantity != "groups"),
         scaled=scaled,
     )
-    return query_key, value_site
+    if heads_site is None:
+        return query_key, value_site
+    whole_heads = Site(
+        name=heads_site,
+        kind="heads",
+        block=block,
+        width=heads,
+        each=width,
+        least=1 if absent is None else 0,
+        streams=(_between(model, (query, key, value), output),),
+        shares=heads_site,
+        scope=scope,
+        attributes=tuple(
+            replace(attribute, quantity="width") if attribute.quantity == "groups" else attribute
+            for attribute in named
+            if attribute.quantity in ("groups", "total")
+        ),
+        absent=absent,
+    )
+    return whole_heads, query_key, value_site
 
 
 def expect(model: nn.Module, path: str, *kinds: type[M]) -> M:

@@ -9,9 +9,9 @@ from torch import nn
 
 from rmtkd.errors import UnsupportedModelError
 from rmtkd.families import FAMILIES, Attention, EncoderFamily, FeedForward
-from rmtkd.modeling_rmtkd import PREFIX
+from rmtkd.modeling_rmtkd import PREFIX, NoHeads
 from rmtkd.sites.parts import attention_sites, embedding_sites, expect, feed_forward_site, linear
-from rmtkd.sites.site import Quantity, Site
+from rmtkd.sites.site import Absent, Quantity, Site
 
 
 def find_family(model: nn.Module) -> EncoderFamily:
@@ -95,14 +95,16 @@ def _expand(model: nn.Module, pattern: str) -> list[str]:
 
 def _attention(model: nn.Module, names: Attention, block: str, layer: str, scope: str | None) -> tuple[Site, ...]:
     query, key, value, output = (f"{layer}.{name}" for name in (names.query, names.key, names.value, names.output))
+    attention = f"{layer}.{names.module}"
+    if type(model.get_submodule(attention)) is NoHeads:
+        return ()
     for path in (query, key, value, output):
         linear(model, path)
-    attention = f"{layer}.{names.module}"
     _check_stock(model, attention, names.module_class)
     attributes: dict[str, Quantity] = {f"{attention}.{names.head_size}": "width"}
     if names.all_head_size is not None:
         attributes[f"{attention}.{names.all_head_size}"] = "total"
-    attributes[f"{attention}.{names.scaling}"] = "scaling"
+    attributes |= {f"{attention}.{names.scaling}": "scaling", f"{attention}.{names.heads}": "groups"}
     return attention_sites(
         model,
         block,
@@ -113,6 +115,7 @@ def _attention(model: nn.Module, names: Attention, block: str, layer: str, scope
         heads=getattr(model.get_submodule(attention), names.heads),
         attributes=attributes,
         scope=scope,
+        absent=Absent(module=attention, after=names.after, norm=names.norm),
     )
 
 
@@ -129,6 +132,8 @@ def _feed_forward(model: nn.Module, names: FeedForward, block: str, layer: str, 
                 f"{owner}.{name} must be 0, else activations come in pieces. Set it to 0, the outputs stay the same; "
                 "nothing was changed."
             )
+    if linear(model, reader).in_features == 0:
+        return ()
     site = feed_forward_site(
         model,
         f"{block}.ffn",

@@ -1,17 +1,18 @@
 """The nouns: what a site is made of, and what can be asked of several."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Kind = Literal["linear", "pointwise", "bilinear"]
-Quantity = Literal["width", "total", "scaling"]
+Kind = Literal["linear", "pointwise", "bilinear", "heads"]
+Quantity = Literal["width", "total", "scaling", "groups"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """One dimension of one parameter. Its size is `copies × groups × width` of the site, copy after copy, and in each
-    copy group after group. Several copies: a gated block whose value and gate are one matrix."""
+    """One dimension of one parameter. Its size is `copies × groups × width × each` of the site, copy after copy, in
+    each copy group after group, in each group unit after unit. Several copies: a gated block whose value and gate are
+    one matrix."""
 
     parameter: str
     dim: int
@@ -36,15 +37,30 @@ class Stream:
 
 @dataclass(frozen=True, kw_only=True)
 class Attribute:
-    """A plain attribute by which a module knows a width: `width`, `total` (groups × width) or `scaling` (width^-½)."""
+    """A plain attribute by which a module knows a width: `width`, `total` (groups × width × each), `scaling`
+    (width^-½) or `groups`."""
 
     module: str
     name: str
     quantity: Quantity
 
-    def value(self, width: int, groups: int) -> int | float:
+    def value(self, width: int, groups: int, each: int = 1) -> int | float:
         """What the attribute must be at this width."""
-        return {"width": width, "total": groups * width, "scaling": width**-0.5}[self.quantity]
+        if self.quantity == "scaling":
+            return width**-0.5
+        return {"width": width, "total": groups * width * each, "groups": groups}[self.quantity]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Absent:
+    """What an attention without heads still does: the modules that its context, which is empty then, goes through."""
+
+    module: str
+    """Path of the attention."""
+    after: tuple[str, ...] = ()
+    """Names within it of what follows the context, in order."""
+    norm: str | None = None
+    """Name within it of the norm that is then taken of the sum with the attention's input."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +71,13 @@ class Site:
         name: what the user calls it, for example `layer.3.ffn`.
         kind: the algebra that holds there.
         block: the part of the network it belongs to, in order of depth.
-        width: size per group.
+        width: size per group, in units.
         groups: how many groups (attention heads) have this width each.
+        each: coordinates of a unit: where whole heads are the units, the width of a head.
+        groups_of: name of the site whose width is this one's number of groups, and whose units are as wide as this
+            one: heads, of which some may go.
+        least: the smallest width, 0 where nothing may be kept: then the reader's bias is all that remains.
+        absent: what takes the place of the module that does not run without units.
         streams: one, or for `bilinear` the two that meet in the product.
         shares: name of the width that it has in common with other sites.
         scope: path of the module whose call computes the block; None outside the stack of blocks, or where a module
@@ -77,10 +98,19 @@ class Site:
     shares: str
     scope: str | None = None
     groups: int = 1
+    each: int = 1
+    groups_of: str | None = None
+    least: int = 1
+    absent: Absent | None = None
     factorizes: str | None = None
     attributes: tuple[Attribute, ...] = ()
     setting: str | None = None
     scaled: bool = False
+
+    @property
+    def size(self) -> int:
+        """Coordinates of a group."""
+        return self.width * self.each
 
     @property
     def is_centred(self) -> bool:
@@ -96,9 +126,33 @@ def by_width(sites: Iterable[Site]) -> dict[str, tuple[Site, ...]]:
     return groups
 
 
+def after_cuts(sites: Iterable[Site], widths: Mapping[str, int]) -> tuple[Site, ...]:
+    """These sites of a model, of which some have been cut to these widths, by name; full where one is missing.
+
+    Where heads have gone, other sites have fewer groups; where heads are narrower, a head is a smaller unit. Sites
+    without a group are gone too.
+    """
+    sites = tuple(sites)
+    kept = {site.name: site.width for site in sites} | dict(widths)
+    each = {site.groups_of: kept[site.name] for site in sites if site.groups_of}
+    changed = (
+        replace(
+            site,
+            width=kept[site.name],
+            groups=kept.get(site.groups_of or "", site.groups),
+            each=each.get(site.name, site.each),
+        )
+        for site in sites
+    )
+    return tuple(site for site in changed if site.groups)
+
+
 def share_settings(sites: Iterable[Site]) -> tuple[Site, ...]:
-    """The same sites; those whose width one entry of a stock configuration gives share a width of that entry's name."""
-    return tuple(site if site.setting is None else replace(site, shares=site.setting) for site in sites)
+    """The same sites; those whose width one entry of a stock configuration gives share a width of that entry's name,
+    which is at least 1 there."""
+    return tuple(
+        site if site.setting is None else replace(site, shares=site.setting, least=max(site.least, 1)) for site in sites
+    )
 
 
 def blocks_of(sites: Iterable[Site]) -> list[str]:

@@ -67,7 +67,7 @@ class ConsensusRule:
     """
 
     name: ClassVar[str] = "consensus"
-    needs: ClassVar[tuple[str, ...]] = ("variances",)
+    needs: ClassVar[frozenset[str]] = frozenset({"variances"})
 
     def __call__(self, spectrum: Spectrum) -> NoiseEdge:
         """See `Rule`. The diagnostics hold the count of each member, per group."""

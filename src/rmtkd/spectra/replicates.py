@@ -32,7 +32,7 @@ class ReplicateRule:
     """
 
     name: ClassVar[str] = "replicate"
-    needs: ClassVar[tuple[str, ...]] = ("replicate",)
+    needs: ClassVar[frozenset[str]] = frozenset({"replicate"})
     slack: float = 1.0
 
     def __post_init__(self) -> None:
