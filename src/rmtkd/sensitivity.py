@@ -50,8 +50,9 @@ class Sensitivity:
         model: the untouched model.
         sites: its sites.
         moments: of their activations, from `activations.collect`.
-        rows: held-out batches; `ROWS` of their rows are used.
+        rows: held-out batches.
         metrics: in which errors of a cut are small, see `cutting.cut_in_order`.
+        most_rows: how many of their rows are used, spread over all.
         bf16: whether forward passes run under bfloat16 autocast (teacher and cuts alike).
         pieces: in how many pieces a batch is run, should memory run out.
     """
@@ -64,6 +65,7 @@ class Sensitivity:
         rows: Iterable[Batch],
         *,
         metrics: Metrics | None = None,
+        most_rows: int = ROWS,
         bf16: bool = False,
         pieces: Pieces | None = None,
     ):
@@ -72,7 +74,7 @@ class Sensitivity:
         self.device = next(model.parameters()).device
         self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16) if bf16 else nullcontext
         self.pieces = pieces or Pieces()
-        self.batches = [batching.to(batch, self.device) for batch in spread(rows, ROWS)]
+        self.batches = [batching.to(batch, self.device) for batch in spread(rows, most_rows)]
         self.blocks = blocks_of(sites) if follow_each_other(self.model, self.batches, blocks_of(sites)) else []
         self._bases: dict[str, tuple[int, tuple[Basis, ...]]] = {}
         self.teacher = self.stand_at({})
@@ -91,8 +93,13 @@ class Sensitivity:
 
     def loss(self, widths: Mapping[str, int]) -> float:
         """The divergence with these shared widths cut, all others full. In nats a row."""
+        return self.disturbance(widths)[0]
+
+    def disturbance(self, widths: Mapping[str, int]) -> tuple[float, float]:
+        """That divergence, and the share of rows that keep their answer."""
         student = self._log_probabilities(widths, same=self._first_change(widths))
-        return max(0.0, float((self.teacher.exp() * (self.teacher - student)).sum(-1).mean()))
+        agreement = float((student.argmax(-1) == self.teacher.argmax(-1)).double().mean())
+        return max(0.0, float((self.teacher.exp() * (self.teacher - student)).sum(-1).mean())), agreement
 
     def curve(self, shares: str, widths: Iterable[int]) -> Curve:
         """The losses of one shared width, all others full.
