@@ -5,8 +5,8 @@
     python benchmarks/layers.py table                                    # Markdown and docs/layers.svg of all records
 
 What was collected is kept beside the record (`TASK.npz`), so that rules which come later are counted without the model.
-The column `needed` is the least width at which, this one alone cut in closed form, the KL to the teacher on all selection
-rows is at most 0.02 and 99 % of the answers agree: `needed-TASK.json` (site → width), by bisection.
+The column `needed` is the least width at which, this one alone cut in closed form, the KL to the teacher on all
+selection rows is at most 0.02 and 99 % of the answers agree: `needed-TASK.json` (site → width), by bisection.
 """
 
 import argparse
