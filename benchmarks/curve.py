@@ -1,7 +1,8 @@
 """Accuracy against parameters, from 50 % down to 5 %: four ways to choose widths and directions.
 
     python benchmarks/curve.py --teacher TEACHER --task sst2 --data DIR run [--methods …] [--sizes …] [--seeds …]
-    python benchmarks/curve.py table
+    python benchmarks/curve.py table       # Markdown
+    python benchmarks/curve.py figure      # docs/curve.svg
 
 | method | widths | directions |
 |---|---|---|
@@ -46,6 +47,7 @@ from rmtkd.training import Phase
 from sst2 import magnitude_bases
 
 RESULTS = Path(__file__).parent / "results" / "curve"
+FIGURE = Path(__file__).parent.parent / "docs" / "curve.svg"
 SIZES = (0.1, 0.25, 0.05, 0.5)
 SEEDS = (0, 1, 2)
 LEARNING_RATES = (2e-4, 5e-4)
@@ -294,6 +296,55 @@ def table() -> str:
     return "\n".join(lines)
 
 
+PANEL = {"width": 380, "height": 300, "left": 56, "top": 34, "gap": 40}
+COLOURS = {"guarded": "#1b7837", "published": "#762a83", "energy": "#2166ac", "magnitude": "#b2182b"}
+
+
+def figure() -> str:
+    """Report accuracy against the share of the parameters, a panel a task: solid after one epoch, dashed before."""
+    found = records()
+    names = list(dict.fromkeys(r["task"] for r in found))
+    w, h, left, top, gap = PANEL.values()
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + len(names) * (w + gap)} {h + 2 * top + 20}" '
+        'font-family="sans-serif" font-size="12">',
+        '<rect width="100%" height="100%" fill="#fff"/>',
+    ]
+    for i, task in enumerate(names):
+        mine, x0 = [r for r in found if r["task"] == task], left + i * (w + gap)
+        low = 5 * math.floor(min(100 * r["accuracy_cut"]["value"] for r in mine) / 5)
+
+        def at(share: float, accuracy: float, x0: int = x0, low: int = low) -> str:
+            x = x0 + w * math.log(share / 0.04) / math.log(0.6 / 0.04)
+            return f"{x:.1f},{top + h * (95 - accuracy) / (95 - low):.1f}"
+
+        parts.append(f'<text x="{x0}" y="{top - 12}" font-weight="bold">{task}</text>')
+        for accuracy in range(low, 96, 5):
+            a, b = at(0.04, accuracy).split(","), at(0.6, accuracy).split(",")
+            parts.append(f'<line x1="{a[0]}" y1="{a[1]}" x2="{b[0]}" y2="{b[1]}" stroke="#ddd"/>')
+            parts.append(f'<text x="{x0 - 6}" y="{float(a[1]) + 4}" text-anchor="end">{accuracy}</text>')
+        for size in sorted({r["size"] for r in mine}):
+            x = at(size, low).split(",")[0]
+            parts.append(f'<text x="{x}" y="{top + h + 18}" text-anchor="middle">{size:.0%}</text>')
+        for method, colour in COLOURS.items():
+            lr = chosen_rate(mine, task, method)
+            for key, dashes in (("accuracy", ""), ("accuracy_cut", ' stroke-dasharray="5 4"')):
+                points = []
+                for size in sorted({r["size"] for r in mine}):
+                    cells = [r for r in mine if (r["method"], r["size"], r["lr"]) == (method, size, lr)]
+                    if cells:
+                        share = statistics.mean(r["parameters"] / r["baseline_parameters"] for r in cells)
+                        points.append(at(share, 100 * statistics.mean(r[key]["value"] for r in cells)))
+                line = f'fill="none" stroke="{colour}" stroke-width="2"{dashes}'
+                parts.append(f'<polyline points="{" ".join(points)}" {line}/>')
+                parts += [
+                    f'<circle cx="{p.split(",")[0]}" cy="{p.split(",")[1]}" r="3" fill="{colour}"/>' for p in points
+                ]
+    for j, (method, colour) in enumerate(COLOURS.items()):
+        parts.append(f'<text x="{left + 95 * j}" y="{h + 2 * top + 12}" fill="{colour}">{method}</text>')
+    return "\n".join([*parts, "</svg>", ""])
+
+
 def spread(cells: Sequence[Mapping[str, Any]], key: str) -> str:
     """Mean over seeds, and their standard deviation."""
     values = [100 * r[key]["value"] for r in cells]
@@ -303,7 +354,7 @@ def spread(cells: Sequence[Mapping[str, Any]], key: str) -> str:
 def main() -> None:
     """Run cells, or print what there is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("run", "table"))
+    parser.add_argument("part", choices=("run", "table", "figure"))
     parser.add_argument("--teacher")
     parser.add_argument("--task", default="sst2")
     parser.add_argument("--data", type=Path)
@@ -316,6 +367,9 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.part == "table":
         print(table())
+        return
+    if chosen.part == "figure":
+        FIGURE.write_text(figure())
         return
     chosen.cache.mkdir(parents=True, exist_ok=True)
     for seed in chosen.seeds:
