@@ -319,10 +319,10 @@ def figure() -> str:
             return f"{x:.1f},{top + h * (95 - accuracy) / (95 - low):.1f}"
 
         parts.append(f'<text x="{x0}" y="{top - 12}" font-weight="bold">{task}</text>')
-        for accuracy in range(low, 96, 5):
-            a, b = at(0.04, accuracy).split(","), at(0.6, accuracy).split(",")
+        for percent in range(low, 96, 5):
+            a, b = at(0.04, percent).split(","), at(0.6, percent).split(",")
             parts.append(f'<line x1="{a[0]}" y1="{a[1]}" x2="{b[0]}" y2="{b[1]}" stroke="#ddd"/>')
-            parts.append(f'<text x="{x0 - 6}" y="{float(a[1]) + 4}" text-anchor="end">{accuracy}</text>')
+            parts.append(f'<text x="{x0 - 6}" y="{float(a[1]) + 4}" text-anchor="end">{percent}</text>')
         for size in sorted({r["size"] for r in mine}):
             x = at(size, low).split(",")[0]
             parts.append(f'<text x="{x}" y="{top + h + 18}" text-anchor="middle">{size:.0%}</text>')
