@@ -126,15 +126,13 @@ class Sensitivity:
         Raises:
             PlanError: see `planning.make_plan`.
         """
-        guesses: dict[str, set[int]] = {shares: set() for shares in self.groups}
+        counts: dict[str, list[float]] = {shares: [] for shares in self.groups}
         for site in published.sites:
-            counts = (site.count, site.floor)
-            guesses[site.shares] |= {max(1, math.ceil(count)) for count in counts if count is not None}
-        curves = {}
-        for shares, group in self.groups.items():
-            spaced = (round(share * group[0].width) for share in SHARES)
-            floor = _floor(group[0], published.multiple_of)
-            curves[shares] = self.curve(shares, {group[0].least, *floor, *spaced, *guesses[shares]})
+            counts[site.shares] += [count for count in (site.count, site.floor) if count is not None]
+        curves = {
+            shares: self.curve(shares, _ladder(group[0], counts[shares], published.multiple_of))
+            for shares, group in self.groups.items()
+        }
         plans: list[tuple[float, Plan]] = []
         for _ in range(1 + PASSES):
             if plans:
@@ -225,9 +223,11 @@ def _keep(outputs: list[Any], _: nn.Module, __: Any, output: Any) -> None:
     outputs.append(output)
 
 
-def _floor(site: Site, multiple_of: int) -> tuple[int, ...]:
-    """The least width but none that a plan gives; of heads, any number may stay."""
-    return (multiple_of,) if site.kind != "heads" else ()
+def _ladder(site: Site, counts: Iterable[float], multiple_of: int) -> set[int]:
+    """The widths at which a site is measured: nothing, where that may be, and such as a plan gives."""
+    multiple = 1 if site.kind == "heads" else multiple_of
+    wishes = (multiple, *counts, *(share * site.width for share in SHARES))
+    return {multiple * math.ceil(wish / multiple) for wish in wishes if wish > 0} | ({0} if site.least == 0 else set())
 
 
 def _shared(plan: Plan) -> dict[str, int]:
