@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from rmtkd.spectra.matching import BulkMatchingRule
 from rmtkd.spectra.parallel import ParallelAnalysisRule
-from rmtkd.spectra.spectrum import NoiseEdge, Spectrum, against_white_noise, alive
+from rmtkd.spectra.spectrum import Alive, NoiseEdge, Spectrum, against_white_noise, alive
 from rmtkd.spectra.tracy_widom import tracy_widom_quantile
 
 
@@ -17,8 +17,9 @@ from rmtkd.spectra.tracy_widom import tracy_widom_quantile
 class GapRule:
     """`gap`: the last eigenvalue that stands further above the next than noise would.
 
-    At the edge of noise of any correlation eigenvalues fall like a line in rank^(2/3) (Onatski 2010): twice the slope
-    of five eigenvalues below the signal is a gap that noise does not make. Signal that blends into the noise is missed.
+    At the edge of noise of any correlation eigenvalues fall about like a line in rank^(2/3) (Onatski 2010): a gap of
+    more than twice the slope of five eigenvalues below the signal is rarely made by noise. Zeros are set aside. Signal
+    that blends into the noise is missed.
 
     Reference:
         A. Onatski, "Determining the number of factors from empirical distribution of eigenvalues", Rev. Econ. Stat. 92
@@ -30,7 +31,7 @@ class GapRule:
     def __call__(self, spectrum: Spectrum) -> NoiseEdge:
         """See `Rule`. Groups are averaged rank by rank."""
         found = alive(spectrum)
-        descending = _mean_spectrum(spectrum)
+        descending = _mean_spectrum(spectrum, found)
         edge = _edge_below(descending, _last_gap(descending))
         return against_white_noise(self.name, found, edge, assumes=False)
 
@@ -45,7 +46,7 @@ def _last_gap(descending: Float[np.ndarray, " width"], most: float = 0.25, windo
     for _ in range(20):
         ranks = np.arange(count, count + window) ** (2 / 3)
         slope = np.polyfit(ranks, descending[count : count + window], 1)[0]
-        wide = np.flatnonzero(gaps >= 2 * abs(slope))
+        wide = np.flatnonzero(gaps > 2 * abs(slope))
         previous, count = count, int(wide[-1]) + 1 if len(wide) else 0
         if count == previous:
             break
@@ -77,7 +78,7 @@ class ConsensusRule:
         middle = sorted(members, key=lambda member: counts[member.rule])[1]
         edge, remarks = middle.edge, []
         bound = counts[middle.rule]
-        descending = _mean_spectrum(spectrum)
+        descending = _mean_spectrum(spectrum, alive(spectrum))
         if (count := last_step(descending, math.ceil(bound))) < math.ceil(bound):
             edge = _edge_below(descending, count)
             remarks.append(f"Of {bound:.3g} directions above the middle edge only {count} end in a step.")
@@ -99,9 +100,9 @@ def last_step(descending: Float[np.ndarray, " width"], bound: int, window: int =
 
     Near the edge μ of noise of any correlation log λ_j ≈ log μ − s (3π j/2)^(2/3) (zeros of the Airy function), and the
     largest fluctuates by s times a Tracy–Widom variable. Both are regressed from the next `window` eigenvalues; a
-    direction ends in a step if it lies above the 99 % quantile.
+    direction ends in a step if it lies above the 99 % quantile. Of fewer than 20 directions nothing is said: the bound.
     """
-    logs = np.log(descending[descending > 0])
+    logs = np.log(descending)
     window = min(window, len(logs) // 4)
     if window < 5:
         return bound
@@ -113,9 +114,10 @@ def last_step(descending: Float[np.ndarray, " width"], bound: int, window: int =
     return 0
 
 
-def _mean_spectrum(spectrum: Spectrum) -> Float[np.ndarray, " width"]:
-    """The groups averaged rank by rank, descending."""
-    return np.sort(spectrum.eigenvalues, axis=1)[:, ::-1].mean(axis=0)
+def _mean_spectrum(spectrum: Spectrum, found: Alive) -> Float[np.ndarray, " alive"]:
+    """The groups averaged rank by rank, descending; as many as are not zero in the mean of the groups."""
+    rank = math.ceil(len(found.eigenvalues) / spectrum.groups)
+    return np.sort(spectrum.eigenvalues, axis=1)[:, ::-1][:, :rank].mean(axis=0)
 
 
 def _edge_below(descending: Float[np.ndarray, " width"], count: int) -> float:

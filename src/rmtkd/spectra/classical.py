@@ -75,8 +75,8 @@ class TracyWidomRule:
     def __call__(self, spectrum: Spectrum) -> NoiseEdge:
         """See `Rule`. Centring and scale are Ma's."""
         found = alive(spectrum)
-        width = max(1.0, len(found.eigenvalues) / spectrum.groups)
-        n, p = max(1.0, width / found.q_eff), width
+        n = max(1.0, spectrum.width / spectrum.q_eff)
+        p = max(1.0, n * found.q_eff)  # of the directions that are not dead
         roots = math.sqrt(n - 0.5) + math.sqrt(p - 0.5)
         scale = roots * math.cbrt(1 / math.sqrt(n - 0.5) + 1 / math.sqrt(p - 0.5))
         top = (roots**2 + tracy_widom_quantile(1 - self.level / spectrum.groups) * scale) / n

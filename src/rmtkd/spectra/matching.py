@@ -11,18 +11,18 @@ from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Float
-from scipy.optimize import fminbound
+from scipy.optimize import brentq, fminbound
 from scipy.stats import gamma
 
 from rmtkd.errors import OptionError
 from rmtkd.spectra.anisotropic import AnisotropicMarchenkoPastur, edge_of
 from rmtkd.spectra.spectrum import NoiseEdge, Spectrum, alive, answer, fitted_scale
-from rmtkd.spectra.tracy_widom import tracy_widom_quantile
+from rmtkd.spectra.tracy_widom import tracy_widom_cdf
 
 _ATOMS = 128  # of the working law, at quantiles of the gamma distribution
 _LARGEST = 2.5  # coefficient of variation: beyond, most directions of a gamma law would be dead
 _DRAWS = 400
-_FLUCTUATIONS = 20
+_TABLE = np.linspace(-8, 8, 321)  # of the Tracy–Widom law
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +34,9 @@ class BulkMatchingRule:
     but for the scale σ², a regression; v is the best fit to the middle order statistics. The edge is the (1 − level)
     quantile of the largest eigenvalue under that model.
 
-    The largest eigenvalue is drawn without any matrix: variances from the gamma distribution, then edge and Tracy–Widom
-    scale of the anisotropic law for each draw. Hence the cost does not depend on the samples, and little on the width.
+    The law of the largest eigenvalue needs no matrix: it is the mean, over variances drawn from the gamma distribution,
+    of Tracy and Widom's law at the edge and scale of the anisotropic law of each draw. Hence the cost does not depend
+    on the samples, and little on the width.
 
     Args:
         level: share of spectra of pure noise in which a direction is called signal; 0.1 as published.
@@ -75,7 +76,8 @@ class BulkMatchingRule:
         variation = min(variation, 0.0, key=misfit)
         law = _working_law(variation, found.q_eff)
         sigma2 = fitted_scale(values, law, self.trim)
-        top = _largest_eigenvalue(spectrum.groups, spectrum.width, found.q_eff, variation, self.level, self.seed)
+        width = max(1, round(spectrum.width * found.q_eff / spectrum.q_eff))  # without dead directions
+        top = _largest_eigenvalue(spectrum.groups, width, found.q_eff, variation, self.level, self.seed)
         return answer(
             self.name,
             found,
@@ -106,9 +108,18 @@ def _working_law(variation: float, q: float) -> AnisotropicMarchenkoPastur:
 def _largest_eigenvalue(groups: int, width: int, q: float, variation: float, level: float, seed: int) -> float:
     """The (1 − level) quantile of the largest eigenvalue of so many groups under the working model of mean one."""
     shape = max(variation, 1e-3) ** -2.0
-    draws = 1 if variation < 1e-3 else _DRAWS
-    variances = np.random.default_rng(seed).gamma(shape, 1 / shape, (draws, groups, width))
-    edge = edge_of(variances, q)
-    fluctuation = [tracy_widom_quantile((i + 0.5) / _FLUCTUATIONS) for i in range(_FLUCTUATIONS)]
-    top = edge.upper[..., None] + edge.scale[..., None] * (width / q) ** (-2 / 3) * np.array(fluctuation)
-    return float(np.quantile(top, (1 - level) ** (1 / groups)))
+    draws = 1 if variation < 1e-3 else _DRAWS * groups
+    edge = edge_of(np.random.default_rng(seed).gamma(shape, 1 / shape, (draws, width)), q)
+    scale = edge.scale * (width / q) ** (-2 / 3)
+    share = (1 - level) ** (1 / groups)  # of the groups, so that all of them lie below
+
+    def excess(top: float) -> float:
+        return float(np.mean(np.interp((top - edge.upper) / scale, _TABLE, _tracy_widom_table()))) - share
+
+    bounds = (float(np.min(edge.upper + _TABLE[0] * scale)), float(np.max(edge.upper + _TABLE[-1] * scale)))
+    return float(brentq(excess, *bounds, xtol=1e-12))  # pyright: ignore[reportArgumentType]
+
+
+@cache
+def _tracy_widom_table() -> Float[np.ndarray, " points"]:
+    return np.array([tracy_widom_cdf(s) for s in _TABLE])

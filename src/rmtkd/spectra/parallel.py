@@ -28,8 +28,8 @@ class ParallelAnalysisRule:
     so that the edge is high rather than low; there is no deflation, which runs away where a spectrum has no gap.
 
     *Massive channels* (variances above `massive` times the median of their group) would raise the edge above
-    everything else. They are set aside, and count as the signal that they are: each has an eigenvalue above its own
-    variance or nearly so.
+    everything else. They are set aside, and count as the signal that they are: as many directions as there are such
+    channels lie above the edge, also where channels that go together fill fewer.
 
     Its blind spot is noise that is correlated across coordinates, in a basis unknown: there the variances are flatter
     than the eigenvalues of the noise. It shows as a misfit between the law and the eigenvalues below the edge, and the
@@ -64,7 +64,8 @@ class ParallelAnalysisRule:
         median = np.array([[np.median(group[group > 0]) if np.any(group > 0) else 0.0] for group in spectrum.variances])
         is_massive = spectrum.variances > self.massive * median
         noise = np.where(is_massive, 0.0, spectrum.variances)
-        law = AnisotropicMarchenkoPastur(variances=noise[~is_massive], q=spectrum.q_eff)
+        q = spectrum.q_eff * float(np.mean(~is_massive))
+        law = AnisotropicMarchenkoPastur(variances=noise[~is_massive], q=q)
         effective = spectrum.width / spectrum.q_eff
         margin = tracy_widom_quantile(1 - self.level / spectrum.groups) * effective ** (-2 / 3)
         upper = law.upper
@@ -72,12 +73,16 @@ class ParallelAnalysisRule:
         massive, remarks = int(is_massive.sum()), []
         if massive:
             # Every massive channel has its direction, also where one lies below the edge of the others.
-            edge = min(edge, float(np.nextafter(found.eigenvalues[-massive], 0)))
+            last = found.eigenvalues[-min(massive, len(found.eigenvalues))]
+            edge = min(edge, float(np.nextafter(last, 0)))
             remarks.append(f"{massive} massive channels (variance above {self.massive:g} medians) count as signal.")
         # What lies below the edge may be such noise, without the shadow of the signal, or white.
         laws = [
-            AnisotropicMarchenkoPastur(variances=variances, q=spectrum.q_eff)
-            for variances in (_without_signal(spectrum, noise, edge)[~is_massive], np.ones(1))
+            AnisotropicMarchenkoPastur(variances=variances, q=ratio)
+            for variances, ratio in (
+                (_without_signal(spectrum, noise, edge)[~is_massive], q),
+                (np.ones(1), found.q_eff),
+            )
             if np.any(variances > 0)
         ]
         scales = [fitted_scale(found.eigenvalues, law) for law in laws]

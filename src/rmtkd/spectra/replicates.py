@@ -46,6 +46,8 @@ class ReplicateRule:
                 f"The rule {self.name} needs two stochastic passes — the spectrum has none — collect the spectra with "
                 "replicates, or use the rule rdpa."
             )
+        if not np.all(np.isfinite(spectrum.replicate)):
+            raise DataError("Replicates must be finite — some are not — check the vectors behind them.")
         found = alive(spectrum)
         shared = np.sort(spectrum.replicate.ravel())
         lowest = float(shared[0])
