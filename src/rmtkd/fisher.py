@@ -35,7 +35,7 @@ DAMPING = 0.1
 rows."""
 
 Metrics = Mapping[str, Float64[Tensor, "out out"]]
-"""By path of a module, the square root of the Fisher metric of its output, damped."""
+"""By path of a module, the square root of the Fisher metric of its output, summed over positions and damped."""
 
 
 def output_metrics(
@@ -47,7 +47,7 @@ def output_metrics(
     bf16: bool = False,
     pieces: Pieces | None = None,
 ) -> dict[str, Float64[Tensor, "out out"]]:
-    """Roots of the Fisher metrics of all outputs that the sites' readers write, over the real positions of all batches.
+    """Roots of the Fisher metrics of all outputs that the sites' readers write, summed over the real positions.
 
     Args:
         model: the model, run in evaluation mode; its parameters take no gradient and are left as they were.
@@ -58,7 +58,7 @@ def output_metrics(
         pieces: in how many pieces a batch is run, should memory run out.
 
     Returns:
-        By path of the module that writes the output, its metric's root, symmetric.
+        By path of the module that writes the output, its metric's root, symmetric; damped (`DAMPING`).
     """
     device = next(model.parameters()).device
     signs = torch.Generator(device).manual_seed(seed)

@@ -16,7 +16,8 @@ the cdf is exact at every point of the curve:
     1 − F = ( arg u / q − E[arg u − arg(u − h) + h b / |u − h|²] ) / π.
 
 The upper edge is the real point u* above all h where the condition holds with b = 0. Around it the largest eigenvalue
-fluctuates as Tracy and Widom say, on the scale n^(−2/3) u* (1 + q E[(h/(u* − h))³])^(1/3) (El Karoui 2007). For equal h
+fluctuates as Tracy and Widom say, on the scale n^(−2/3) u* (1 + q E[(h/(u* − h))³])^(1/3) (El Karoui 2007;
+Lee & Schnelli 2016 for real data). For equal h
 the curve is a circle, and the law is that of Marchenko and Pastur.
 
 References:
@@ -24,6 +25,8 @@ References:
         matrices", J. Multivariate Analysis 55 (1995) 331–339.
     N. El Karoui, "Tracy–Widom limit for the largest eigenvalue of a large class of complex sample covariance
         matrices", Ann. Probab. 35 (2007) 663–714.
+    J. O. Lee, K. Schnelli, "Tracy–Widom distribution for the largest eigenvalue of real sample covariance matrices with
+        general population", Ann. Appl. Probab. 26 (2016) 3786–3839.
     O. Ledoit, M. Wolf, "Numerical implementation of the QuEST function", Comput. Stat. Data Anal. 115 (2017) 199–223
         (the curve).
     E. Dobriban, A. B. Owen, "Deterministic parallel analysis", J. R. Stat. Soc. B 81 (2019) 163–183 (the edge as a

@@ -107,7 +107,7 @@ class MarchenkoPastur:
             x: eigenvalues.
 
         Returns:
-            Probabilities, with an absolute error of a few 1e-16 for every q.
+            Probabilities, as exact as `x` less an edge is: a few 1e-16 for q near 1, and 1e-16/√q for small q.
         """
         x = np.asarray(x, dtype=np.float64)
         # From the distances to the two edges, not from cos φ: no cancellation near the edges.

@@ -74,7 +74,8 @@ class NoiseEdge:
             length one: scale-free, 0 for a perfect fit, about 0.1 for true noise of a few hundred dimensions, 1 or
             more for none.
         ks: Kolmogorov–Smirnov distance between the non-zero eigenvalues at or below `edge` and the law.
-        misfit: whether `ks` exceeds 0.1, i.e. no bulk was found and the edge is a convention.
+        misfit: whether the noise is not what the rule takes it to be, so that the edge is a convention: `ks` exceeds
+            0.1, of rules whose edge hangs on a law; or the members of `consensus` disagree.
         diagnostics: numbers of the rule's own, by name.
         remarks: what a reader must know, as plain sentences.
     """
@@ -141,8 +142,8 @@ class Alive:
 def alive(spectrum: Spectrum) -> Alive:
     """Set aside zero eigenvalues, which are no noise level.
 
-    Those of dead, constant or dependent directions shrink q to the dimensions left. Those that the law itself promises
-    for q > 1 (fewer vectors than dimensions, less one if centred) leave q unchanged.
+    Those of dead, constant or dependent directions shrink q to the dimensions left, where vectors outnumber these.
+    Those that the law itself promises for q > 1 (fewer vectors than dimensions, less one if centred) leave q unchanged.
 
     Raises:
         DataError: if there are no eigenvalues, or if they are not finite, negative, or all zero.
@@ -269,7 +270,7 @@ def against_white_noise(
 
 
 def edge_below(found: Alive, count: int) -> float:
-    """An edge that just so many of the pooled eigenvalues lie above."""
+    """An edge that just so many of the pooled eigenvalues lie above; fewer, if the last equals the next."""
     descending = np.concatenate([[2 * found.eigenvalues[-1]], found.eigenvalues[::-1], [0.0]])
     return float(descending[count : count + 2].mean())
 
