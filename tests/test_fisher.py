@@ -52,13 +52,19 @@ def test_the_metric_is_the_fisher_information_of_the_output() -> None:
 @torch.no_grad()
 def test_half_its_quadratic_form_is_the_divergence_of_a_small_error() -> None:
     torch.manual_seed(1)
-    model, x = Classifier(), torch.randn(4000, 6)
+    model, x = Classifier(), torch.randn(40_000, 6)
+    site = feed_forward_site(model, "block", writers=["up"], reader="down")
+    root = output_metrics(model, [site], [(part,) for part in x.split(1000)])["down"]
+    summed = root @ root
+    damping = DAMPING / (1 + DAMPING) * summed.diagonal().mean()
+    metric = (summed - damping * torch.eye(5, dtype=summed.dtype)) / len(x)
     error = 0.02 * torch.randn(5, dtype=torch.float64)
     hidden = model.down(model.act(model.up(x))).double()
     head = model.head.double()
     before, after = head(hidden).log_softmax(-1), head(hidden + error).log_softmax(-1)
     divergence = float((before.exp() * (before - after)).sum(-1).mean())
     assert divergence == pytest.approx(float(error @ exact(model.float(), x) @ error) / 2, rel=0.02)
+    assert divergence == pytest.approx(float(error @ metric @ error) / 2, rel=0.05)
 
 
 def test_padding_and_unread_tokens_do_not_count() -> None:
