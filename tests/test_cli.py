@@ -45,6 +45,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 QUICK = ("--target", "70%params", "--multiple-of", 4, "--calibration-share", 0.3)
 """Options with which the little task is planned."""
+PAPER = ("--policy", "paper")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -178,7 +179,7 @@ def test_a_uniform_plan_stays_uniform_when_made_anew_and_applied(
     sentiment: Sentiment, command: Command, tmp_path: Path
 ):
     run, common = tmp_path / "run", ("--model", sentiment.teacher, "--data", sentiment.data)
-    code, told, _ = command("plan", "sst2", *common, "--out", run, "--multiple-of", 4, "--uniform")
+    code, told, _ = command("plan", "sst2", *common, "--out", run, "--multiple-of", 4, "--uniform", *PAPER)
     assert code == 0 and "With --uniform, which narrows intermediate_size alone, a plan goes down to" in told
     code, told, _ = command("plan", run, "--target", "85%params", "--json")
     made = json.loads(told)
@@ -193,7 +194,7 @@ def test_a_uniform_plan_stays_uniform_when_made_anew_and_applied(
     record = json.loads((run / "summary.json").read_text())
     assert record["config"]["uniform"] and record["compressed"]["parameters"] == made["predicted"]["params"]
     other = tmp_path / "other"
-    words = ("--multiple-of", 4, "--uniform", "--target", "85%params")
+    words = ("--multiple-of", 4, "--uniform", "--target", "85%params", *PAPER)
     code, *_ = command("compress", "sst2", *common, "--out", other, "--epochs", 0, *words)
     assert code == 0 and contents(other)["plan.json"] == contents(run)["plan.json"]
 
@@ -436,11 +437,11 @@ def test_choices_are_refused_with_the_nearest(tmp_path: Path):
 
 def test_check_gives_a_verdict_for_every_site(sentiment: Sentiment, command: Command):
     code, told, _ = command("check", sentiment.teacher)
-    assert code == 0 and "layer.0.query_key" in told and "all 7 ok" in told
+    assert code == 0 and "layer.0.query_key" in told and "all 9 ok" in told
     code, told, _ = command("check", sentiment.teacher, "--recipe", "sst2", "--data", sentiment.data, "--json")
     assert code == 0
     verdicts = json.loads(told)
-    assert [verdict["ok"] for verdict in verdicts] == [True] * 7
+    assert [verdict["ok"] for verdict in verdicts] == [True] * 9
     assert all(verdict["full_width_error"] < 1e-10 for verdict in verdicts)
 
 
@@ -452,7 +453,7 @@ def test_check_tells_a_fault_by_its_exit_code(command: Command, tmp_path: Path):
     assert set(faults) == {"layer.0.ffn", "layer.1.ffn"}
     assert "chunk_size_feed_forward must be 0" in faults["layer.0.ffn"]
     code, told, _ = command("check", tmp_path / "chunks")
-    assert code == 1 and "2 of 7 failed" in told
+    assert code == 1 and "2 of 9 failed" in told
     code, _, log = command("check", tmp_path / "nothing")
     assert code == 2 and "There is no folder" in log
     tiny_bert(labels=1).save_pretrained(tmp_path / "regression")

@@ -165,7 +165,8 @@ def test_where_time_is_operations_the_latency_of_any_plan_is_predicted_exactly(n
     table = LatencyTable.measure(model, sites, batch, stopwatch=flops)
     assert_untouched(model, before)
     rng = np.random.default_rng(0)
-    for draw in (lambda site: site.width, lambda site: site.least, *[lambda site: int(rng.integers(site.least, site.width + 1))] * 6):
+    draws = [lambda site: int(rng.integers(site.least, site.width + 1))] * 6
+    for draw in (lambda site: site.width, lambda site: site.least, *draws):
         widths = widths_of(sites, draw)
         expected = predict_cost(model, sites, widths, batch)["flops"] + 1
         assert table.cost(widths) == pytest.approx(expected, rel=1e-6)
