@@ -233,6 +233,32 @@ def test_a_target_of_latency_rests_on_times_that_are_measured_once(
     assert code == 2 and "must rest on measured times" in log and "rmtkd plan RECIPE --model MODEL" in log
 
 
+def test_the_policy_the_largest_loss_and_the_metric_are_the_user_s(
+    sentiment: Sentiment, command: Command, tmp_path: Path
+):
+    run, common = tmp_path / "run", ("--model", sentiment.teacher, "--data", sentiment.data)
+    words = (*QUICK[2:], "--max-loss", 0.02, "--metric", "output")
+    code, told, _ = command("plan", "sst2", *common, "--out", run, *words)
+    made = Plan.read(run / "plan.json")
+    assert code == 0 and "guarded, measured loss" in told and "signal" in told
+    assert made.policy == "guarded" and made.target is None and made.max_loss == 0.02
+    code, told, _ = command("plan", run, "--target", "60%params", "--json")
+    assert code == 0 and Plan.from_json(told).target == "60%params" and Plan.from_json(told).policy == "guarded"
+    code, told, _ = command("plan", run, "--max-loss", 0.5, "--json")
+    looser = Plan.from_json(told)
+    assert code == 0 and looser.target is None and looser.predicted["params"] <= made.predicted["params"]
+    code, _, log = command("compress", "sst2", *common, "--out", run, "--plan", run / "plan.json", *PAPER)
+    assert code == 2 and "Got --policy too" in log
+    code, told, _ = command("compress", "sst2", *common, "--out", run, *words, "--epochs", 0, "--json")
+    assert code == 0 and json.loads(told)["config"]["metric"] == "output"
+    code, told, _ = command("plan", run, *PAPER, "--out", tmp_path / "paper", "--json")
+    assert code == 0 and Plan.from_json(told).policy == "paper"
+    code, _, log = command("plan", tmp_path / "paper", "--max-loss", 0.1)
+    assert code == 2 and "This plan has none" in log
+    code, _, log = command("plan", run, "--metric", "output", "--out", tmp_path / "other")
+    assert code == 2 and "Got --metric" in log
+
+
 def parameters_of(call: Any) -> float:
     module = call.func if isinstance(call.func, torch.nn.Module) else call.args[0]
     return float(sum(parameter.numel() for parameter in module.parameters()))
@@ -318,6 +344,7 @@ def test_env_tells_versions_and_machine(command: Command):
         (["evaluate", "m", "--recipes", "sst2"], "--recipe"),
         (["compress", "digitz", "--out", "OUT"], "Did you mean 'digits'"),
         (["plan", "sst2", "--out", "OUT", "--rule", "mpp"], "Did you mean 'mp'"),
+        (["plan", "sst2", "--out", "OUT", "--max-loss", "0"], "max_loss must be greater than 0. Got 0.0"),
         (["plan", "sst2", "--out", "OUT", "--keep", "layer.0.ffn"], "--keep must be SITE=WIDTH"),
         (["plan", "sst2"], "pass --out FOLDER"),
         (["plan", "DATA"], "has no plan.json and no spectra.npz"),
@@ -406,6 +433,8 @@ def test_a_fault_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch):
 
 CHOICES = {
     "--granularity layers": "Did you mean 'layer'",
+    "--policy papper": "Did you mean 'paper'",
+    "--metric outputs": "Did you mean 'output'",
     "--teacher orginal": "Did you mean 'original'",
     "--precision fp16": "precision must be one of auto, fp32, bf16",
 }
