@@ -1,7 +1,8 @@
 """Accuracy against parameters, from 50 % down to 5 %: four ways to choose widths and directions.
 
     python benchmarks/curve.py --teacher TEACHER --task sst2 --data DIR run [--methods …] [--sizes …] [--seeds …]
-    python benchmarks/curve.py table
+    python benchmarks/curve.py table       # Markdown
+    python benchmarks/curve.py figure      # docs/curve.svg
 
 | method | widths | directions |
 |---|---|---|
@@ -12,7 +13,7 @@
 
 Every cell (task, method, size, seed, learning rate) is one JSON file in `benchmarks/results/curve/`, and one that has
 its file is not run again. All share the teacher, whose answers to the training rows are computed once, the rows, the
-number of steps and the loss. The learning rate of a method at a size is the one that is best on selection rows with
+number of steps and the loss. The learning rate of a method is the one that is best on selection rows at 10 % with
 seed 0. Report rows are read once a cell, after all choices.
 """
 
@@ -40,15 +41,18 @@ from rmtkd.levels import in_levels
 from rmtkd.measurement import accuracy, count_parameters, evaluation
 from rmtkd.planning import Plan, retarget, spectra_of
 from rmtkd.schedule import Options
-from rmtkd.sites import Site, by_width, find_sites
+from rmtkd.sites import Site, blocks_of, by_width, find_sites
 from rmtkd.surgery import fold
 from rmtkd.training import Phase
 from sst2 import magnitude_bases
 
 RESULTS = Path(__file__).parent / "results" / "curve"
-SIZES = (0.5, 0.25, 0.15, 0.1, 0.05)
+FIGURE = Path(__file__).parent.parent / "docs" / "curve.svg"
+SIZES = (0.1, 0.25, 0.05, 0.5)
 SEEDS = (0, 1, 2)
 LEARNING_RATES = (2e-4, 5e-4)
+RATED = 0.1
+"""The size at which learning rates are compared."""
 CALIBRATION = 0.04
 LEVELS = 3
 
@@ -154,7 +158,7 @@ def energy(work: Work, size: float) -> nn.Module:
     def widths(share: float) -> dict[str, int]:
         wish = {site.name: min(int((v.cumsum() < share).sum()) + 1 for v in values[site.name]) for site in work.sites}
         return {
-            site.name: rounded(max(wish[other.name] for other in group), site.width)
+            site.name: rounded(max(wish[other.name] for other in group), site)
             for group in by_width(work.sites).values()
             for site in group
         }
@@ -166,7 +170,7 @@ def magnitude(work: Work, size: float) -> nn.Module:
     """The largest weights; every width keeps the same share."""
 
     def widths(share: float) -> dict[str, int]:
-        return {site.name: rounded(share * site.width, site.width) for site in work.sites}
+        return {site.name: rounded(share * site.width, site) for site in work.sites}
 
     chosen = widest(work, size, widths)
     sites = [site for site in work.sites if chosen[site.name] < site.width]
@@ -181,10 +185,10 @@ METHODS: Mapping[str, Callable[[Work, float], nn.Module]] = {
 }
 
 
-def rounded(wish: float, width: int) -> int:
-    """The multiple of 8 that a wish is rounded up to; an embedding whose factors would not pay stays whole."""
+def rounded(wish: float, site: Site) -> int:
+    """The multiple of 8 that a wish is rounded up to. Heads stay, and an embedding whose factors would not pay."""
     keep = 8 * math.ceil(max(wish, 1) / 8)
-    return width if keep > 0.95 * width else keep
+    return site.width if site.kind == "heads" or keep > 0.95 * site.width else keep
 
 
 def widest(work: Work, size: float, widths: Callable[[float], dict[str, int]]) -> dict[str, int]:
@@ -226,8 +230,8 @@ def start(work: Work, method: str, size: float) -> tuple[nn.Module, dict[str, An
     return torch.load(path, weights_only=False)
 
 
-def run(work: Work, method: str, size: float, lr: float, epochs: float) -> dict[str, Any]:
-    """One cell."""
+def run(work: Work, method: str, size: float, lr: float, epochs: float, hidden: float) -> dict[str, Any]:
+    """One cell. With a hidden-state term the teacher runs along, as its hidden states are not kept."""
     student, facts = start(work, method, size)
     torch.manual_seed(work.seed)
     steps = round(epochs * len(work.rows.train))
@@ -235,8 +239,9 @@ def run(work: Work, method: str, size: float, lr: float, epochs: float) -> dict[
         student,
         work.rows.train,
         steps=steps,
-        recovery=Recovery(lr=lr),
+        recovery=Recovery(lr=lr, hidden=hidden),
         teacher=work.taught(),
+        blocks=blocks_of(find_sites(work.model)),
         precision="bf16" if has_bf16("cpu") else "fp32",
     ).run(lambda phase: print_event({"event": "step", "step": len(phase.losses), "loss": phase.losses[-1]}))
     return {
@@ -246,6 +251,7 @@ def run(work: Work, method: str, size: float, lr: float, epochs: float) -> dict[
         "seed": work.seed,
         "lr": lr,
         "epochs": epochs,
+        "hidden": hidden,
         "steps": steps,
         "baseline_parameters": count_parameters(work.model),
         **facts,
@@ -255,13 +261,18 @@ def run(work: Work, method: str, size: float, lr: float, epochs: float) -> dict[
 
 
 def records() -> list[dict[str, Any]]:
+    """All cells of one plain epoch."""
+    return [r for r in every_record() if r["epochs"] == 1 and not r.get("hidden")]
+
+
+def every_record() -> list[dict[str, Any]]:
     """All cells."""
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
 
 
-def chosen_rate(found: Sequence[Mapping[str, Any]], task: str, method: str, size: float) -> float | None:
-    """The learning rate that is best on selection rows, with seed 0."""
-    mine = [r for r in found if (r["task"], r["method"], r["size"], r["seed"]) == (task, method, size, 0)]
+def chosen_rate(found: Sequence[Mapping[str, Any]], task: str, method: str) -> float | None:
+    """The learning rate that is best on selection rows at the size where all are tried, with seed 0."""
+    mine = [r for r in found if (r["task"], r["method"], r["size"], r["seed"]) == (task, method, RATED, 0)]
     return max(mine, key=lambda r: r["accuracy_selection"]["value"])["lr"] if mine else None
 
 
@@ -278,7 +289,7 @@ def table() -> str:
         ]
         for method in METHODS:
             for size in sorted({r["size"] for r in mine}, reverse=True):
-                lr = chosen_rate(mine, task, method, size)
+                lr = chosen_rate(mine, task, method)
                 cells = [r for r in mine if (r["method"], r["size"], r["lr"]) == (method, size, lr)]
                 if cells:
                     n = cells[0]["baseline_parameters"]
@@ -289,7 +300,64 @@ def table() -> str:
                         f"| {spread(cells, 'accuracy_selection')} |"
                     )
         lines.append("")
+    others = [r for r in every_record() if r["epochs"] != 1 or r.get("hidden")]
+    if others:
+        lines.append("| longer recovery | size | seed | epochs | hidden | lr | report | selection |")
+        lines.append("|---|--:|--:|--:|--:|--:|--:|--:|")
+    for r in others:
+        setting = f"{r['size']:.0%} | {r['seed']} | {r['epochs']:g} | {r.get('hidden', 0):g} | {r['lr']:g}"
+        found_there = f"{spread([r], 'accuracy')} | {spread([r], 'accuracy_selection')}"
+        lines.append(f"| {r['task']} {r['method']} | {setting} | {found_there} |")
     return "\n".join(lines)
+
+
+PANEL = {"width": 380, "height": 300, "left": 56, "top": 34, "gap": 40}
+COLOURS = {"guarded": "#1b7837", "published": "#762a83", "energy": "#2166ac", "magnitude": "#b2182b"}
+
+
+def figure() -> str:
+    """Report accuracy against the share of the parameters, a panel a task: solid after one epoch, dashed before."""
+    found = records()
+    names = list(dict.fromkeys(r["task"] for r in found))
+    w, h, left, top, gap = PANEL.values()
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + len(names) * (w + gap)} {h + 2 * top + 20}" '
+        'font-family="sans-serif" font-size="12">',
+        '<rect width="100%" height="100%" fill="#fff"/>',
+    ]
+    for i, task in enumerate(names):
+        mine, x0 = [r for r in found if r["task"] == task], left + i * (w + gap)
+        low = 5 * math.floor(min(100 * r["accuracy_cut"]["value"] for r in mine) / 5)
+
+        def at(share: float, accuracy: float, x0: int = x0, low: int = low) -> str:
+            x = x0 + w * math.log(share / 0.04) / math.log(0.6 / 0.04)
+            return f"{x:.1f},{top + h * (95 - accuracy) / (95 - low):.1f}"
+
+        parts.append(f'<text x="{x0}" y="{top - 12}" font-weight="bold">{task}</text>')
+        for percent in range(low, 96, 5):
+            a, b = at(0.04, percent).split(","), at(0.6, percent).split(",")
+            parts.append(f'<line x1="{a[0]}" y1="{a[1]}" x2="{b[0]}" y2="{b[1]}" stroke="#ddd"/>')
+            parts.append(f'<text x="{x0 - 6}" y="{float(a[1]) + 4}" text-anchor="end">{percent}</text>')
+        for size in sorted({r["size"] for r in mine}):
+            x = at(size, low).split(",")[0]
+            parts.append(f'<text x="{x}" y="{top + h + 18}" text-anchor="middle">{size:.0%}</text>')
+        for method, colour in COLOURS.items():
+            lr = chosen_rate(mine, task, method)
+            for key, dashes in (("accuracy", ""), ("accuracy_cut", ' stroke-dasharray="5 4"')):
+                points = []
+                for size in sorted({r["size"] for r in mine}):
+                    cells = [r for r in mine if (r["method"], r["size"], r["lr"]) == (method, size, lr)]
+                    if cells:
+                        share = statistics.mean(r["parameters"] / r["baseline_parameters"] for r in cells)
+                        points.append(at(share, 100 * statistics.mean(r[key]["value"] for r in cells)))
+                line = f'fill="none" stroke="{colour}" stroke-width="2"{dashes}'
+                parts.append(f'<polyline points="{" ".join(points)}" {line}/>')
+                parts += [
+                    f'<circle cx="{p.split(",")[0]}" cy="{p.split(",")[1]}" r="3" fill="{colour}"/>' for p in points
+                ]
+    for j, (method, colour) in enumerate(COLOURS.items()):
+        parts.append(f'<text x="{left + 95 * j}" y="{h + 2 * top + 12}" fill="{colour}">{method}</text>')
+    return "\n".join([*parts, "</svg>", ""])
 
 
 def spread(cells: Sequence[Mapping[str, Any]], key: str) -> str:
@@ -301,7 +369,7 @@ def spread(cells: Sequence[Mapping[str, Any]], key: str) -> str:
 def main() -> None:
     """Run cells, or print what there is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("run", "table"))
+    parser.add_argument("part", choices=("run", "table", "figure"))
     parser.add_argument("--teacher")
     parser.add_argument("--task", default="sst2")
     parser.add_argument("--data", type=Path)
@@ -311,20 +379,28 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--learning-rates", nargs="+", type=float, default=list(LEARNING_RATES))
     parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("--hidden", type=float, default=0.0)
     chosen = parser.parse_args()
     if chosen.part == "table":
         print(table())
+        return
+    if chosen.part == "figure":
+        FIGURE.write_text(figure())
         return
     chosen.cache.mkdir(parents=True, exist_ok=True)
     for seed in chosen.seeds:
         work = Work(task=chosen.task, teacher=chosen.teacher, data=chosen.data, seed=seed, cache=chosen.cache)
         for size in chosen.sizes:
             for method in chosen.methods:
-                best = chosen_rate(records(), chosen.task, method, size)
-                rates = chosen.learning_rates if seed == 0 or best is None else [best]
+                best = chosen_rate(records(), chosen.task, method)
+                tried = best is None or (seed, size) == (0, RATED)
+                rates = chosen.learning_rates if tried else [best]
                 for lr in rates:
-                    name = f"{chosen.task}-{method}-{size:g}-seed{seed}-{lr:g}"
-                    cell(RESULTS / f"{name}.json", partial(run, work, method, size, lr, chosen.epochs))
+                    longer = f"-{chosen.epochs:g}epochs" * (chosen.epochs != 1) + f"-hidden{chosen.hidden:g}" * (
+                        chosen.hidden != 0
+                    )
+                    name = f"{chosen.task}-{method}-{size:g}-seed{seed}-{lr:g}{longer}"
+                    cell(RESULTS / f"{name}.json", partial(run, work, method, size, lr, chosen.epochs, chosen.hidden))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ Draw = Callable[[int], np.ndarray]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="4 seeds, and no file")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--seeds", type=int, default=None)
@@ -98,7 +98,7 @@ def draw(noise: str, samples: int, seed: int) -> tuple[Spectrum, int]:
         white = rng.standard_normal((samples // LENGTH, LENGTH, width))
         if correlation:
             white[:, 1:] *= np.sqrt(1 - correlation**2)
-            white = lfilter([1.0], [1.0, -correlation], white, axis=1)
+            white = np.asarray(lfilter([1.0], [1.0, -correlation], white, axis=1))
         return white.reshape(-1, width)
 
     color = coloring(noise, rng)

@@ -39,6 +39,7 @@ from rmtkd.planning import (
 )
 from rmtkd.schedule import Options
 from rmtkd.sites import Axis, Site, Stream, by_width, find_sites
+from rmtkd.spectra import RULES
 
 MODEL = tiny_bert()
 SITES = find_sites(MODEL)
@@ -137,7 +138,7 @@ def test_all_problems_are_named_at_once_each_with_its_line_and_site() -> None:
         (with_fields(lambda plan: plan.update(sites=3)), "sites must be a list. Got 3."),
         (with_fields(lambda plan: plan.update(sites=[3])), "sites[0]: must be an object. Got 3."),
         (with_fields(lambda plan: plan.update(target="25%parms")), "target must be one of params, flops"),
-        (with_fields(lambda plan: plan.update(rule="mpp")), "rule must be one of mp, rdpa"),
+        (with_fields(lambda plan: plan.update(rule="mpp")), f"rule must be one of {', '.join(RULES)}. Got 'mpp'."),
         (with_fields(lambda plan: plan.update(tau=1)), "tau must be within (0, 1). Got 1."),
         (with_fields(lambda plan: plan.update(multiplier=1e999)), "multiplier must be a finite number. Got Infinity."),
         (with_fields(lambda plan: plan.update(multiple_of=0)), "multiple_of must be at least 1. Got 0."),

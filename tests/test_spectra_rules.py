@@ -454,6 +454,38 @@ def test_consensus_is_the_middle_count_and_tells_when_the_rules_disagree() -> No
     assert any("The rules disagree on the noise: rdpa 10" in remark for remark in found.remarks)
 
 
+def rotated_power_law(seed: int, width: int, ratio: int, spikes: int) -> tuple[np.ndarray, int]:
+    """A covariance of noise of variances 1/(i + 10) in a random basis, and signal 8 … 1.3 times its edge."""
+    rng, n = np.random.default_rng(seed), ratio * width
+    variances = noise_variances("plaw_diag", seed, width)
+    rotation, axes = (np.linalg.qr(rng.standard_normal((width, width)))[0] for _ in range(2))
+    strengths = float(edge_of(variances, 1 / ratio).upper) * np.geomspace(8, 1.3, 10)[:spikes]
+    axes = axes[:, :spikes]
+    return wishart((rotation * variances) @ rotation.T + (axes * strengths) @ axes.T, n, seed), n
+
+
+@pytest.mark.parametrize("ratio", [10, 200])
+def test_consensus_counts_signal_under_rotated_power_law_noise(ratio: int) -> None:
+    """Where parallel analysis and bulk matching both call the top of the noise signal."""
+    found, fooled = [], []
+    for seed in range(10):
+        spectrum = spectrum_of(*rotated_power_law(seed, 256, ratio, 10))
+        edge = ConsensusRule()(spectrum)
+        found.append(counted(edge, spectrum))
+        fooled.append(edge.diagnostics["rdpa"])
+        assert edge.misfit
+    assert np.mean(np.equal(found, 10)) >= 0.9
+    assert np.mean(fooled) > 12
+
+
+def test_consensus_sees_no_signal_where_the_spectrum_has_no_step() -> None:
+    spectrum = spectrum_of(*rotated_power_law(0, 256, 50, 0))
+    found = ConsensusRule()(spectrum)
+    assert counted(ParallelAnalysisRule()(spectrum), spectrum) > 5
+    assert counted(found, spectrum) <= 1
+    assert any("end in a step" in remark for remark in found.remarks)
+
+
 # ---------------------------------------------------------------------------------------------------- shares
 
 

@@ -118,7 +118,7 @@ class BlockCalls:
         self.batches, self.blocks, self.scratch = batches, list(blocks), scratch
         self.at: str | None = None
         self.files: list[Path] = []
-        self.follow_each_other = len(self.blocks) > 0 and _follow_each_other(model, batches, self.blocks)
+        self.follow_each_other = len(self.blocks) > 0 and follow_each_other(model, batches, self.blocks)
 
     def __enter__(self) -> "BlockCalls":
         self._folder = tempfile.TemporaryDirectory(prefix=".calls-", suffix=".partial", dir=self.scratch)
@@ -179,7 +179,7 @@ def _call_block(path: str | None, kept: Mapping[str, Any], model: nn.Module, _: 
     return first_output(model.get_submodule(path)(*kept["args"], **kept["kwargs"]))
 
 
-def _follow_each_other(model: nn.Module, batches: Iterable[Batch], blocks: Sequence[str]) -> bool:
+def follow_each_other(model: nn.Module, batches: Iterable[Batch], blocks: Sequence[str]) -> bool:
     """Whether each block is called once, with the output of the block before it and else the same arguments."""
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any], Any]] = []
 

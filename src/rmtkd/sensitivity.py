@@ -5,12 +5,14 @@ before the accuracy does, and is nothing at full width. Nothing is built and not
 its projection `mean + lift reduce (h - mean)` at full width, which is what the narrowed model computes.
 """
 
+import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from operator import itemgetter
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -21,13 +23,13 @@ from rmtkd.activations import attach, in_groups
 from rmtkd.bases import Basis
 from rmtkd.batches import Batch
 from rmtkd.covariance import Covariance
-from rmtkd.cutting import fit_bases
+from rmtkd.cutting import fit_bases, follow_each_other
 from rmtkd.errors import DataError
 from rmtkd.fisher import Metrics
 from rmtkd.measurement import evaluation
 from rmtkd.memory import Pieces
 from rmtkd.planning import Curve, Plan
-from rmtkd.sites import Site, by_width
+from rmtkd.sites import Site, blocks_of, by_width
 
 ROWS = 400
 """Held-out rows on which losses are measured, spread evenly over all of them."""
@@ -48,8 +50,9 @@ class Sensitivity:
         model: the untouched model.
         sites: its sites.
         moments: of their activations, from `activations.collect`.
-        rows: held-out batches; `ROWS` of their rows are used.
+        rows: held-out batches.
         metrics: in which errors of a cut are small, see `cutting.cut_in_order`.
+        most_rows: how many of their rows are used, spread over all.
         bf16: whether forward passes run under bfloat16 autocast (teacher and cuts alike).
         pieces: in how many pieces a batch is run, should memory run out.
     """
@@ -62,28 +65,41 @@ class Sensitivity:
         rows: Iterable[Batch],
         *,
         metrics: Metrics | None = None,
+        most_rows: int = ROWS,
         bf16: bool = False,
         pieces: Pieces | None = None,
     ):
         self.metrics = metrics
-        self.model, self.groups, self.moments = model, by_width(sites), moments
+        self.model, self.groups, self.moments = copy.deepcopy(model).eval(), by_width(sites), moments
         self.device = next(model.parameters()).device
         self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16) if bf16 else nullcontext
         self.pieces = pieces or Pieces()
-        self.batches = [batching.to(batch, self.device) for batch in spread(rows, ROWS)]
-        self.teacher = self._log_probabilities()
+        self.batches = [batching.to(batch, self.device) for batch in spread(rows, most_rows)]
+        self.blocks = blocks_of(sites) if follow_each_other(self.model, self.batches, blocks_of(sites)) else []
         self._bases: dict[str, tuple[int, tuple[Basis, ...]]] = {}
+        self.teacher = self.stand_at({})
+
+    def stand_at(self, widths: Mapping[str, int]) -> Float[Tensor, "rows classes"]:
+        """Cut these shared widths from now on: losses near them are measured without running again what lies before the
+        first change. The log-probabilities there."""
+        self.here = dict(widths)
+        self.kept: list[list[Any]] = [[] for _ in self.blocks]
+        """What each block puts out, batch by batch."""
+        with ExitStack() as hooks:
+            for path, outputs in zip(self.blocks, self.kept, strict=True):
+                module = self.model.get_submodule(path)
+                hooks.callback(module.register_forward_hook(partial(_keep, outputs)).remove)
+            return self._log_probabilities(widths)
 
     def loss(self, widths: Mapping[str, int]) -> float:
         """The divergence with these shared widths cut, all others full. In nats a row."""
-        with ExitStack() as hooks:
-            for shares, width in widths.items():
-                if width < self.groups[shares][0].width:
-                    for site, basis in zip(self.groups[shares], self._fit(shares, width), strict=True):
-                        # In a product it is enough to project one of the two streams.
-                        hooks.callback(attach(self.model, site.streams[0], projection(basis, self.device)).remove)
-            student = self._log_probabilities()
-        return max(0.0, float((self.teacher.exp() * (self.teacher - student)).sum(-1).mean()))
+        return self.disturbance(widths)[0]
+
+    def disturbance(self, widths: Mapping[str, int]) -> tuple[float, float]:
+        """That divergence, and the share of rows that keep their answer."""
+        student = self._log_probabilities(widths, same=self._first_change(widths))
+        agreement = float((student.argmax(-1) == self.teacher.argmax(-1)).double().mean())
+        return max(0.0, float((self.teacher.exp() * (self.teacher - student)).sum(-1).mean())), agreement
 
     def curve(self, shares: str, widths: Iterable[int]) -> Curve:
         """The losses of one shared width, all others full.
@@ -110,15 +126,13 @@ class Sensitivity:
         Raises:
             PlanError: see `planning.make_plan`.
         """
-        guesses: dict[str, set[int]] = {shares: set() for shares in self.groups}
+        counts: dict[str, list[float]] = {shares: [] for shares in self.groups}
         for site in published.sites:
-            counts = (site.count, site.floor)
-            guesses[site.shares] |= {max(1, math.ceil(count)) for count in counts if count is not None}
-        curves = {}
-        for shares, group in self.groups.items():
-            spaced = (round(share * group[0].width) for share in SHARES)
-            floor = _floor(group[0], published.multiple_of)
-            curves[shares] = self.curve(shares, {group[0].least, *floor, *spaced, *guesses[shares]})
+            counts[site.shares] += [count for count in (site.count, site.floor) if count is not None]
+        curves = {
+            shares: self.curve(shares, _ladder(group[0], counts[shares], published.multiple_of))
+            for shares, group in self.groups.items()
+        }
         plans: list[tuple[float, Plan]] = []
         for _ in range(1 + PASSES):
             if plans:
@@ -131,6 +145,7 @@ class Sensitivity:
     def _weighed(self, curves: Mapping[str, Curve], plan: Plan) -> dict[str, Curve]:
         """The curves with the weights that the loss around a plan gives them, half way, in logarithms, from before."""
         widths, weighed = _shared(plan), dict(curves)
+        self.stand_at(widths)
         for shares, curve in curves.items():
             full, step = self.groups[shares][0].width, STEP * widths[shares]
             low, high = (round(widths[shares] + sign * step) for sign in (-1, 1))
@@ -153,20 +168,66 @@ class Sensitivity:
             self._bases[shares] = width, bases
         return self._bases[shares][1]
 
-    def _log_probabilities(self) -> Float[Tensor, "rows classes"]:
-        answers: list[Tensor] = []
+    def _width(self, widths: Mapping[str, int], shares: str) -> int:
+        return widths.get(shares, self.groups[shares][0].width)
 
+    def _first_change(self, widths: Mapping[str, int]) -> int:
+        """How many blocks compute the same at these widths as where we stand."""
+        first = len(self.blocks)
+        for shares, group in self.groups.items():
+            if self._width(widths, shares) != self._width(self.here, shares):
+                scopes = {site.scope for site in group}
+                first = min(first, *(self.blocks.index(scope) if scope in self.blocks else 0 for scope in scopes))
+        return first if self.pieces.count == 1 else 0
+
+    @contextmanager
+    def _replayed(self, count: int) -> Iterator[None]:
+        """The first blocks put out what was kept of them."""
+        whole = {path: self.model.get_submodule(path) for path in self.blocks[:count]}
+        for path, outputs in zip(whole, self.kept, strict=False):
+            self.model.set_submodule(path, _Kept(outputs))
+        try:
+            yield
+        finally:
+            for path, module in whole.items():
+                self.model.set_submodule(path, module)
+
+    def _log_probabilities(self, widths: Mapping[str, int], *, same: int = 0) -> Float[Tensor, "rows classes"]:
         def run(parts: Sequence[Batch]) -> Tensor:
             return torch.cat([batching.logits(self.model, part).float() for part in parts])
 
-        with evaluation(self.model), self.autocast():
-            answers = [self.pieces(batch, run) for batch in self.batches]
-        return torch.cat(answers).double().log_softmax(-1)
+        with ExitStack() as hooks, evaluation(self.model), self.autocast():
+            for shares in reversed(list(self.groups)):  # what is cut last is projected first, as in `surgery.check_cut`
+                width = self._width(widths, shares)
+                if width == self.groups[shares][0].width:
+                    continue
+                for site, basis in zip(self.groups[shares], self._fit(shares, width), strict=True):
+                    # In a product it is enough to project one of the two streams.
+                    hooks.callback(attach(self.model, site.streams[0], projection(basis, self.device)).remove)
+            hooks.enter_context(self._replayed(same))
+            return torch.cat([self.pieces(batch, run) for batch in self.batches]).double().log_softmax(-1)
 
 
-def _floor(site: Site, multiple_of: int) -> tuple[int, ...]:
-    """The least width but none that a plan gives; of heads, any number may stay."""
-    return (multiple_of,) if site.kind != "heads" else ()
+class _Kept(nn.Module):
+    """Stands for a block: what it put out for each batch, in order."""
+
+    def __init__(self, outputs: Sequence[Any]):
+        super().__init__()
+        self.outputs = iter(outputs)
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        return next(self.outputs)
+
+
+def _keep(outputs: list[Any], _: nn.Module, __: Any, output: Any) -> None:
+    outputs.append(output)
+
+
+def _ladder(site: Site, counts: Iterable[float], multiple_of: int) -> set[int]:
+    """The widths at which a site is measured: nothing, where that may be, and such as a plan gives."""
+    multiple = 1 if site.kind == "heads" else multiple_of
+    wishes = (multiple, *counts, *(share * site.width for share in SHARES))
+    return {multiple * math.ceil(wish / multiple) for wish in wishes if wish > 0} | ({0} if site.least == 0 else set())
 
 
 def _shared(plan: Plan) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """Rules that see different things in a spectrum, and what they agree on."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -9,6 +10,7 @@ from jaxtyping import Float
 from rmtkd.spectra.matching import BulkMatchingRule
 from rmtkd.spectra.parallel import ParallelAnalysisRule
 from rmtkd.spectra.spectrum import NoiseEdge, Spectrum, against_white_noise, alive
+from rmtkd.spectra.tracy_widom import tracy_widom_quantile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +30,9 @@ class GapRule:
     def __call__(self, spectrum: Spectrum) -> NoiseEdge:
         """See `Rule`. Groups are averaged rank by rank."""
         found = alive(spectrum)
-        descending = np.sort(spectrum.eigenvalues, axis=1)[:, ::-1].mean(axis=0)
-        count = _last_gap(descending)
-        padded = np.concatenate([[2 * descending[0]], descending, [0.0]])
-        return against_white_noise(self.name, found, float(padded[count : count + 2].mean()), assumes=False)
+        descending = _mean_spectrum(spectrum)
+        edge = _edge_below(descending, _last_gap(descending))
+        return against_white_noise(self.name, found, edge, assumes=False)
 
 
 def _last_gap(descending: Float[np.ndarray, " width"], most: float = 0.25, window: int = 5) -> int:
@@ -53,13 +54,20 @@ def _last_gap(descending: Float[np.ndarray, " width"], most: float = 0.25, windo
 
 @dataclass(frozen=True, kw_only=True)
 class ConsensusRule:
-    """`consensus`: the middle one of `rdpa`, `bema` and `gap`, which fail on different noise.
+    """`consensus`: the middle one of `rdpa`, `bema` and `gap`, cut back to where the spectrum steps down.
 
-    Where `rdpa` and `bema` are right they agree within a direction or so. Where they do not, the noise is of a kind
-    that neither knows, and the answer is a misfit.
+    The three fail on different noise, but all of them fail where noise is correlated across coordinates and falls like
+    a power law: its largest directions lie above the edge of any noise of the same variances, or fitted to the middle.
+    They go on smoothly from what lies below, though, as signal does not. So of the directions that the middle rule
+    counts those are kept that end in a step: the last one from the top that lies further above the directions below it
+    than the edge of noise would (`last_step`). Where there is no step at all, nothing is counted.
+
+    Where `rdpa` and `bema` are right they agree within a direction or so, and end in a step. Where they do not, the
+    noise is of a kind that they do not know, and the answer is a misfit.
     """
 
     name: ClassVar[str] = "consensus"
+    needs: ClassVar[frozenset[str]] = frozenset({"variances"})
 
     def __call__(self, spectrum: Spectrum) -> NoiseEdge:
         """See `Rule`. The diagnostics hold the count of each member, per group."""
@@ -67,13 +75,49 @@ class ConsensusRule:
         members = [rule(spectrum) for rule in (ParallelAnalysisRule(), BulkMatchingRule(), GapRule())]
         counts = {member.rule: member.count(eigenvalues) / spectrum.groups for member in members}
         middle = sorted(members, key=lambda member: counts[member.rule])[1]
-        apart = abs(counts["rdpa"] - counts["bema"])
-        disagree = apart > 2
-        told = ", ".join(f"{name} {count:.3g}" for name, count in counts.items())
+        edge, remarks = middle.edge, []
+        bound = counts[middle.rule]
+        descending = _mean_spectrum(spectrum)
+        if (count := last_step(descending, math.ceil(bound))) < math.ceil(bound):
+            edge = _edge_below(descending, count)
+            remarks.append(f"Of {bound:.3g} directions above the middle edge only {count} end in a step.")
+        if abs(counts["rdpa"] - counts["bema"]) > 2:
+            told = ", ".join(f"{name} {count:.3g}" for name, count in counts.items())
+            remarks.append(f"The rules disagree on the noise: {told}.")
         return replace(
             middle,
             rule=self.name,
-            misfit=middle.misfit or disagree,
+            edge=edge,
+            misfit=middle.misfit or bool(remarks),
             diagnostics=counts,
-            remarks=(*middle.remarks, *([f"The rules disagree on the noise: {told}."] if disagree else [])),
+            remarks=(*middle.remarks, *remarks),
         )
+
+
+def last_step(descending: Float[np.ndarray, " width"], bound: int, window: int = 24) -> int:
+    """Directions down to the last one, among the first `bound`, that lies above the edge of those below it.
+
+    Near the edge μ of noise of any correlation log λ_j ≈ log μ − s (3π j/2)^(2/3) (zeros of the Airy function), and the
+    largest fluctuates by s times a Tracy–Widom variable. Both are regressed from the next `window` eigenvalues; a
+    direction ends in a step if it lies above the 99 % quantile.
+    """
+    logs = np.log(descending[descending > 0])
+    window = min(window, len(logs) // 4)
+    if window < 5:
+        return bound
+    root = (1.5 * np.pi * np.arange(1, window + 1)) ** (2 / 3)
+    for count in range(min(bound, len(logs) - window), 0, -1):
+        slope, edge = np.polyfit(root, logs[count : count + window], 1)
+        if logs[count - 1] > edge - tracy_widom_quantile(0.99) * slope:
+            return count
+    return 0
+
+
+def _mean_spectrum(spectrum: Spectrum) -> Float[np.ndarray, " width"]:
+    """The groups averaged rank by rank, descending."""
+    return np.sort(spectrum.eigenvalues, axis=1)[:, ::-1].mean(axis=0)
+
+
+def _edge_below(descending: Float[np.ndarray, " width"], count: int) -> float:
+    """Between a rank and the next."""
+    return float(np.concatenate([[2 * descending[0]], descending, [0.0]])[count : count + 2].mean())

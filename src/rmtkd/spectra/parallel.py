@@ -44,6 +44,7 @@ class ParallelAnalysisRule:
     """
 
     name: ClassVar[str] = "rdpa"
+    needs: ClassVar[frozenset[str]] = frozenset({"variances"})
     level: float = 0.01
     massive: float = 20.0
 
