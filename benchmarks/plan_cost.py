@@ -10,6 +10,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def measure(task_name: str, teacher: str, data: Path, target: str) -> dict[str, 
         teacher=Teacher(model),
         precision="bf16" if has_bf16("cpu") else "fp32",
     ).run(lambda _: steps.append(time.process_time()))
-    step = statistics.median(b - a for a, b in zip(steps[1:], steps[2:], strict=False))
+    step = statistics.median(b - a for a, b in pairwise(steps[1:]))
     seconds["epoch"] = step * len(rows.train)
     algebra = sum(seconds[name] for name in ("eigenvalues", "costs and edges", "budget", "bases"))
     return {
