@@ -26,7 +26,7 @@ from rmtkd.recipes.rows import TokenRows
 from rmtkd.sites import find_sites
 
 FILES = [*sorted(OWN_FILES), "tokenizer.json", "tokenizer_config.json"]
-HALF = {"embeddings.word": 16, "ffn": 24, "head": 8}
+HALF = {"embeddings.word": 16, "ffn": 24, "head": 8, "heads": 1}
 
 
 def narrowed(model: torch.nn.Module) -> torch.nn.Module:

@@ -45,6 +45,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 QUICK = ("--target", "70%params", "--multiple-of", 4, "--calibration-share", 0.3)
 """Options with which the little task is planned."""
+PAPER = ("--policy", "paper")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -178,7 +179,7 @@ def test_a_uniform_plan_stays_uniform_when_made_anew_and_applied(
     sentiment: Sentiment, command: Command, tmp_path: Path
 ):
     run, common = tmp_path / "run", ("--model", sentiment.teacher, "--data", sentiment.data)
-    code, told, _ = command("plan", "sst2", *common, "--out", run, "--multiple-of", 4, "--uniform")
+    code, told, _ = command("plan", "sst2", *common, "--out", run, "--multiple-of", 4, "--uniform", *PAPER)
     assert code == 0 and "With --uniform, which narrows intermediate_size alone, a plan goes down to" in told
     code, told, _ = command("plan", run, "--target", "85%params", "--json")
     made = json.loads(told)
@@ -193,7 +194,7 @@ def test_a_uniform_plan_stays_uniform_when_made_anew_and_applied(
     record = json.loads((run / "summary.json").read_text())
     assert record["config"]["uniform"] and record["compressed"]["parameters"] == made["predicted"]["params"]
     other = tmp_path / "other"
-    words = ("--multiple-of", 4, "--uniform", "--target", "85%params")
+    words = ("--multiple-of", 4, "--uniform", "--target", "85%params", *PAPER)
     code, *_ = command("compress", "sst2", *common, "--out", other, "--epochs", 0, *words)
     assert code == 0 and contents(other)["plan.json"] == contents(run)["plan.json"]
 
@@ -230,6 +231,32 @@ def test_a_target_of_latency_rests_on_times_that_are_measured_once(
     assert command("plan", "sst2", *common, "--out", other, *QUICK)[0] == 0
     code, _, log = command("plan", other, "--target", "2x")
     assert code == 2 and "must rest on measured times" in log and "rmtkd plan RECIPE --model MODEL" in log
+
+
+def test_the_policy_the_largest_loss_and_the_metric_are_the_user_s(
+    sentiment: Sentiment, command: Command, tmp_path: Path
+):
+    run, common = tmp_path / "run", ("--model", sentiment.teacher, "--data", sentiment.data)
+    words = (*QUICK[2:], "--max-loss", 0.02, "--metric", "output")
+    code, told, _ = command("plan", "sst2", *common, "--out", run, *words)
+    made = Plan.read(run / "plan.json")
+    assert code == 0 and "guarded, measured loss" in told and "signal" in told
+    assert made.policy == "guarded" and made.target is None and made.max_loss == 0.02
+    code, told, _ = command("plan", run, "--target", "60%params", "--json")
+    assert code == 0 and Plan.from_json(told).target == "60%params" and Plan.from_json(told).policy == "guarded"
+    code, told, _ = command("plan", run, "--max-loss", 0.5, "--json")
+    looser = Plan.from_json(told)
+    assert code == 0 and looser.target is None and looser.predicted["params"] <= made.predicted["params"]
+    code, _, log = command("compress", "sst2", *common, "--out", run, "--plan", run / "plan.json", *PAPER)
+    assert code == 2 and "Got --policy too" in log
+    code, told, _ = command("compress", "sst2", *common, "--out", run, *words, "--epochs", 0, "--json")
+    assert code == 0 and json.loads(told)["config"]["metric"] == "output"
+    code, told, _ = command("plan", run, *PAPER, "--out", tmp_path / "paper", "--json")
+    assert code == 0 and Plan.from_json(told).policy == "paper"
+    code, _, log = command("plan", tmp_path / "paper", "--max-loss", 0.1)
+    assert code == 2 and "This plan has none" in log
+    code, _, log = command("plan", run, "--metric", "output", "--out", tmp_path / "other")
+    assert code == 2 and "Got --metric" in log
 
 
 def parameters_of(call: Any) -> float:
@@ -317,6 +344,7 @@ def test_env_tells_versions_and_machine(command: Command):
         (["evaluate", "m", "--recipes", "sst2"], "--recipe"),
         (["compress", "digitz", "--out", "OUT"], "Did you mean 'digits'"),
         (["plan", "sst2", "--out", "OUT", "--rule", "mpp"], "Did you mean 'mp'"),
+        (["plan", "sst2", "--out", "OUT", "--max-loss", "0"], "max_loss must be greater than 0. Got 0.0"),
         (["plan", "sst2", "--out", "OUT", "--keep", "layer.0.ffn"], "--keep must be SITE=WIDTH"),
         (["plan", "sst2"], "pass --out FOLDER"),
         (["plan", "DATA"], "has no plan.json and no spectra.npz"),
@@ -405,6 +433,8 @@ def test_a_fault_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch):
 
 CHOICES = {
     "--granularity layers": "Did you mean 'layer'",
+    "--policy papper": "Did you mean 'paper'",
+    "--metric outputs": "Did you mean 'output'",
     "--teacher orginal": "Did you mean 'original'",
     "--precision fp16": "precision must be one of auto, fp32, bf16",
 }
@@ -436,11 +466,11 @@ def test_choices_are_refused_with_the_nearest(tmp_path: Path):
 
 def test_check_gives_a_verdict_for_every_site(sentiment: Sentiment, command: Command):
     code, told, _ = command("check", sentiment.teacher)
-    assert code == 0 and "layer.0.query_key" in told and "all 7 ok" in told
+    assert code == 0 and "layer.0.query_key" in told and "all 9 ok" in told
     code, told, _ = command("check", sentiment.teacher, "--recipe", "sst2", "--data", sentiment.data, "--json")
     assert code == 0
     verdicts = json.loads(told)
-    assert [verdict["ok"] for verdict in verdicts] == [True] * 7
+    assert [verdict["ok"] for verdict in verdicts] == [True] * 9
     assert all(verdict["full_width_error"] < 1e-10 for verdict in verdicts)
 
 
@@ -452,7 +482,7 @@ def test_check_tells_a_fault_by_its_exit_code(command: Command, tmp_path: Path):
     assert set(faults) == {"layer.0.ffn", "layer.1.ffn"}
     assert "chunk_size_feed_forward must be 0" in faults["layer.0.ffn"]
     code, told, _ = command("check", tmp_path / "chunks")
-    assert code == 1 and "2 of 7 failed" in told
+    assert code == 1 and "2 of 9 failed" in told
     code, _, log = command("check", tmp_path / "nothing")
     assert code == 2 and "There is no folder" in log
     tiny_bert(labels=1).save_pretrained(tmp_path / "regression")

@@ -25,12 +25,15 @@ from rmtkd.sites import by_width, find_sites
 
 QUICK: dict[str, Any] = {
     "target": "70%params",
+    "policy": "paper",
     "multiple_of": 4,
     "epochs": 0.5,
     "precision": "fp32",
     "calibration_share": 0.3,
     "recovery": Recovery(lr=1e-3),
 }
+GUARDED: dict[str, Any] = {"policy": "guarded"}
+"""For what is claimed of every plan; others are made faster."""
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +63,7 @@ def finished(
     rows = recipe.rows(sentiment.data, load_classifier(str(sentiment.teacher), recipe.labels), 0)
     events: list[Any] = []
     before, state = snapshot(teacher), torch.get_rng_state()
-    result = run(teacher, rows, out=out, on_event=events.append, granularity="layer", control=True)
+    result = run(teacher, rows, out=out, on_event=events.append, granularity="layer", control=True, **GUARDED)
     untouched = torch.equal(torch.get_rng_state(), state)
     assert_untouched(teacher, before)
     assert all(parameter.grad is None for parameter in teacher.parameters())
@@ -157,21 +160,20 @@ def test_the_summary_prints_as_a_table(finished):
 
 def test_the_same_command_twice_gives_the_same_weights(teacher: torch.nn.Module, task: Rows):
     """Also with the same rows, which have been gone through in between."""
-    first = run(teacher, task, epochs=1.5)
+    first = run(teacher, task, epochs=1.5, **GUARDED)
     torch.manual_seed(123)
-    again = run(teacher, task, epochs=1.5)
+    again = run(teacher, task, epochs=1.5, **GUARDED)
     assert first.plan == again.plan
     assert_untouched(again.model, snapshot(first.model))
-    other = run(teacher, task, epochs=1.5, seed=1)
+    other = run(teacher, task, epochs=1.5, seed=1, **GUARDED)
     assert not torch.equal(other.model.get_parameter("classifier.bias"), first.model.get_parameter("classifier.bias"))
 
 
 def test_no_epochs_cut_only(teacher: torch.nn.Module, task: Rows):
-    result = run(teacher, task, epochs=0.0)
+    result = run(teacher, task, epochs=0.0, **GUARDED)
     (done,) = result.rounds
     assert done.steps == 0 and done.loss_first is None and done.accuracy == done.accuracy_cut
-    widths = result.plan.widths
-    expected, _ = cut_in_order(teacher, find_sites(teacher), widths, compression.share_of(task.train, 0.3))
+    expected = compression.narrow(teacher, result.plan, calibration=compression.share_of(task.train, 0.3))
     assert_untouched(result.model, snapshot(expected))
 
 
@@ -195,7 +197,7 @@ def test_the_uniform_width_is_never_parted(teacher: torch.nn.Module, task: Rows,
     assert result.record["stop_reason"] == "target: 85%params reached"
     assert result.record["config"]["uniform"]
     assert_untouched(rmtkd.load(tmp_path / "run" / "model"), snapshot(result.model))
-    again = run(teacher, task, epochs=0.0, granularity=granularity, target=None, multiple_of=4, plan=result.plan)
+    again = run(teacher, task, epochs=0.0, granularity=granularity, target=None, plan=result.plan)
     assert again.plan == result.plan
     assert_untouched(again.model, snapshot(result.model))
 
@@ -241,15 +243,15 @@ def test_a_bound_on_rounds_ends_the_run(teacher: torch.nn.Module, task: Rows):
 
 def test_what_steers_is_never_what_is_reported(teacher: torch.nn.Module, task: Rows):
     """With other report rows only the reported accuracy changes."""
-    first = run(teacher, task)
+    first = run(teacher, task, **GUARDED)
     other = TokenRows(task.report.ids, 1 - task.report.labels, batch_size=64)
-    second = run(teacher, task, report=other)
+    second = run(teacher, task, report=other, **GUARDED)
     assert_untouched(second.model, snapshot(first.model))
     assert second.plan == first.plan
     for name in ("baseline", "compressed"):
         assert second.record[name]["accuracy"]["value"] == pytest.approx(1 - first.record[name]["accuracy"]["value"])
         assert second.record[name]["accuracy_selection"] == first.record[name]["accuracy_selection"]
-    without = run(teacher, task, report=None)
+    without = run(teacher, task, report=None, **GUARDED)
     assert without.record["compressed"]["accuracy"] is None
     assert_untouched(without.model, snapshot(first.model))
 
@@ -267,13 +269,14 @@ def test_a_plan_changes_nothing_and_is_what_a_run_does(teacher: torch.nn.Module,
     made, _ = plan(
         teacher,
         calibration=compression.share_of(task.train, 0.3),
+        selection=task.selection,
         example=next(iter(task.selection)),
         **options,
     )
     assert_untouched(teacher, before)
     assert torch.equal(torch.get_rng_state(), state)
-    assert run(teacher, task, epochs=0.0).plan == made
-    assert run(teacher, task, epochs=0.0, plan=made, target=None).plan == made
+    assert run(teacher, task, epochs=0.0, **GUARDED).plan == made
+    assert run(teacher, task, epochs=0.0, plan=made, target=None, **GUARDED).plan == made
 
 
 def test_a_frozen_model_is_compressed_all_the_same(teacher: torch.nn.Module, task: Rows):
@@ -346,7 +349,7 @@ def test_too_few_rows_are_refused(
 
 
 def test_a_plan_of_another_model_is_refused(teacher: torch.nn.Module, task: Rows, tmp_path: Path):
-    made, _ = plan(tiny_bert(layers=1), calibration=list(random_rows(100)), multiple_of=2)
+    made, _ = plan(tiny_bert(layers=1), calibration=list(random_rows(100)), multiple_of=2, policy="paper")
     with pytest.raises(PlanError, match="exactly the sites of its model"):
         run(teacher, task, plan=made, target=None, multiple_of=2, out=tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
@@ -379,6 +382,6 @@ def test_narrow_applies_a_plan_in_closed_form_and_leaves_the_model():
 
 def test_a_plan_of_a_model_of_other_widths_is_refused():
     rows = list(random_rows(200))
-    made, _ = compression.plan(tiny_bert(intermediate_size=64), calibration=rows, multiple_of=2)
+    made, _ = compression.plan(tiny_bert(intermediate_size=64), calibration=rows, policy="paper")
     with pytest.raises(PlanError, match=r"layer\.0\.ffn: width must be 48(.|\n)*layer\.1\.ffn: width"):
         compression.narrow(tiny_bert(), made, calibration=rows)

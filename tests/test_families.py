@@ -92,7 +92,7 @@ def test_a_family_s_widths_are_found(name: str) -> None:
     expected: dict[str, tuple[int, int]] = {"embeddings.word": (words, 1)}
     for i in range(layers):
         if name not in ("modernbert", "eurobert"):  # rotary attention is left alone
-            expected |= {f"layer.{i}.query_key": (16, 2), f"layer.{i}.value": (16, 2)}
+            expected |= {f"layer.{i}.heads": (2, 1), f"layer.{i}.query_key": (16, 2), f"layer.{i}.value": (16, 2)}
         expected[f"layer.{i}.ffn"] = (48, 1)
     sites = find_sites(model)
     assert {site.name: (site.width, site.groups) for site in sites} == expected
@@ -237,7 +237,7 @@ def test_a_family_is_compressed_from_plan_to_record(name: str) -> None:
 def test_a_uniform_plan_gives_a_model_that_the_stock_class_loads(name: str) -> None:
     model = make(name)
     batches = pair_batches(model, 60)
-    made, _ = rmtkd.plan(model, calibration=batches, uniform=True, target="90%params", multiple_of=4)
+    made, _ = rmtkd.plan(model, calibration=batches, uniform=True, target="90%params", multiple_of=4, policy="paper")
     small = rmtkd.narrow(model, made, calibration=batches)
     assert count_parameters(small) == made.predicted["params"] <= 0.9 * made.baseline["params"]
     before, after = ({site.name: site.width for site in find_sites(m)} for m in (model, small))

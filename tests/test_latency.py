@@ -165,7 +165,8 @@ def test_where_time_is_operations_the_latency_of_any_plan_is_predicted_exactly(n
     table = LatencyTable.measure(model, sites, batch, stopwatch=flops)
     assert_untouched(model, before)
     rng = np.random.default_rng(0)
-    for draw in (lambda site: site.width, lambda site: 1, *[lambda site: int(rng.integers(1, site.width + 1))] * 6):
+    draws = [lambda site: int(rng.integers(site.least, site.width + 1))] * 6
+    for draw in (lambda site: site.width, lambda site: site.least, *draws):
         widths = widths_of(sites, draw)
         expected = predict_cost(model, sites, widths, batch)["flops"] + 1
         assert table.cost(widths) == pytest.approx(expected, rel=1e-6)
@@ -194,7 +195,7 @@ def test_parts_are_scaled_to_the_whole_model() -> None:
         return [*times[:2], *(0.5 * time for time in times[2:])]
 
     table = LatencyTable.measure(MODEL, SITES, BATCH, stopwatch=warm_caches)
-    least = dict.fromkeys((site.name for site in SITES), 1)
+    least = {site.name: site.least for site in SITES}
     assert table.cost(least) == pytest.approx(TABLE.cost(least), rel=1e-9)
     assert table.cost(least) == pytest.approx(predict_cost(MODEL, SITES, least, BATCH)["flops"], rel=1e-3)
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 
 import rmtkd
 from conftest import assert_untouched, random_rows, snapshot, tiny_bert
@@ -151,3 +152,48 @@ def test_a_run_with_levels_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     rows = answered(loaded, 60)
     further = rmtkd.compress(loaded, train=rows, selection=rows, keep={"embeddings.word.0": 6}, epochs=0.0)
     assert further.plan.widths["embeddings.word.0"] == 6
+
+
+def test_rare_tokens_may_go_without_a_table_and_the_folder_loads_everywhere(tmp_path: Path) -> None:
+    model = tiny_bert()
+    rows, before = answered(model, 40), snapshot(model)
+    keep = {"embeddings.word.0": 8, "embeddings.word.1": 0, "embeddings.word.2": 0}
+    small = rmtkd.compress(
+        model, train=rows, selection=rows[:2], embedding_levels=3, keep=keep, epochs=1.0, out=tmp_path / "run"
+    )
+    assert_untouched(model, before)
+    embedding: Any = small.model.get_submodule(WORDS)
+    first = embedding.levels[0].num_embeddings
+    vectors = embedding(torch.arange(50))
+    assert not vectors[embedding.rows >= first].any() and vectors[embedding.rows < first].any(-1).all()
+    assert count_parameters(small.model) == small.plan.predicted["params"]
+    assert [site.name for site in find_sites(small.model)][:2] == ["embeddings.word.0", "layer.0.heads"]
+    folder = tmp_path / "run" / "model"
+    stock, report = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    stock.save_pretrained(tmp_path / "again")
+    for loaded in (rmtkd.load(folder), stock, AutoModelForSequenceClassification.from_pretrained(tmp_path / "again")):
+        assert_untouched(loaded, snapshot(small.model))
+        assert torch.equal(loaded(**rows[0]).logits, small.model(**rows[0]).logits)
+    rows = answered(small.model, 60)
+    again = rmtkd.compress(small.model, train=rows, selection=rows, keep={"embeddings.word.0": 4}, epochs=0.0)
+    assert again.plan.widths["embeddings.word.0"] == 4
+
+
+def test_the_commonest_tokens_keep_a_table() -> None:
+    rows = list(random_rows(40))
+    with pytest.raises(PlanError, match=r"embeddings\.word\.0 must keep from 1 to 32\. Got 0"):
+        plan(tiny_bert(), calibration=rows, embedding_levels=2, keep={"embeddings.word.*": 0})
+
+
+def test_a_model_of_ones_own_may_lose_a_level(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Bag()
+    rows = [(ids, model(ids).argmax(-1)) for ids, _ in bag_rows(20)]
+    keep = {"embeddings.word.0": 12, "embeddings.word.1": 0}
+    site = embedding_site(model, "words")
+    result = rmtkd.compress(
+        model, train=rows, selection=rows[:3], sites=[site], embedding_levels=2, keep=keep, epochs=0.0
+    )
+    result.save(tmp_path / "model")
+    assert torch.equal(rmtkd.load(tmp_path / "model", Bag)(rows[0][0]), result.model(rows[0][0]))

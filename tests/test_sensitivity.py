@@ -10,12 +10,13 @@ import torch
 import rmtkd
 from conftest import assert_untouched, random_rows, snapshot, tiny_bert
 from rmtkd import batches as batching
+from rmtkd import reporting
 from rmtkd.activations import collect
 from rmtkd.cutting import fit_bases
 from rmtkd.dry_run import metrics_of
-from rmtkd.errors import DataError, PlanError
+from rmtkd.errors import DataError, OptionError, PlanError
 from rmtkd.measurement import evaluation
-from rmtkd.planning import Plan, retarget
+from rmtkd.planning import Plan, retarget, settle
 from rmtkd.schedule import Options
 from rmtkd.sensitivity import Sensitivity, spread
 from rmtkd.sites import by_width, find_sites
@@ -119,8 +120,57 @@ def test_several_targets_come_from_one_measurement(planned: tuple[Plan, dict]) -
 
 def test_guarding_a_plan_without_curves_takes_the_model() -> None:
     paper, spectrums = rmtkd.plan(MODEL, calibration=ROWS, multiple_of=2, policy="paper")
-    with pytest.raises(PlanError, match="Plan with the model"):
-        retarget(paper, spectrums, policy="guarded")
+    for asked in ({"policy": "guarded"}, {"max_loss": 0.1}):
+        with pytest.raises(PlanError, match="Plan with the model"):
+            retarget(paper, spectrums, **asked)  # type: ignore[arg-type]
+
+
+def test_a_largest_loss_takes_the_place_of_the_target(planned: tuple[Plan, dict]) -> None:
+    made, spectrums = planned
+    assert made.curves is not None
+    tight = retarget(made, spectrums, max_loss=0.001)
+    assert tight.target is None and tight.max_loss == 0.001
+    kept = {site.shares: site.keep for site in tight.sites}
+    assert sum(curve.loss(kept[shares]) for shares, curve in made.curves.items()) <= 0.001
+    assert retarget(made, spectrums, max_loss=0.001, target="50%params").target == "50%params"
+    with pytest.raises(OptionError, match=r"max_loss must be greater than 0\. Got 0"):
+        retarget(made, spectrums, max_loss=0.0)
+
+
+def test_a_policy_that_there_is_not_is_refused(planned: tuple[Plan, dict]) -> None:
+    with pytest.raises(OptionError, match="Did you mean 'guarded'"):
+        retarget(*planned, policy="gaurded")
+
+
+def test_a_plan_that_is_applied_as_it_was_keeps_its_measured_loss(planned: tuple[Plan, dict]) -> None:
+    made, spectrums = planned
+    batch = next(iter(HELD_OUT))
+    assert settle(made, MODEL, SITES, spectrums, batch).loss == made.loss
+    first = next(site for site in made.sites if site.name == "layer.0.ffn")
+    wider = tuple(replace(site, keep=48) if site is first else site for site in made.sites)
+    assert settle(replace(made, sites=wider), MODEL, SITES, spectrums, batch).loss is None
+
+
+def test_the_table_of_a_guarded_plan_tells_signal_and_loss(planned: tuple[Plan, dict]) -> None:
+    made, spectrums = planned
+    told = reporting.plan_table(made, 160)
+    assert "guarded, measured loss" in str(told.title) and "edge ×" not in str(told.title)
+    names = [str(column.header) for column in told.columns]
+    assert names[3:7] == ["signal", "above", "keep", "loss"] and "edge" not in names
+    paper = reporting.plan_table(retarget(made, spectrums, policy="paper"), 160)
+    assert "signal" not in [column.header for column in paper.columns] and "edge ×" in str(paper.title)
+    assert "measured" not in str(reporting.plan_table(retarget(made, spectrums, target="40%params")).title)
+
+
+def test_a_floor_above_what_the_rule_keeps_is_told(planned: tuple[Plan, dict]) -> None:
+    made, _ = planned
+    changed = [replace(site, floor=site.count - 1) for site in made.sites]
+    assert not any("told from noise" in note for note in reporting.plan_notes(replace(made, sites=tuple(changed))))
+    above = replace(changed[-1], floor=changed[-1].count + 1)
+    plan = replace(made, sites=(*changed[:-1], above))
+    (note,) = (note for note in reporting.plan_notes(plan) if "told from noise" in note)
+    assert f"At 1 of {len(changed)} sites" in note and f"{above.name} {above.floor:.0f} > {above.count:.0f}" in note
+    assert not any("told from noise" in note for note in reporting.plan_notes(replace(plan, policy="paper")))
 
 
 def test_losses_on_calibration_rows_are_told() -> None:

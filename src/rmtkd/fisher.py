@@ -34,7 +34,7 @@ DAMPING = 0.1
 """Share of its mean diagonal that is added to a metric: the gradients are those of the untouched network, and of some
 rows."""
 
-Metrics = Mapping[str, Float64[Tensor, "out out"]]
+Metrics = Mapping[str, Float64[Tensor, "_ _"]]
 """By path of a module, the square root of the Fisher metric of its output, summed over positions and damped."""
 
 
@@ -46,7 +46,7 @@ def output_metrics(
     seed: int = 0,
     bf16: bool = False,
     pieces: Pieces | None = None,
-) -> dict[str, Float64[Tensor, "out out"]]:
+) -> dict[str, Float64[Tensor, "_ _"]]:
     """Roots of the Fisher metrics of all outputs that the sites' readers write, summed over the real positions.
 
     Args:

@@ -12,6 +12,7 @@ The `config.json` of such a model is a stock configuration with
   a part that always answers the same;
 - `word_embedding_size`: columns of the embedding table, where it is narrower than the model;
 - `word_embedding_levels`: rows and columns of each table, where tokens have one by how often they occur, first to last;
+  tokens of a table without columns are zeros;
 - `narrowed`: which parameters have these widths, by path within a layer: the dimension of the parameter, and how many
   times it holds the width in each of `groups` (attention heads; in a layer that has its own number of what
   `groups_from` names, as many); which attributes are to be set with them; and what `absent` heads leave, see `NoHeads`.
@@ -19,6 +20,7 @@ The `config.json` of such a model is a stock configuration with
 Stock entries of the same names as in `per_layer_config` are the widths of layers that it does not list.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -39,7 +41,9 @@ class FactorizedEmbedding(nn.Embedding):
     def __init__(self, num_embeddings: int, embedding_dim: int, width: int, **options: Any):
         super().__init__(num_embeddings, embedding_dim, **options)
         place = {name: options[name] for name in ("device", "dtype") if name in options}
-        self.projection = nn.Linear(embedding_dim, width, bias=self.shifts, **place)
+        with warnings.catch_warnings():  # a rank of 0 has nothing to initialise
+            warnings.simplefilter("ignore", UserWarning)
+            self.projection = nn.Linear(embedding_dim, width, bias=self.shifts, **place)
 
     @classmethod
     def like(cls, embedding: nn.Embedding, rank: int, **options: Any) -> "FactorizedEmbedding":
@@ -166,7 +170,7 @@ def narrow(model: nn.Module, config: Any) -> None:
         own = widths.get(index, {})
         for key, width in own.items():
             site = narrowed[key]
-            groups = own.get(site.get("groups_from"), site["groups"])
+            groups: int = own.get(site.get("groups_from", ""), site["groups"])
             for name, (dim, copies) in site["parameters"].items():
                 _shorten(layer, name, dim, copies * groups * width)
             for name, quantity in site["attributes"].items():

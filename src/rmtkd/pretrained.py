@@ -17,7 +17,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from rmtkd import modeling_rmtkd
 from rmtkd.families import FAMILIES
-from rmtkd.modeling_rmtkd import PREFIX, EmbeddingLevel, FactorizedEmbedding
+from rmtkd.modeling_rmtkd import PREFIX, EmbeddingLevel, EmbeddingLevels, FactorizedEmbedding
 from rmtkd.sites import Axis, Site, find_family, find_sites, layer_paths
 from rmtkd.surgery import fill, tensors_of
 
@@ -152,6 +152,10 @@ def _own_entries(model: nn.Module, full: Sequence[Site]) -> dict[str, Any]:
     def layer_of(site: Site) -> str | None:
         return next((path for path in layers if axes_of(site)[0].parameter.startswith(f"{path}.")), None)
 
+    for path, module in model.named_modules():
+        if isinstance(module, EmbeddingLevels):  # of which some may be gone
+            narrowed[LEVELS] = path
+            own[LEVELS] = [[level.num_embeddings, _rank(level)] for level in module.levels]
     # An embedding may have been divided, of a layer some sites may be gone.
     for site in (*(s for s in sites if layer_of(s) is None), *(s for s in full if layer_of(s) is not None)):
         if site.kind == "heads" and not some_heads_went:
@@ -160,14 +164,10 @@ def _own_entries(model: nn.Module, full: Sequence[Site]) -> dict[str, Any]:
         if layer is None:
             path = axes[0].parameter.rpartition(".")[0]
             embedding: Any = model.get_submodule(path)
-            rank = site.width if isinstance(embedding, FactorizedEmbedding) else None
-            if isinstance(embedding, EmbeddingLevel):
-                narrowed[LEVELS] = path.rpartition(".levels.")[0]
-                own.setdefault(LEVELS, []).append([embedding.num_embeddings, rank])
-                continue
-            narrowed[WORDS] = path
-            if rank is not None:
-                own[WORDS] = rank
+            if not isinstance(embedding, EmbeddingLevel):
+                narrowed[WORDS] = path
+                if (rank := _rank(embedding)) is not None:
+                    own[WORDS] = rank
             continue
         key = HEADS if site.kind == "heads" else site.setting or HEAD
         if key == HEAD:
@@ -185,6 +185,11 @@ def _own_entries(model: nn.Module, full: Sequence[Site]) -> dict[str, Any]:
             absent = site.absent
             table["absent"] = {"module": absent.module[within:], "after": list(absent.after), "norm": absent.norm}
     return own | {"per_layer_config": widths}
+
+
+def _rank(embedding: Any) -> int | None:
+    """The width between the two factors of an embedding; None for one that is whole."""
+    return embedding.embedding_dim if isinstance(embedding, FactorizedEmbedding) else None
 
 
 def _as_in(model: nn.Module, config: Any) -> Any:

@@ -12,13 +12,18 @@ from rmtkd.planning import LATENCY, Plan, SitePlan
 def plan_table(plan: Plan, width: int = 120) -> Table:
     """A plan as a table, one line a site: how many directions (of one head) stand above the edge, how many stay.
 
-    Of n activation vectors n_eff are independent. Where the console is narrow, these and the noise level are left to
-    plan.json, which also has the reasons in words.
+    A guarded plan also tells how many the detector tells from noise (`signal`), and what the width that stays loses by
+    itself. Of n activation vectors n_eff are independent. Where the console is narrow, these and the noise level are
+    left to plan.json, which also has the reasons in words.
     """
+    is_guarded = plan.policy == "guarded"
+    measured = "" if plan.loss is None else f", measured loss {plan.loss:.2g}"
+    edges = "" if is_guarded else f", edge × {plan.multiplier:.3g}"
     table = Table(
         title=(
             f"{plan.model} · rule {plan.rule}, τ {plan.tau:g}"
-            + (f" · target {plan.target}, edge × {plan.multiplier:.3g}" if plan.target else "")
+            + (f" · guarded{measured}" if is_guarded else "")
+            + (f" · target {plan.target}{edges}" if plan.target else "")
         ),
         caption=(
             f"before recovery: {plan.predicted['params']:,} of {plan.baseline['params']:,} parameters "
@@ -39,8 +44,10 @@ def plan_table(plan: Plan, width: int = 120) -> Table:
         "site": [site.name for site in plan.sites],
         "kind": [site.kind for site in plan.sites],
         "width": [_per_head(site, site.width) for site in plan.sites],
-        "above": [f"{site.count:.1f}" if site.groups > 1 else f"{site.count:.0f}" for site in plan.sites],
+        "signal": [_directions(site, site.floor) for site in plan.sites],
+        "above": [_directions(site, site.count) for site in plan.sites],
         "keep": [_kept(site, plan) + _mark(site, plan) for site in plan.sites],
+        "loss": ["–" if site.loss is None else f"{site.loss:.2g}" for site in plan.sites],
         "n_eff/n": [_independent(site) for site in plan.sites],
         "q": [f"{site.q:.2g}" for site in plan.sites],
         "noise σ²": [f"{site.sigma2:.3g}" for site in plan.sites],
@@ -48,9 +55,11 @@ def plan_table(plan: Plan, width: int = 120) -> Table:
         "KS": [f"{site.ks:.2f}{'!' if site.misfit else ''}" for site in plan.sites],
         "energy": [f"{site.energy:.1%}" for site in plan.sites],
     }
+    left_out = {"noise σ²", "edge"} if is_guarded else {"signal", "loss"}
     if width < 100:
-        for name in ("n_eff/n", "q", "noise σ²", "edge"):
-            del columns[name]
+        left_out |= {"n_eff/n", "q", "noise σ²", "edge"}
+    for name in left_out:
+        del columns[name]
     for name in columns:
         table.add_column(name, justify="left" if name in ("site", "kind") else "right", no_wrap=True)
     for row in zip(*columns.values(), strict=True):
@@ -60,6 +69,10 @@ def plan_table(plan: Plan, width: int = 120) -> Table:
 
 def _per_head(site: SitePlan, width: int) -> str:
     return f"{site.groups}×{width}" if site.groups > 1 else str(width)
+
+
+def _directions(site: SitePlan, count: float | None) -> str:
+    return "–" if count is None else f"{count:.1f}" if site.groups > 1 else f"{count:.0f}"
 
 
 def _kept(site: SitePlan, plan: Plan) -> str:
@@ -81,7 +94,7 @@ def _mark(site: SitePlan, plan: Plan) -> str:
 
 def plan_notes(plan: Plan) -> list[str]:
     """What a reader of the plan must know beside the table, in sentences."""
-    notes = [note for note in (misfit_note(plan),) if note]
+    notes = [note for note in (misfit_note(plan), floor_note(plan)) if note]
     if by_hand := [f"{site.name} {site.planned} → {site.keep}" for site in plan.sites if site.by_hand]:
         notes.append(f"* changed by hand: {', '.join(by_hand)}.")
     if any(_mark(site, plan) == "=" for site in plan.sites):
@@ -97,6 +110,21 @@ def misfit_note(plan: Plan) -> str | None:
     return (
         f"! {len(bad)} of {len(plan.sites)} spectra show no Marchenko–Pastur bulk (KS > 0.1): there the edge is a "
         "threshold on a quantile, not a test for noise."
+    )
+
+
+def floor_note(plan: Plan) -> str | None:
+    """One sentence on the sites where the rule counts fewer directions than the detector tells from noise, if there are
+    any in a guarded plan."""
+    if plan.policy != "guarded":
+        return None
+    above = [site for site in plan.sites if site.floor is not None and site.floor > site.count]
+    if not above:
+        return None
+    told = ", ".join(f"{s.name} {_directions(s, s.floor)} > {_directions(s, s.count)}" for s in above[:8])
+    return (
+        f"! At {len(above)} of {len(plan.sites)} sites more directions are told from noise (signal) than the rule "
+        f"{plan.rule} keeps (above): {told}{', …' * (len(above) > 8)}."
     )
 
 

@@ -177,7 +177,8 @@ def projected_logits(
     try:
         for site in reversed([site for site in sites if site.name in bases]):
             # What was cut last is projected first: the width of heads, then the heads. And only in those that stay.
-            kept = _kept_units(bases[site.groups_of][0], site.groups) if site.groups_of in bases else None
+            heads = bases.get(site.groups_of or "")
+            kept = None if heads is None else _kept_units(heads[0], site.groups)
             # In a product it is enough to project one of the two streams.
             see = partial(_project, bases[site.name][0], site.groups, kept)
             handles.append(attach(model, site.streams[0], see))

@@ -29,6 +29,27 @@ Target = Annotated[
         "measured on this machine first. Tied weights count once."
     ),
 ]
+Policy = Annotated[
+    str | None,
+    typer.Option(
+        help="How widths are chosen: guarded (the default) by the loss that each costs on selection rows, measured; "
+        "paper by the noise edges alone, as published. Such as --policy paper."
+    ),
+]
+MaxLoss = Annotated[
+    float | None,
+    typer.Option(
+        help="Without --target, what guarded widths may cost in sum: nats of divergence from the teacher, such as "
+        "--max-loss 0.02; 0.05 by default."
+    ),
+]
+Metric = Annotated[
+    str | None,
+    typer.Option(
+        help="In which errors of a cut are small: fisher (the default) weighs them by how much the answers care, "
+        "output counts all alike. Such as --metric output."
+    ),
+]
 Tau = Annotated[
     float | None, typer.Option(help="Quantile that starts the noise level; larger cuts more; 0.5 by default.")
 ]
@@ -77,6 +98,8 @@ def given(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def plan_options(
     target: str | None,
+    policy: str | None,
+    max_loss: float | None,
     rule: str | None,
     tau: float | None,
     multiple_of: int | None,
@@ -86,11 +109,13 @@ def plan_options(
     exclude: list[str] | None,
     keep: list[str] | None,
 ) -> dict[str, Any]:
-    """What shapes a plan, as far as it is given."""
+    """What shapes a plan, as far as it is given. A largest loss takes the place of the recipe's target."""
     from rmtkd.planning import parse_keep
 
     shape = {
         "target": target,
+        "policy": policy,
+        "max_loss": max_loss,
         "rule": rule,
         "tau": tau,
         "multiple_of": multiple_of,
@@ -100,7 +125,7 @@ def plan_options(
         "exclude": tuple(exclude) if exclude else None,
         "keep": parse_keep(keep) if keep else None,
     }
-    return given(shape)
+    return given(shape) | ({"target": None} if target is None and max_loss is not None else {})
 
 
 def tell_timing(target: str | None) -> None:

@@ -20,9 +20,12 @@ from rmtkd.cli.options import (
     Keep,
     Label,
     MaxLength,
+    MaxLoss,
+    Metric,
     MinShare,
     Model,
     MultipleOf,
+    Policy,
     Rule,
     Seed,
     Target,
@@ -60,6 +63,9 @@ def plan(
     label: Label = None,
     max_length: MaxLength = None,
     target: Target = None,
+    policy: Policy = None,
+    max_loss: MaxLoss = None,
+    metric: Metric = None,
     rule: Rule = None,
     tau: Tau = None,
     multiple_of: MultipleOf = None,
@@ -85,6 +91,7 @@ def plan(
     \b
     rmtkd plan sst2 --model teacher --data DIR --out runs/sst2 --target 25%params
     rmtkd plan runs/sst2 --target 20%params --keep layer.0.ffn=160
+    rmtkd plan runs/sst2 --out runs/published --policy paper
     """
     from rmtkd import compression, recipes
     from rmtkd.checkpoint import RunFolder
@@ -96,7 +103,9 @@ def plan(
     from rmtkd.schedule import Options
     from rmtkd.sites import find_sites
 
-    shape = plan_options(target, rule, tau, multiple_of, min_share, uniform, embedding_levels, exclude, keep)
+    shape = plan_options(
+        target, policy, max_loss, rule, tau, multiple_of, min_share, uniform, embedding_levels, exclude, keep
+    )
     if recipe not in recipes.names() and Path(recipe).is_dir():
         unused = {
             "--model": model,
@@ -106,6 +115,7 @@ def plan(
             "--max-length": max_length,
             "--calibration-share": calibration_share,
             "--epochs": epochs,
+            "--metric": metric,
             "--embedding-levels": shape.pop("embedding_levels", None),
             "--trim-vocabulary": trim_vocabulary or None,
         }
@@ -119,7 +129,7 @@ def plan(
     if out is None:
         raise typer.BadParameter("a folder for the plan is needed: pass --out FOLDER.")
     options: dict[str, Any] = {**task.options, **shape, "seed": seed, "device": device}
-    options |= given({"calibration_share": calibration_share, "epochs": epochs})
+    options |= given({"calibration_share": calibration_share, "epochs": epochs, "metric": metric})
     chosen = Options(**options)  # before anything takes time
     RunFolder.check_free(out)
     source = task.load(needed(model))

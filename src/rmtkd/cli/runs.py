@@ -24,9 +24,12 @@ from rmtkd.cli.options import (
     Keep,
     Label,
     MaxLength,
+    MaxLoss,
+    Metric,
     MinShare,
     Model,
     MultipleOf,
+    Policy,
     Precision,
     RecipeName,
     Rule,
@@ -66,6 +69,9 @@ def compress(
         ),
     ] = None,
     target: Target = None,
+    policy: Policy = None,
+    max_loss: MaxLoss = None,
+    metric: Metric = None,
     rule: Rule = None,
     tau: Tau = None,
     granularity: Annotated[
@@ -117,8 +123,11 @@ def compress(
     from rmtkd.teaching import train_teacher
 
     task = recipes.get(recipe, columns=columns, label=label, max_length=max_length)
-    shape = plan_options(target, rule, tau, multiple_of, min_share, uniform, embedding_levels, exclude, keep)
+    shape = plan_options(
+        target, policy, max_loss, rule, tau, multiple_of, min_share, uniform, embedding_levels, exclude, keep
+    )
     schedule = {
+        "metric": metric,
         "calibration_share": calibration_share,
         "granularity": granularity,
         "epochs": epochs,
@@ -138,7 +147,7 @@ def compress(
     options["recovery"] = replace(options.get("recovery", Options().recovery), **given(steps))
     if plan_file is not None:
         if shape:
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in shape)
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given(shape))
             raise OptionError(
                 f"with --plan the plan decides. Got {flags} too. Make the plan anew with them first: "
                 "`rmtkd plan FOLDER`, which takes seconds; or leave out --plan."

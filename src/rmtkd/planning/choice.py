@@ -7,8 +7,8 @@ from torch import nn
 
 from rmtkd.activations import Observed
 from rmtkd.batches import Batch
-from rmtkd.errors import PlanError
-from rmtkd.planning.budget import Curve
+from rmtkd.errors import PlanError, check_choice
+from rmtkd.planning.budget import POLICIES, Curve
 from rmtkd.planning.costs import COSTS, LATENCY, Amount, Cost, CostTable, Target
 from rmtkd.planning.desk import MAX_LOSS, Count, Desk
 from rmtkd.planning.latency import LatencyTable
@@ -136,6 +136,8 @@ def retarget(
         rule, tau, multiple_of, min_share, exclude, keep: see `make_plan`.
         uniform: what the earlier plan is, if it is given.
         policy: `paper` turns a guarded plan into one of common edges; `guarded` takes a plan with curves.
+        max_loss: see `make_plan`; takes a plan with curves. Without a target beside it, it takes the place of the
+            plan's.
         curves: in place of the plan's.
 
     Raises:
@@ -153,7 +155,9 @@ def retarget(
             f"a plan made anew without the model must stay as uniform as it was ({plan.uniform}). Got {uniform}. Plan "
             "with the model: `rmtkd plan RECIPE --model MODEL`, with or without --uniform."
         )
-    if policy == "guarded" and plan.curves is None and curves is None:
+    if policy is not None:
+        check_choice("policy", policy, POLICIES)
+    if (policy == "guarded" or max_loss is not None) and plan.curves is None and curves is None:
         raise PlanError(
             "a guarded plan takes losses that were measured with the model. This plan has none. Plan with the model: "
             "`rmtkd plan RECIPE --model MODEL --policy guarded`."
@@ -174,7 +178,7 @@ def retarget(
         curves=None if policy == "paper" else curves or plan.curves,
         latency=plan.latency,
     )
-    words = plan.target if target is None else target
+    words = plan.target if target is None and max_loss is None else target
     aim = None if words is None else Target.parse(words)
     if aim is not None and aim.cost == LATENCY and plan.latency is None:
         raise PlanError(
@@ -194,6 +198,8 @@ def settle(
     batch: Batch,
 ) -> Plan:
     """A plan that was edited, with everything but the user's widths derived anew from the model and its spectra.
+
+    The measured loss stays where the widths are those it was measured at.
 
     Args:
         plan: the plan, its widths as they shall be.
@@ -222,7 +228,8 @@ def settle(
     )
     target = None if plan.target is None else Target.parse(plan.target)
     planned = {site.name: site.planned for site in plan.sites}
-    made = desk.write(type(model).__name__, target, plan.fixed, costs, plan.multiplier, plan.widths, planned)
+    loss = plan.loss if plan.widths == planned else None
+    made = desk.write(type(model).__name__, target, plan.fixed, costs, plan.multiplier, plan.widths, planned, loss)
     return replace(made, embedding_levels=plan.embedding_levels)
 
 

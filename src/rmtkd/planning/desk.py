@@ -55,6 +55,8 @@ class Desk:
             raise OptionError(f"multiple_of must be at least 1. Got {multiple_of}.")
         if not 0 < tau < 1:
             raise OptionError(f"tau must be within (0, 1). Got {tau}.")
+        if not 0 < max_loss < math.inf:
+            raise OptionError(f"max_loss must be greater than 0. Got {max_loss}.")
         self.sites, self.spectrums, self.count, self.baseline = sites, spectrums, count, dict(baseline)
         self.rule, self.tau, self.multiple_of, self.min_share = rule, tau, multiple_of, min_share
         self.uniform, self.latency = uniform, latency

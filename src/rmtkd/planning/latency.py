@@ -36,7 +36,7 @@ MOST_KNOTS = 8
 """Most sizes of one width at which it is timed."""
 SECONDS, FEWEST, MOST = 20.0, 5, 100
 """How long all parts are timed, in turns, unless these are fewer or more turns."""
-VERSION = 1
+VERSION = 2
 """Of the files in the cache; another one is measured anew."""
 
 Stopwatch = Callable[[Sequence[Callable[[], object]], torch.device], Sequence[float]]
@@ -170,7 +170,7 @@ class LatencyTable:
         """
         device = next(model.parameters()).device
         batch = batching.to(batch, device)
-        least = {site.name: 1 for site in sites}
+        least = {site.name: site.least for site in sites}
         wholes = [_filled(skeleton(model, sites, widths), device) for widths in ({}, least)]
         calls: list[Callable[[], object]] = [partial(batching.logits, whole, batch) for whole in wholes]
         with evaluation(model):
@@ -271,7 +271,7 @@ def _key(model: nn.Module, sites: Sequence[Site], batch: Batch) -> str:
         circumstances(model, batch),
         repr(model),
         _shapes(model),
-        [(site.name, site.block, site.width, site.groups) for site in sites],
+        [(site.name, site.block, site.least, site.width, site.groups) for site in sites],
         _outlines(batching.inputs(batch)),
     )
     return hashlib.sha256(repr(facts).encode()).hexdigest()
@@ -359,7 +359,7 @@ def _parts_by_shape(model: nn.Module, sites: Sequence[Site], batch: Batch) -> li
     """The parts of the network that have widths, those of one shape together."""
     blocks: dict[str, list[Site]] = {}
     for site in sites:
-        if site.width > 1:
+        if site.width > site.least:
             blocks.setdefault(site.block, []).append(site)
     seen = _watch(model, {path for block in blocks.values() for path in _paths(block)}, batch)
     shapes: dict[str, list[_Part]] = {}
@@ -430,13 +430,14 @@ def _watch(
 
 
 def _knots(group: Sequence[Site], most: int) -> tuple[int, ...]:
-    """Sizes at which a width is measured: closer together where it is narrow, multiples of 8 where it is wide."""
-    width = group[0].width
+    """Sizes at which a width is measured: nothing, if it may go, and one; closer together where it is narrow, multiples
+    of 8 where it is wide. Heads are wide by themselves."""
+    width, multiple = group[0].width, 8 if group[0].each == 1 else 1
     sizes = {round(width * (i / (most - 1)) ** 2) for i in range(1, most - 1)} if most > 2 else set()
-    knots = {1, width} | {max(8, 8 * round(size / 8)) for size in sizes}
+    knots = {group[0].least, 1, width} | {multiple * max(1, round(size / multiple)) for size in sizes}
     if any(site.factorizes for site in group):
         knots.add(width - 1)  # the widest that is factorised
-    return tuple(sorted(size for size in knots if 1 <= size <= width))
+    return tuple(sorted(size for size in knots if group[0].least <= size <= width))
 
 
 def _monotone(values: Float[np.ndarray, "..."], steps: Sequence[bool]) -> Float[np.ndarray, "..."]:

@@ -29,7 +29,9 @@ from rmtkd.sites.site import Absent, Attribute, Axis, Quantity, Site, Stream
 M = TypeVar("M", bound=nn.Module)
 
 
-def embedding_site(model: nn.Module, path: str, *, name: str = "embeddings.word", block: str = "embeddings") -> Site:
+def embedding_site(
+    model: nn.Module, path: str, *, name: str = "embeddings.word", block: str = "embeddings", least: int = 1
+) -> Site:
     """The width of an embedding table, whole or cut before: it becomes table × projection.
 
     Args:
@@ -37,6 +39,7 @@ def embedding_site(model: nn.Module, path: str, *, name: str = "embeddings.word"
         path: of an `nn.Embedding`, or of the `FactorizedEmbedding` that a cut has put there; or of one level.
         name: of the site.
         block: the part of the network that it belongs to.
+        least: the smallest width, see `Site`.
 
     Raises:
         UnsupportedModelError: if something else is there.
@@ -59,6 +62,7 @@ def embedding_site(model: nn.Module, path: str, *, name: str = "embeddings.word"
         width=embedding.embedding_dim,
         streams=(stream,),
         shares=name,
+        least=least,
         factorizes=None if factorized else path,
     )
 
@@ -66,7 +70,8 @@ def embedding_site(model: nn.Module, path: str, *, name: str = "embeddings.word"
 def embedding_sites(
     model: nn.Module, path: str, *, name: str = "embeddings.word", block: str = "embeddings"
 ) -> tuple[Site, ...]:
-    """The widths of an embedding: one, or of an embedding in levels (`modules.split_embedding`) one a level.
+    """The widths of an embedding: one, or of an embedding in levels (`modules.split_embedding`) one a level. After the
+    first a level may go, whose tokens are zeros then; a level that has gone is no site.
 
     Raises:
         UnsupportedModelError: if something else is there.
@@ -74,8 +79,11 @@ def embedding_sites(
     embedding = dict(model.named_modules()).get(path)
     if not isinstance(embedding, EmbeddingLevels):
         return (embedding_site(model, path, name=name, block=block),)
-    count = len(embedding.levels)
-    return tuple(embedding_site(model, f"{path}.levels.{i}", name=f"{name}.{i}", block=block) for i in range(count))
+    return tuple(
+        embedding_site(model, f"{path}.levels.{i}", name=f"{name}.{i}", block=block, least=int(i == 0))
+        for i, level in enumerate(embedding.levels)
+        if level.embedding_dim  # type: ignore[union-attr]
+    )
 
 
 def linear_site(
