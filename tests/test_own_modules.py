@@ -69,7 +69,9 @@ def test_a_module_of_ones_own_is_compressed_and_resumed(
     assert_untouched(model, before)
     assert small.record["compressed"]["parameters"] <= 0.4 * small.record["baseline"]["parameters"]
     assert small.record["compressed"]["accuracy"]["value"] > small.record["baseline"]["accuracy"]["value"] - 0.05
-    assert small.model.get_parameter("up.weight").shape[0] == small.plan.widths["inner"] < 64
+    down = small.model.get_parameter("down.weight")
+    assert tuple(down.shape) == (small.plan.widths["bottleneck"], small.plan.widths["inner"])
+    assert down.numel() < 32 * 64
     assert small.record["baseline"]["parameters_encoder"] is None
     again = rmtkd.resume(tmp_path / "run", model, **parts(points), sites=sites(model))  # type: ignore
     assert_untouched(again.model, snapshot(small.model))

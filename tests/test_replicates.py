@@ -3,12 +3,19 @@
 The reference is NumPy in float64 on all vectors at once.
 """
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from rmtkd.errors import DataError
+import rmtkd
+from conftest import random_rows, tiny_bert
+from rmtkd.checkpoint import read_planned
+from rmtkd.errors import DataError, UnsupportedModelError
+from rmtkd.planning import retarget
 from rmtkd.replicates import Replicates
 
 
@@ -62,3 +69,26 @@ def test_values_that_are_not_finite_are_refused() -> None:
     second[3, 1, 2] = torch.nan
     with pytest.raises(DataError, match="finite"):
         streamed(first, second)
+
+
+@pytest.mark.parametrize("policy", ["paper", "guarded"])
+def test_a_model_with_dropout_is_compressed_by_the_rule_that_runs_it_twice(policy: Any, tmp_path: Path) -> None:
+    model, rows = tiny_bert(layers=1), list(random_rows(60))
+    with torch.no_grad():
+        rows = [{**row, "labels": model(**row).logits.argmax(-1)} for row in rows]
+    options: Any = {"rule": "replicate", "policy": policy, "target": "70%params", "multiple_of": 2, "epochs": 0.2}
+    small = rmtkd.compress(model, train=rows, selection=rows, out=tmp_path / "run", **options)
+    assert small.plan.meets_target and small.record["config"]["rule"] == "replicate"
+    assert {site.rule for site in small.plan.sites} == {"replicate"}
+    assert 0 < next(site.count for site in small.plan.sites if site.name == "layer.0.ffn") < 48
+    earlier, spectrums = read_planned(tmp_path / "run")
+    again = retarget(earlier, spectrums, target="60%params")
+    assert again.rule == "replicate" and again.meets_target
+    applied = rmtkd.compress(model, train=rows, selection=rows, plan=again, epochs=0.0)
+    assert applied.plan.widths == again.widths
+
+
+def test_a_model_without_dropout_cannot_be_run_twice() -> None:
+    model = tiny_bert(layers=1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    with pytest.raises(UnsupportedModelError, match="must have dropout modules"):
+        rmtkd.plan(model, calibration=list(random_rows(60)), rule="replicate")

@@ -2,6 +2,7 @@
 alone is called signal."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -744,3 +745,16 @@ def test_rules_answer_with_finite_numbers_on_any_spectrum(
     for rule in RULES.values():
         found = rule()(spectrum)
         assert np.isfinite([found.edge, found.sigma2, found.ks, found.fit_error]).all()
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_needs_what_it_says_and_no_more(name: str) -> None:
+    whole = spectrum_of(wishart(noise_variances("iso", 0), 2000, 0), 2000)
+    whole = replace(whole, replicate=whole.eigenvalues.copy())
+    for field in ("variances", "replicate"):
+        without = replace(whole, **{field: None})
+        if field in RULES[name].needs:
+            with pytest.raises(DataError, match="needs"):
+                rule_named(name)(without)
+        else:
+            assert rule_named(name)(without) == rule_named(name)(whole)

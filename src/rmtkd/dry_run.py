@@ -77,7 +77,7 @@ def plan(
     elif chosen.uniform:
         uniform_sites(sites)  # refused before anything takes time
     rule = RULES[chosen.rule if given is None else given.rule]
-    seed = chosen.seed if "replicate" in getattr(rule, "needs", ()) else None
+    seed = chosen.seed if "replicate" in rule.needs else None
     observed = observe(model, sites, calibration, pieces=pieces, replicate_seed=seed)
     spectrums = spectra_of(observed)
     if example is None:

@@ -27,6 +27,7 @@ class GapRule:
     """
 
     name: ClassVar[str] = "gap"
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     def __call__(self, spectrum: Spectrum) -> NoiseEdge:
         """See `Rule`. Groups are averaged rank by rank."""

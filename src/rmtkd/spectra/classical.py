@@ -44,6 +44,7 @@ class GavishDonohoRule:
     """
 
     name: ClassVar[str] = "gavish-donoho"
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     def __call__(self, spectrum: Spectrum) -> NoiseEdge:
         """See `Rule`."""
@@ -66,6 +67,7 @@ class TracyWidomRule:
     """
 
     name: ClassVar[str] = "tracy-widom"
+    needs: ClassVar[frozenset[str]] = frozenset()
     level: float = 0.01
 
     def __post_init__(self) -> None:
@@ -98,6 +100,7 @@ class ScreenotRule:
     """
 
     name: ClassVar[str] = "screenot"
+    needs: ClassVar[frozenset[str]] = frozenset()
     share: float = 0.25
 
     def __post_init__(self) -> None:

@@ -48,6 +48,7 @@ class BulkMatchingRule:
     """
 
     name: ClassVar[str] = "bema"
+    needs: ClassVar[frozenset[str]] = frozenset()
     level: float = 0.1
     trim: float = 0.2
     seed: int = 0

@@ -50,6 +50,7 @@ class MarchenkoPasturRule:
     """
 
     name: ClassVar[str] = "mp"
+    needs: ClassVar[frozenset[str]] = frozenset()
     tau: float = 0.5
     bins: int = 20
 

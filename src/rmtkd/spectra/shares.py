@@ -22,6 +22,7 @@ class EnergyRule:
     """
 
     name: ClassVar[str] = "energy"
+    needs: ClassVar[frozenset[str]] = frozenset()
     share: float = 0.9
 
     def __post_init__(self) -> None:
@@ -48,6 +49,7 @@ class FixedRule:
     """
 
     name: ClassVar[str] = "fixed"
+    needs: ClassVar[frozenset[str]] = frozenset()
     share: float = 0.5
     width: int | None = None
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -114,10 +114,17 @@ class Rule(Protocol):
 
     Every rule is scale-equivariant, deterministic, and indifferent to the order of the eigenvalues within a group.
 
+    Attributes:
+        name: what users call it.
+        needs: fields of `Spectrum` without which it refuses.
+
     Raises:
         DataError: if the eigenvalues are not finite, negative, or all zero, or if the spectrum lacks what the rule
             needs.
     """
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[str]]
 
     def __call__(self, spectrum: Spectrum) -> NoiseEdge: ...
 
