@@ -34,7 +34,7 @@ def deep() -> nn.Module:
 def the_long_way(deep: nn.Module) -> nn.Module:
     """The cut that collects from the first block on for every width."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cutting, "_follow_each_other", lambda *_: False)
+        patch.setattr(cutting, "follow_each_other", lambda *_: False)
         return cut(deep)
 
 
@@ -57,7 +57,7 @@ def test_a_pass_runs_one_block_and_not_the_network(deep: nn.Module, monkeypatch:
     # heads, their width, the feed-forward part and the step to the next block; the first watches all on one batch
     assert runs["blocks"] <= 4 * 4 * batches + 4
     short = runs["blocks"]
-    monkeypatch.setattr(cutting, "_follow_each_other", lambda *_: False)
+    monkeypatch.setattr(cutting, "follow_each_other", lambda *_: False)
     runs.clear()
     cut(deep)
     assert runs["blocks"] > 1.5 * short
@@ -150,6 +150,6 @@ def test_only_blocks_that_follow_each_other_are_run_alone(wiring: str):
     kept = {site.name: 5 for site in sites}
     short, _ = cut_in_order(model, sites, kept, batches)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cutting, "_follow_each_other", lambda *_: False)
+        patch.setattr(cutting, "follow_each_other", lambda *_: False)
         long, _ = cut_in_order(model, sites, kept, batches)
     assert_untouched(short, snapshot(long))
