@@ -83,7 +83,7 @@ def measure(task_name: str, teacher: str, data: Path, target: str) -> dict[str, 
     return {
         "task": task_name,
         "target": str(Target.parse(target)),
-        "seconds": seconds,
+        "parts": seconds,
         "algebra_share": algebra / seconds["epoch"],
         "passes_share": sum(seconds[name] for name in ("collection", "metrics", "guard")) / seconds["epoch"],
         "peak_bytes": peak,
@@ -103,7 +103,7 @@ def main() -> None:
     record = cell(
         RESULTS / f"{chosen.task}.json", lambda: measure(chosen.task, chosen.teacher, chosen.data, chosen.target)
     )
-    print({name: round(value, 1) for name, value in record["seconds"].items()})
+    print({name: round(value, 1) for name, value in record["parts"].items()})
     print(f"algebra {record['algebra_share']:.1%}, passes {record['passes_share']:.1%} of an epoch")
 
 

@@ -63,21 +63,26 @@ def unit_basis(
     readers: Float[Tensor, "groups out width"],
     keep: int,
     each: int = 1,
+    orders: dict[int, Tensor] | None = None,
 ) -> Basis:
     """`keep` units and the least-squares reconstruction of all others from them: `T = C[:,S] C[S,S]⁻¹`.
 
     A rotation does not commute with a pointwise non-linearity, a choice of units does. `T[S,S] = I` by construction.
-    A unit may have several coordinates, `each` side by side, which stay or go together: a head.
+    A unit may have several coordinates, `each` side by side, which stay or go together: a head. Units are chosen one by
+    one, so that fewer of them are the first of more: `orders` keeps those of each group from call to call.
 
     Reference:
-        Nyström step of MoDeGPT, arXiv 2408.09632, §3; the choice of units is `select_units` or `select_heads`.
+        Nyström step of MoDeGPT, arXiv 2408.09632, §3; the choice of units is `order_units` or `select_heads`.
     """
     groups, width = mean.shape
     reduce = covariance.new_zeros(groups, keep * each, width)
     lift = covariance.new_zeros(groups, width, keep * each)
     for g in range(groups):
         if each == 1:
-            kept = select_units(covariance[g], readers[g], keep)
+            known = {} if orders is None else orders
+            if len(known.setdefault(g, torch.arange(0))) < keep < width:
+                known[g] = order_units(covariance[g], readers[g], keep)
+            kept = torch.arange(width) if keep == width else known[g][:keep].sort().values
         else:
             units = select_heads(covariance[g], readers[g], keep, each)
             kept = (each * units[:, None] + torch.arange(each)).flatten()
@@ -89,7 +94,7 @@ def unit_basis(
     return Basis(reduce=reduce, lift=lift, mean=mean)
 
 
-def select_units(covariance: Float[Tensor, "width width"], reader: Float[Tensor, "out width"], keep: int) -> Tensor:
+def order_units(covariance: Float[Tensor, "width width"], reader: Float[Tensor, "out width"], keep: int) -> Tensor:
     """Choose units one by one, each the one that explains most of what the reader's output still lacks.
 
     With the covariance R of the residual after regressing on the chosen units, unit j explains `‖W R e_j‖² / R_jj` of
@@ -97,11 +102,9 @@ def select_units(covariance: Float[Tensor, "width width"], reader: Float[Tensor,
     O(width · (chosen + out)) a step.
 
     Returns:
-        Indices of the chosen units in ascending order, shape `(keep,)`.
+        Indices of the chosen units, the first choice first, shape `(keep,)`.
     """
     width = len(covariance)
-    if keep == width:
-        return torch.arange(width)
     diagonal = covariance.diagonal().clone()
     unseen = reader @ covariance  # W R, out × width
     factor = covariance.new_zeros(keep, width)
@@ -116,7 +119,7 @@ def select_units(covariance: Float[Tensor, "width width"], reader: Float[Tensor,
         factor[step] = residual / residual[unit].clamp_min(floor).sqrt()
         unseen -= torch.outer(unseen[:, unit] / residual[unit].clamp_min(floor).sqrt(), factor[step])
         diagonal = (diagonal - factor[step].square()).clamp_min(0)
-    return torch.tensor(sorted(chosen), dtype=torch.long)
+    return torch.tensor(chosen, dtype=torch.long)
 
 
 def select_heads(
@@ -126,7 +129,7 @@ def select_heads(
     lacks.
 
     With the covariance R of the residual after regressing on the chosen units, unit j explains
-    `tr(W R_:j R_jj⁻¹ R_j: Wᵀ)` of the reader's output: `select_units` with blocks for pivots. Units are few.
+    `tr(W R_:j R_jj⁻¹ R_j: Wᵀ)` of the reader's output: `order_units` with blocks for pivots. Units are few.
 
     Returns:
         Indices of the chosen units in ascending order, shape `(keep,)`.

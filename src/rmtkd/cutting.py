@@ -28,15 +28,20 @@ from rmtkd.surgery import fold
 
 
 def fit_bases(
-    model: nn.Module, site: Site, moments: Sequence[Covariance], keep: int, metrics: Metrics | None = None
+    model: nn.Module,
+    site: Site,
+    moments: Sequence[Covariance],
+    keep: int,
+    metrics: Metrics | None = None,
+    orders: dict[int, Tensor] | None = None,
 ) -> tuple[Basis, ...]:
     """The bases of one site's streams at width `keep`, from the moments of its activations, in the metrics of what its
-    readers write; without, all errors count alike."""
+    readers write; without, all errors count alike. `orders` is this site's of `bases.unit_basis`."""
     if site.kind == "bilinear":
         queries, keys = moments
         # A constant added to all keys moves every score of a query alike, which softmax does not see: centre them.
         return bilinear_bases(queries.second_moment(), keys.covariance(), keep)
-    form = linear_basis if site.kind == "linear" else partial(unit_basis, each=site.each)
+    form = linear_basis if site.kind == "linear" else partial(unit_basis, each=site.each, orders=orders)
     (moment,) = moments
     weights = weighed(readers(model, site), site, metrics or {})
     if not site.is_centred:

@@ -77,6 +77,8 @@ class Sensitivity:
         self.batches = [batching.to(batch, self.device) for batch in spread(rows, most_rows)]
         self.blocks = blocks_of(sites) if follow_each_other(self.model, self.batches, blocks_of(sites)) else []
         self._bases: dict[str, tuple[int, tuple[Basis, ...]]] = {}
+        self._orders: dict[str, dict[int, Tensor]] = {}
+        """Of the sites with units, in which order these are chosen."""
         self.teacher = self.stand_at({})
 
     def stand_at(self, widths: Mapping[str, int]) -> Float[Tensor, "rows classes"]:
@@ -109,8 +111,9 @@ class Sensitivity:
             widths: where to measure; those that are not below the full width are left out.
         """
         full = self.groups[shares][0].width
-        below = sorted({width for width in widths if width < full})
-        return Curve(widths=(*below, full), losses=(*(self.loss({shares: width}) for width in below), 0.0))
+        # The largest first: fewer units are the first of more.
+        losses = {width: self.loss({shares: width}) for width in sorted({*widths}, reverse=True) if width < full}
+        return Curve(widths=(*reversed(losses), full), losses=(*reversed(losses.values()), 0.0))
 
     def guarded(self, published: Plan, again: Callable[[Mapping[str, Curve]], Plan]) -> Plan:
         """The plan of least loss: from curves of single widths, then from curves weighed where the plan stands.
@@ -163,7 +166,15 @@ class Sensitivity:
         if self._bases.get(shares, (None,))[0] != width:
             group = self.groups[shares]
             bases = tuple(
-                fit_bases(self.model, site, self.moments[site.name], width, self.metrics)[0] for site in group
+                fit_bases(
+                    self.model,
+                    site,
+                    self.moments[site.name],
+                    width,
+                    self.metrics,
+                    self._orders.setdefault(site.name, {}),
+                )[0]
+                for site in group
             )
             self._bases[shares] = width, bases
         return self._bases[shares][1]
