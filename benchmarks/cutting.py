@@ -31,8 +31,8 @@ def cutting_cell(task_name: str, teacher: str, data: Path, share: float) -> dict
     plan, _ = compression.plan(source.model, calibration=calibration, example=example, target="25%params")
     sites = find_sites(source.model)
     seconds, models = {}, {}
-    for way, follow in (("kept calls", cutting._follow_each_other), ("whole passes", lambda *_: False)):
-        with mock.patch.object(cutting, "_follow_each_other", follow):
+    for way, follow in (("kept calls", cutting.follow_each_other), ("whole passes", lambda *_: False)):
+        with mock.patch.object(cutting, "follow_each_other", follow):
             start = time.perf_counter()
             models[way], _ = cut_in_order(source.model, sites, plan.widths, calibration)
             seconds[way] = time.perf_counter() - start

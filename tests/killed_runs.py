@@ -40,6 +40,7 @@ def session(out: Path) -> None:
         **rows,
         out=out,
         target="70%params",
+        policy="paper",
         multiple_of=2,
         granularity="site",
         epochs=4.0,

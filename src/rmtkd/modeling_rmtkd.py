@@ -170,7 +170,7 @@ def narrow(model: nn.Module, config: Any) -> None:
         own = widths.get(index, {})
         for key, width in own.items():
             site = narrowed[key]
-            groups: int = own.get(site.get("groups_from", ""), site["groups"])
+            groups = own[site["groups_from"]] if site.get("groups_from") in own else site["groups"]
             for name, (dim, copies) in site["parameters"].items():
                 _shorten(layer, name, dim, copies * groups * width)
             for name, quantity in site["attributes"].items():
