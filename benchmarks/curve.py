@@ -393,8 +393,8 @@ def main() -> None:
         for size in chosen.sizes:
             for method in chosen.methods:
                 best = chosen_rate(records(), chosen.task, method)
-                tried = best is None or (seed, size) == (0, RATED)
-                rates = chosen.learning_rates if tried else [best]
+                is_rated = (seed, size) == (0, RATED)
+                rates = chosen.learning_rates if best is None or is_rated else [best]
                 for lr in rates:
                     longer = f"-{chosen.epochs:g}epochs" * (chosen.epochs != 1) + f"-hidden{chosen.hidden:g}" * (
                         chosen.hidden != 0
