@@ -360,5 +360,5 @@ def test_the_modelling_file_needs_torch_and_transformers_alone() -> None:
     imports = [
         line.split()[1].split(".")[0] for line in source.splitlines() if line.strip().startswith(("import", "from"))
     ]
-    assert set(imports) <= {"torch", "transformers", "collections", "contextlib", "typing"}
+    assert set(imports) <= {"torch", "transformers", "collections", "contextlib", "typing", "warnings"}
     assert AutoConfig is transformers.AutoConfig
