@@ -3,6 +3,7 @@ alone is called signal."""
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -679,7 +680,7 @@ def test_every_rule_refuses_what_is_no_spectrum(name: str) -> None:
             RULES[name]()(spectrum)
     if needed := getattr(RULES[name], "needs", None):
         broken = np.array([[3.0, np.nan, 1.0, 0.5]])
-        given = {"variances": good, "replicate": good} | dict.fromkeys(needed, broken)
+        given: dict[str, Any] = {"variances": good, "replicate": good} | dict.fromkeys(needed, broken)
         with pytest.raises(DataError, match="must be finite"):
             RULES[name]()(Spectrum(eigenvalues=good, samples=10, **given))
 
