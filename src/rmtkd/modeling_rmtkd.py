@@ -215,8 +215,17 @@ def _model_class(stock: Any, name: str) -> Any:
             stock.__init__(self, config, *args, **kwargs)
         narrow(self, config)
 
+    def _init_weights(self: Any, module: nn.Module) -> None:
+        # Some stock classes initialise the embedding by its parent, as one table. Levels have values of their own.
+        if not any(isinstance(child, EmbeddingLevels) for child in module.children()):
+            stock._init_weights(self, module)
+
     config_class = __getattr__(PREFIX + stock.config_class.__name__)
-    made: Any = type(name, (stock,), {"config_class": config_class, "__init__": __init__, "__module__": __name__})
+    made: Any = type(
+        name,
+        (stock,),
+        {"config_class": config_class, "__init__": __init__, "_init_weights": _init_weights, "__module__": __name__},
+    )
     made.register_for_auto_class("AutoModelForSequenceClassification")
     return made
 
