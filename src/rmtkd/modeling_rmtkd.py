@@ -164,6 +164,9 @@ def narrow(model: nn.Module, config: Any) -> None:
         path = narrowed["word_embedding_levels"]
         whole: Any = model.get_submodule(path)
         model.set_submodule(path, EmbeddingLevels(whole, sizes))
+        parent: Any = model.get_submodule(path.rpartition(".")[0])
+        if not list(parent.buffers(recurse=False)):
+            parent._is_hf_initialized = True  # some stock classes initialise the table from here, which is none now
     widths = per_layer_widths(config)
     for index, path in enumerate(narrowed["layers"]):
         layer = model.get_submodule(path)
@@ -215,17 +218,8 @@ def _model_class(stock: Any, name: str) -> Any:
             stock.__init__(self, config, *args, **kwargs)
         narrow(self, config)
 
-    def _init_weights(self: Any, module: nn.Module) -> None:
-        # Some stock classes initialise the embedding by its parent, as one table. Levels have values of their own.
-        if not any(isinstance(child, EmbeddingLevels) for child in module.children()):
-            stock._init_weights(self, module)
-
     config_class = __getattr__(PREFIX + stock.config_class.__name__)
-    made: Any = type(
-        name,
-        (stock,),
-        {"config_class": config_class, "__init__": __init__, "_init_weights": _init_weights, "__module__": __name__},
-    )
+    made: Any = type(name, (stock,), {"config_class": config_class, "__init__": __init__, "__module__": __name__})
     made.register_for_auto_class("AutoModelForSequenceClassification")
     return made
 
