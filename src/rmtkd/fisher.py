@@ -107,29 +107,26 @@ def output_metrics(
 def reader_outputs(sites: Iterable[Site]) -> dict[str, bool]:
     """Paths of the modules whose outputs the sites' readers write; and whether one is an embedding's own output, of
     which positions that are all zero do not count."""
-    found: dict[str, bool] = {}
-    for site in sites:
-        stream = site.streams[0]
-        if site.factorizes is not None:
-            found[stream.module] = True
-        else:
-            found |= {axis.parameter.rpartition(".")[0]: False for axis in stream.readers}
-    return found
+    return {path: site.factorizes is not None for site in sites for path in _outputs(site)}
 
 
 def weighed(
     readers: Float[Tensor, "groups out width"], site: Site, metrics: Metrics
 ) -> Float[Tensor, "groups out width"]:
     """The readers of a site in the metric of what they write: `F^½ W`, for each of several readers by itself."""
-    paths = (
-        [site.streams[0].module]
-        if site.factorizes
-        else [axis.parameter.rpartition(".")[0] for axis in site.streams[0].readers]
-    )
+    paths = _outputs(site)
     if not all(path in metrics for path in paths):
         return readers
     parts = readers.split([len(metrics[path]) for path in paths], dim=1)
     return torch.cat([metrics[path] @ part for path, part in zip(paths, parts, strict=True)], dim=1)
+
+
+def _outputs(site: Site) -> list[str]:
+    """Paths of the modules whose outputs a site's readers write; of a whole embedding, itself."""
+    stream = site.streams[0]
+    if site.factorizes is not None:
+        return [stream.module]
+    return [axis.parameter.rpartition(".")[0] for axis in stream.readers]
 
 
 def _root(moment: Float64[Tensor, "out out"]) -> Float64[Tensor, "out out"]:
