@@ -115,7 +115,7 @@ def magnitude_bases(model: nn.Module, site: Site, keep: int) -> tuple[Basis, ...
         weight = model.get_parameter(stream.writers[0].parameter).detach().double()
         score = score * weight.unflatten(0, (site.groups, -1)).norm(dim=-1)
     if site.streams[0].readers:
-        score = score * readers(model, site).norm(dim=1)
+        score = score * readers(model, site)[0].norm(dim=1)
     kept = score.topk(keep, dim=-1).indices.sort(dim=-1).values
     select = torch.nn.functional.one_hot(kept, site.width).double()
     return tuple(Basis(reduce=select, lift=select.mT, mean=mean) for _ in site.streams)

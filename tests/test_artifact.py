@@ -534,7 +534,7 @@ def test_what_a_configuration_could_name_to_run_is_not_looked_at(folder: Path):
         "quantization_config": {"quant_method": "evil"},
     }
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / CODE).write_text("raise SystemExit")
+    (folder / CODE[0]).write_text("raise SystemExit")
     (folder / "evil.py").write_text("raise SystemExit")
     reseal(folder)
     assert torch.equal(logits(rmtkd.load(folder), random_rows()), before)

@@ -240,14 +240,14 @@ def test_units_are_chosen_as_brute_force_would_choose_them(
             for unit in range(width)
         ]
         chosen.append(int(np.argmin(lacking)))
-    assert order_units(covariance, reader, keep).tolist() == chosen
+    assert order_units([covariance], [reader], keep).tolist() == chosen
 
 
 def test_one_of_each_is_chosen_where_units_are_copies_of_a_few() -> None:
     source = torch.arange(15) % 5
     samples = normal(200, 5, seed=0)[:, source]
     covariance, reader = samples.mT @ samples / 200, normal(4, 15, seed=1)
-    chosen = order_units(covariance, reader, 5)
+    chosen = order_units([covariance], [reader], 5)
     assert sorted(source[chosen].tolist()) == [0, 1, 2, 3, 4]
     basis = unit_basis(covariance[None], torch.zeros(1, 15, dtype=DOUBLE), reader[None], 5)
     total = linear_error(torch.zeros(1, 15, 15, dtype=DOUBLE), covariance[None], reader[None])
@@ -264,13 +264,13 @@ def test_an_exact_subset_is_found_where_units_are_mixtures_of_a_few() -> None:
 
 def test_dead_and_constant_units_are_chosen_last() -> None:
     covariance = covariance_of("dead units", 1, 12, 0)[0]
-    assert sorted(order_units(covariance, normal(5, 12, seed=1), 6).tolist()) == [1, 3, 5, 7, 9, 11]
+    assert sorted(order_units([covariance], [normal(5, 12, seed=1)], 6).tolist()) == [1, 3, 5, 7, 9, 11]
 
 
 def test_a_unit_that_nobody_reads_and_nothing_depends_on_is_chosen_last() -> None:
     covariance, reader = torch.eye(6, dtype=DOUBLE), normal(4, 6, seed=0)
     reader[:, 2] = 0
-    assert 2 not in order_units(covariance, reader, 5).tolist()
+    assert 2 not in order_units([covariance], [reader], 5).tolist()
 
 
 # ---------------------------------------------------------------------------------------------- bilinear

@@ -119,7 +119,7 @@ def test_heads_with_one_coordinate_are_chosen_as_units_are() -> None:
     root = torch.randn(12, 12, generator=generator, dtype=torch.float64)
     reader = torch.randn(5, 12, generator=generator, dtype=torch.float64)
     for keep in (0, 1, 5, 12):
-        units = order_units(root @ root.T, reader, keep).sort().values
+        units = order_units([root @ root.T], [reader], keep).sort().values
         assert torch.equal(select_heads(root @ root.T, reader, keep, 1), units)
 
 

@@ -71,7 +71,7 @@ def fit(
             bases[site.name] = bilinear_bases(moment.second_moment(), other[0].covariance(), keep)
         else:
             form = linear_basis if site.kind == "linear" else partial(unit_basis, each=site.each)
-            bases[site.name] = (form(moment.covariance(), moment.mean, readers(model, site), keep),)
+            bases[site.name] = (form(moment.covariance(), moment.mean, readers(model, site)[0], keep),)
     return sites, bases
 
 

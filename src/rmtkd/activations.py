@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
 
@@ -21,7 +22,7 @@ from rmtkd.errors import DataError, UnsupportedModelError
 from rmtkd.measurement import evaluation
 from rmtkd.memory import Pieces
 from rmtkd.replicates import Replicates
-from rmtkd.sites import Site, Stream
+from rmtkd.sites import Axis, Site, Stream
 
 
 class Enough(Exception):
@@ -54,18 +55,34 @@ def first_output(output: Tensor | tuple[Any, ...]) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
+def channel_dim(module: nn.Module) -> int:
+    """The dimension of a module's input and output that holds the units."""
+    return 1 if isinstance(module, _ConvNd) else -1
+
+
 def attach(model: nn.Module, stream: Stream, see: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
-    """Hook `see` onto a stream of the model. What it returns, unless None, takes the place of the activations.
+    """Hook `see` onto a stream of the model. It is given the activations with the units in their last dimension. What
+    it returns, unless None, takes their place.
 
     The caller removes the hook by the handle.
     """
     module = model.get_submodule(stream.module)
+    dim = channel_dim(module)
+
+    def shown(activations: Tensor) -> Tensor | None:
+        if stream.positions > 1:
+            activations = activations.unflatten(-1, (-1, stream.positions)).transpose(-1, -2)
+        replaced = see(activations.movedim(dim, -1))
+        if replaced is None:
+            return None
+        replaced = replaced.movedim(-1, dim).contiguous()  # a forward may look at memory, by `view`
+        return replaced.transpose(-1, -2).flatten(-2) if stream.positions > 1 else replaced
 
     def before(_: nn.Module, arguments: tuple[Tensor, ...]) -> Tensor | None:
-        return see(arguments[0])
+        return shown(arguments[0])
 
     def after(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        return see(output)
+        return shown(output)
 
     return module.register_forward_pre_hook(before) if stream.side == "input" else module.register_forward_hook(after)
 
@@ -303,15 +320,32 @@ def _check_count(site: Site, count: int) -> None:
         )
 
 
-def readers(model: nn.Module, site: Site) -> Float[Tensor, "groups out width"]:
-    """The weights that read a site's (first) stream, stacked along their outputs, in float64 on the CPU.
+def readers(model: nn.Module, site: Site) -> tuple[Float[Tensor, "groups out width"], ...]:
+    """The weights that read each of a site's streams, stacked along their outputs, in float64 on the CPU. Every tap of
+    a convolution, and every position of a flattened image, is an output of its own.
 
     Those of an embedding that is not factorised yet are the identity.
     """
     if site.factorizes:
-        return torch.eye(site.width, dtype=torch.float64)[None]
-    stacked = []
-    for axis in site.streams[0].readers:
-        weight = model.get_parameter(axis.parameter).detach().double().cpu()
-        stacked.append(in_groups(weight.movedim(axis.dim, -1).flatten(0, -2), site.groups))
-    return torch.cat(stacked).movedim(1, 0)
+        return (torch.eye(site.width, dtype=torch.float64)[None],)
+    return tuple(
+        torch.cat([in_groups(reader(model, axis), site.groups) for axis in stream.readers]).movedim(1, 0)
+        for stream in site.streams
+    )
+
+
+def reader(model: nn.Module, axis: Axis) -> Float[Tensor, "out total"]:
+    """A reader's weight in float64 on the CPU, as a matrix that acts on the site's activations."""
+    weight = model.get_parameter(axis.parameter).detach().double().cpu()
+    return unfolded(weight, axis).flatten(0, -2)
+
+
+def unfolded(weight: Tensor, axis: Axis) -> Tensor:
+    """A parameter with the site's units in its last dimension; what positions they have in one before it."""
+    units = weight.shape[axis.dim] // axis.positions
+    return weight.unflatten(axis.dim, (units, axis.positions)).movedim(axis.dim, -1)
+
+
+def folded(weight: Tensor, axis: Axis) -> Tensor:
+    """The parameter that `unfolded` made this of."""
+    return weight.movedim(-1, axis.dim).flatten(axis.dim, axis.dim + 1)

@@ -5,6 +5,7 @@ Everything is float64 and per group (attention head). A basis says how activatio
 construction, so that a cut which keeps everything changes nothing.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,69 +58,114 @@ def linear_basis(
     return Basis(reduce=reduce, lift=_paired(reduce, root @ right.mT), mean=mean)
 
 
+def unit_bases(
+    covariances: Sequence[Float[Tensor, "groups width width"]],
+    means: Sequence[Float[Tensor, "groups width"]],
+    readers: Sequence[Float[Tensor, "groups out width"]],
+    keep: int,
+    each: int = 1,
+    orders: dict[int, Tensor] | None = None,
+) -> tuple[Basis, ...]:
+    """`keep` units and the least-squares reconstruction of all others from them: `T = C[:,S] C[S,S]⁻¹`.
+
+    A rotation does not commute with a pointwise non-linearity, a choice of units does. `T[S,S] = I` by construction.
+    Where units are read at several places, with other activations at each, the choice is one and the reconstructions
+    are as many. A unit may have several coordinates, `each` side by side, which stay or go together: a head. Units are
+    chosen one by one, so that fewer of them are the first of more: `orders` keeps those of each group from call to
+    call.
+
+    Args:
+        covariances, means, readers: one for each place.
+        keep: how many units stay.
+        each: coordinates of a unit.
+        orders: filled, and used.
+
+    Returns:
+        A basis for each place, with the same `reduce`.
+
+    Reference:
+        Nyström step of MoDeGPT, arXiv 2408.09632, §3; the choice of units is `order_units` or `select_heads`.
+    """
+    groups, width = means[0].shape
+    reduce = means[0].new_zeros(groups, keep * each, width)
+    lifts = [means[0].new_zeros(groups, width, keep * each) for _ in means]
+    for g in range(groups):
+        places = [covariance[g] for covariance in covariances], [reader[g] for reader in readers]
+        if each == 1:
+            known = {} if orders is None else orders
+            if len(known.setdefault(g, torch.arange(0))) < keep < width:
+                known[g] = order_units(*places, keep)
+            kept = torch.arange(width) if keep == width else known[g][:keep].sort().values
+        else:
+            units = select_heads(places[0][0], places[1][0], keep, each)
+            kept = (each * units[:, None] + torch.arange(each)).flatten()
+        dropped = torch.ones(width, dtype=torch.bool).index_fill(0, kept, False)
+        reduce[g, torch.arange(len(kept)), kept] = 1
+        for lift, covariance in zip(lifts, places[0], strict=True):
+            lift[g, kept, torch.arange(len(kept))] = 1
+            metric = _regularized(covariance[kept][:, kept])
+            lift[g, dropped] = torch.linalg.solve(metric, covariance[kept][:, dropped]).mT
+    return tuple(Basis(reduce=reduce, lift=lift, mean=mean) for lift, mean in zip(lifts, means, strict=True))
+
+
 def unit_basis(
     covariance: Float[Tensor, "groups width width"],
     mean: Float[Tensor, "groups width"],
     readers: Float[Tensor, "groups out width"],
     keep: int,
     each: int = 1,
-    orders: dict[int, Tensor] | None = None,
 ) -> Basis:
-    """`keep` units and the least-squares reconstruction of all others from them: `T = C[:,S] C[S,S]⁻¹`.
-
-    A rotation does not commute with a pointwise non-linearity, a choice of units does. `T[S,S] = I` by construction.
-    A unit may have several coordinates, `each` side by side, which stay or go together: a head. Units are chosen one by
-    one, so that fewer of them are the first of more: `orders` keeps those of each group from call to call.
-
-    Reference:
-        Nyström step of MoDeGPT, arXiv 2408.09632, §3; the choice of units is `order_units` or `select_heads`.
-    """
-    groups, width = mean.shape
-    reduce = covariance.new_zeros(groups, keep * each, width)
-    lift = covariance.new_zeros(groups, width, keep * each)
-    for g in range(groups):
-        if each == 1:
-            known = {} if orders is None else orders
-            if len(known.setdefault(g, torch.arange(0))) < keep < width:
-                known[g] = order_units(covariance[g], readers[g], keep)
-            kept = torch.arange(width) if keep == width else known[g][:keep].sort().values
-        else:
-            units = select_heads(covariance[g], readers[g], keep, each)
-            kept = (each * units[:, None] + torch.arange(each)).flatten()
-        dropped = torch.ones(width, dtype=torch.bool).index_fill(0, kept, False)
-        reduce[g, torch.arange(len(kept)), kept] = 1
-        lift[g, kept, torch.arange(len(kept))] = 1
-        metric = _regularized(covariance[g][kept][:, kept])
-        lift[g, dropped] = torch.linalg.solve(metric, covariance[g][kept][:, dropped]).mT
-    return Basis(reduce=reduce, lift=lift, mean=mean)
+    """`unit_bases` of units that are read at one place."""
+    return unit_bases([covariance], [mean], [readers], keep, each)[0]
 
 
-def order_units(covariance: Float[Tensor, "width width"], reader: Float[Tensor, "out width"], keep: int) -> Tensor:
-    """Choose units one by one, each the one that explains most of what the reader's output still lacks.
+def order_units(
+    covariances: Sequence[Float[Tensor, "width width"]], readers: Sequence[Float[Tensor, "out width"]], keep: int
+) -> Tensor:
+    """Choose units one by one, each the one that explains most of what the readers' outputs still lack.
 
     With the covariance R of the residual after regressing on the chosen units, unit j explains `‖W R e_j‖² / R_jj` of
-    the reader's output. R is never formed: a pivoted Cholesky factorisation keeps its diagonal and `W R`, at
-    O(width · (chosen + out)) a step.
+    a reader's output; where there are several readers, of other activations each, it counts in sum. R is never formed:
+    a pivoted Cholesky factorisation keeps its diagonal and `W R`, at O(width · (chosen + out)) a step.
 
     Returns:
         Indices of the chosen units, the first choice first, shape `(keep,)`.
     """
-    width = len(covariance)
-    diagonal = covariance.diagonal().clone()
-    unseen = reader @ covariance  # W R, out × width
-    factor = covariance.new_zeros(keep, width)
-    floor = RIDGE * diagonal.mean().clamp_min(torch.finfo(diagonal.dtype).tiny)
+    places = [_Residual(covariance, reader, keep) for covariance, reader in zip(covariances, readers, strict=True)]
     chosen: list[int] = []
-    for step in range(keep):
-        gain = unseen.square().sum(0) / diagonal.clamp_min(floor)
+    for _ in range(keep):
+        gain = torch.stack([place.gain() for place in places]).sum(0)
         gain[chosen] = -1
         unit = int(gain.argmax())
         chosen.append(unit)
-        residual = covariance[unit] - factor[:step, unit] @ factor[:step]
-        factor[step] = residual / residual[unit].clamp_min(floor).sqrt()
-        unseen -= torch.outer(unseen[:, unit] / residual[unit].clamp_min(floor).sqrt(), factor[step])
-        diagonal = (diagonal - factor[step].square()).clamp_min(0)
+        for place in places:
+            place.choose(unit)
     return torch.tensor(chosen, dtype=torch.long)
+
+
+class _Residual:
+    """What a reader's output lacks after regressing on the units chosen so far."""
+
+    def __init__(self, covariance: Float[Tensor, "width width"], reader: Float[Tensor, "out width"], most: int):
+        self.covariance = covariance
+        self.diagonal = covariance.diagonal().clone()
+        if len(reader) > reader.shape[1]:  # only WᵀW matters
+            reader = torch.linalg.qr(reader, mode="r").R
+        self.unseen = reader @ covariance  # W R, out × width
+        self.factor = covariance.new_zeros(most, len(covariance))
+        self.floor = RIDGE * self.diagonal.mean().clamp_min(torch.finfo(covariance.dtype).tiny)
+        self.chosen = 0
+
+    def gain(self) -> Float[Tensor, " width"]:
+        return self.unseen.square().sum(0) / self.diagonal.clamp_min(self.floor)
+
+    def choose(self, unit: int) -> None:
+        before, self.chosen = self.factor[: self.chosen], self.chosen + 1
+        residual = self.covariance[unit] - before[:, unit] @ before
+        pivot = residual[unit].clamp_min(self.floor).sqrt()
+        direction = self.factor[len(before)] = residual / pivot
+        self.unseen -= torch.outer(self.unseen[:, unit] / pivot, direction)
+        self.diagonal = (self.diagonal - direction.square()).clamp_min(0)
 
 
 def select_heads(

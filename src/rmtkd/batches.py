@@ -168,8 +168,8 @@ def length(batch: Batch) -> int:
     """The number of positions of each row, padding included; 1 where rows are not token sequences."""
     _, kwargs = inputs(batch)
     tokens = next(iter(kwargs.values()), None)
-    if tokens is None or tokens.ndim < 2 or (tokens.ndim == 2 and tokens.is_floating_point()):
-        return 1  # a row of floating-point numbers is one vector
+    if tokens is None or tokens.ndim < 2 or (tokens.ndim in (2, 4) and tokens.is_floating_point()):
+        return 1  # a row of floating-point numbers is one vector, or an image
     return tokens.shape[1]
 
 

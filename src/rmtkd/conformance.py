@@ -6,8 +6,9 @@ width it must compute what the untouched model computes with its activations pro
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from rmtkd.covariance import Covariance
 from rmtkd.cutting import fit_bases
 from rmtkd.errors import DataError, RmtkdError, SurgeryError, UnsupportedModelError
 from rmtkd.measurement import evaluation, relative_difference
-from rmtkd.sites import Site, by_width, check_parameters, find_family, search
+from rmtkd.sites import Site, by_width, check_parameters, find_family, is_known, random_images, search, trace_sites
 from rmtkd.surgery import check_cut, fold
 
 FULL_WIDTH_TOLERANCE = 1e-10
@@ -85,7 +86,7 @@ def check(
     refused: dict[str, Verdict] = {}
     described: list[Site | str] = list(sites) if sites is not None else []
     if sites is None:
-        for part, describe in search(model):
+        for part, describe in _parts(model, batches):
             try:
                 described += describe()
             except UnsupportedModelError as error:
@@ -100,12 +101,32 @@ def check(
     return tuple(verdicts[site.name if isinstance(site, Site) else site] for site in described)
 
 
+def _parts(model: nn.Module, batches: Iterable[Batch] | None) -> Iterator[tuple[str, Callable[[], tuple[Site, ...]]]]:
+    """Parts of the network, each with a function that describes its sites or says why they stay whole."""
+    images = random_images(model, 2)
+    if images is None and (is_known(model) or batches is None):
+        yield from search(model)
+        return
+    traced = trace_sites(model, batching.first(batches or (), "batches") if images is None else images)
+
+    def refuse(path: str, why: str) -> tuple[Site, ...]:
+        raise UnsupportedModelError(f"what {path} writes stays whole: {why}.")
+
+    yield "", lambda: traced.sites
+    for path, why in traced.whole.items():
+        yield path, partial(refuse, path, why)
+
+
 def random_batches(model: nn.Module, positions: int, *, batch_size: int = 16, seed: int = 0) -> list[Batch]:
-    """Batches of random tokens in rows of unequal length, padded, with at least so many real positions.
+    """Batches of random images; or of random tokens in rows of unequal length, padded, with at least so many real
+    positions.
 
     Raises:
         DataError: if the model is of no known family: nobody knows what it eats.
     """
+    made = [random_images(model, batch_size, seed=seed + i) for i in range(-(-positions // batch_size))]
+    if images := [batch for batch in made if batch is not None]:
+        return images  # type: ignore[return-value]
     try:
         family = find_family(model)
     except UnsupportedModelError as error:

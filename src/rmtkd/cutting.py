@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from rmtkd import batches as batching
 from rmtkd.activations import Enough, collect, first_output, readers
-from rmtkd.bases import Basis, bilinear_bases, linear_basis, unit_basis
+from rmtkd.bases import Basis, bilinear_bases, linear_basis, unit_bases
 from rmtkd.batches import Batch, Call
 from rmtkd.covariance import Covariance
-from rmtkd.fisher import Metrics, weighed
+from rmtkd.fisher import Metrics, after_cut, weighed
 from rmtkd.measurement import evaluation
 from rmtkd.memory import Pieces, is_out_of_memory
+from rmtkd.norms import batch_norms, gather_statistics, norms_of
 from rmtkd.sites import Site, after_cuts, blocks_of, by_width
 from rmtkd.surgery import fold
 
@@ -36,17 +37,18 @@ def fit_bases(
     orders: dict[int, Tensor] | None = None,
 ) -> tuple[Basis, ...]:
     """The bases of one site's streams at width `keep`, from the moments of its activations, in the metrics of what its
-    readers write; without, all errors count alike. `orders` is this site's of `bases.unit_basis`."""
+    readers write; without, all errors count alike. `orders` is this site's of `bases.unit_bases`."""
     if site.kind == "bilinear":
         queries, keys = moments
         # A constant added to all keys moves every score of a query alike, which softmax does not see: centre them.
         return bilinear_bases(queries.second_moment(), keys.covariance(), keep)
-    form = linear_basis if site.kind == "linear" else partial(unit_basis, each=site.each, orders=orders)
-    (moment,) = moments
     weights = weighed(readers(model, site), site, metrics or {})
-    if not site.is_centred:
-        return (form(moment.second_moment(), torch.zeros_like(moment.mean), weights, keep),)
-    return (form(moment.covariance(), moment.mean, weights, keep),)
+    centred = [stream.is_centred for stream in site.streams]
+    spreads = [m.covariance() if c else m.second_moment() for m, c in zip(moments, centred, strict=True)]
+    means = [m.mean if c else torch.zeros_like(m.mean) for m, c in zip(moments, centred, strict=True)]
+    if site.kind == "linear":
+        return (linear_basis(spreads[0], means[0], weights[0], keep),)
+    return unit_bases(spreads, means, weights, keep, site.each, orders)
 
 
 def cut_in_order(
@@ -85,8 +87,24 @@ def cut_in_order(
             moments = _moments(model, group, calibration, calls, pieces)
             for site in group:
                 bases[site.name] = fit_bases(model, site, moments[site.name], widths[site.name], metrics)
+            for site in group:
+                metrics = after_cut(metrics or {}, site, bases[site.name][0])
             model = fold(model, group, bases)
+            _renew(model, group, calibration, calls, pieces)
+    if norms_of(sites):  # what lies further on sees other activations, too
+        gather_statistics(model, batch_norms(model), calibration, pieces=pieces)
     return model, bases
+
+
+def _renew(
+    model: nn.Module, group: Sequence[Site], calibration: Iterable[Batch], calls: "BlockCalls", pieces: Pieces | None
+) -> None:
+    """Gather the statistics of the norms that read these sites: what is cut next is seen through them."""
+    norms, scope = norms_of(group), group[0].scope
+    if scope is not None and calls.at == scope and calls.follow_each_other:
+        gather_statistics(model, norms, calls)
+    else:
+        gather_statistics(model, norms, calibration, pieces=pieces)
 
 
 def _moments(

@@ -70,7 +70,7 @@ def plan(
     """
     chosen = Options(**options)
     levels = chosen.embedding_levels if given is None else given.embedding_levels
-    every = find_sites(model) if sites is None else sites
+    every = find_sites(model, batching.first(calibration, "calibration")) if sites is None else sites
     model, sites = in_levels(model, every, calibration if train is None else train, levels)
     if given is not None:
         given.check_fits(sites)
@@ -164,7 +164,7 @@ def narrow(
         PlanError: if the plan names other sites than the model has.
         SurgeryError: if the result differs from the projected full-width reference.
     """
-    every = find_sites(model) if sites is None else sites
+    every = find_sites(model, batching.first(calibration, "calibration")) if sites is None else sites
     model, every = in_levels(model, every, calibration if train is None else train, plan.embedding_levels)
     cut = narrowed(every, plan)
     metrics = metrics_of(model, cut, calibration, Options(metric=metric))  # type: ignore[arg-type]

@@ -21,12 +21,15 @@ from functools import partial
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from rmtkd import batches as batching
+from rmtkd.activations import channel_dim
+from rmtkd.bases import Basis
 from rmtkd.batches import Batch
 from rmtkd.measurement import evaluation
 from rmtkd.memory import Pieces
-from rmtkd.sites import Site
+from rmtkd.sites import Site, Stream
 
 METRICS = ("fisher", "output")
 """In which the error of a cut may be measured: the Fisher metric of what the readers write, or the identity."""
@@ -35,7 +38,7 @@ DAMPING = 0.1
 rows."""
 
 Metrics = Mapping[str, Float64[Tensor, "_ _"]]
-"""By path of a module, the square root of the Fisher metric of its output, summed over positions and damped."""
+"""By path of a module, a root R of the Fisher metric RᵀR of its output, summed over positions and damped."""
 
 
 def output_metrics(
@@ -68,12 +71,12 @@ def output_metrics(
 
     def see(path: str, only_used: bool, _: nn.Module, __: object, output: Tensor) -> Tensor:
         output = output if output.requires_grad else output.detach().requires_grad_().clone()
-        used = output.detach().any(-1) if only_used else None
+        used = output.detach().any(-1) if only_used else None  # of an embedding
         output.register_hook(partial(add, path, used))
         return output
 
     def add(path: str, used: Tensor | None, gradient: Tensor) -> None:
-        gradient = gradient.detach()
+        gradient = gradient.detach().movedim(channel_dim(model.get_submodule(path)), -1)
         if used is not None:  # a table of some of the tokens gives the others nothing
             gradient = gradient * used[..., None]
         vectors = (gradient.flatten(0, -2) if mask is None else gradient[mask]).float()
@@ -107,23 +110,67 @@ def output_metrics(
 def reader_outputs(sites: Iterable[Site]) -> dict[str, bool]:
     """Paths of the modules whose outputs the sites' readers write; and whether one is an embedding's own output, of
     which positions that are all zero do not count."""
-    return {path: site.factorizes is not None for site in sites for path in _outputs(site)}
+    return {
+        path: site.factorizes is not None
+        for site in sites
+        for stream in site.streams
+        for path in _outputs(site, stream)
+    }
 
 
 def weighed(
-    readers: Float[Tensor, "groups out width"], site: Site, metrics: Metrics
+    readers: Sequence[Float[Tensor, "groups out width"]], site: Site, metrics: Metrics
+) -> tuple[Float[Tensor, "groups out width"], ...]:
+    """The readers of a site's streams in the metric of what they write: `F^½ W`, for each of several readers by itself.
+    All taps of a convolution write the same output.
+
+    Args:
+        readers: one a stream, from `activations.readers`.
+        site: their site.
+        metrics: from `output_metrics`. A stream of which one is missing is left as it is.
+    """
+    return tuple(
+        _in_metrics(reader, _outputs(site, stream), metrics)
+        for reader, stream in zip(readers, site.streams, strict=True)
+    )
+
+
+def after_cut(metrics: Metrics, site: Site, basis: Basis) -> Metrics:
+    """These metrics once a site has been cut: of outputs that it is written with, what is left of them."""
+    reduce = torch.block_diag(*basis.reduce)
+    writers = {axis.parameter.rpartition(".")[0] for stream in site.streams for axis in stream.writers}
+    return {path: metric @ reduce.mT if path in writers else metric for path, metric in metrics.items()}
+
+
+def fit(metrics: Metrics, model: nn.Module) -> bool:
+    """Whether these are metrics of all the outputs that the model has by now."""
+    return all(
+        metric.shape[1] == len(module.weight)
+        for path, metric in metrics.items()
+        if isinstance(module := model.get_submodule(path), (nn.Linear, _ConvNd))
+    )
+
+
+def _in_metrics(
+    reader: Float[Tensor, "groups out width"], paths: Sequence[str], metrics: Metrics
 ) -> Float[Tensor, "groups out width"]:
-    """The readers of a site in the metric of what they write: `F^½ W`, for each of several readers by itself."""
-    paths = _outputs(site)
     if not all(path in metrics for path in paths):
-        return readers
-    parts = readers.split([len(metrics[path]) for path in paths], dim=1)
-    return torch.cat([metrics[path] @ part for path, part in zip(paths, parts, strict=True)], dim=1)
+        return reader
+    found = [metrics[path] for path in paths]
+    outputs = [metric.shape[1] for metric in found]
+    taps = reader.shape[1] // sum(outputs)
+    parts = reader.split([taps * size for size in outputs], dim=1)
+    return torch.cat(
+        [
+            torch.einsum("uo,gotw->gutw", metric, part.unflatten(1, (-1, taps))).flatten(1, 2)
+            for metric, part in zip(found, parts, strict=True)
+        ],
+        dim=1,
+    )
 
 
-def _outputs(site: Site) -> list[str]:
-    """Paths of the modules whose outputs a site's readers write; of a whole embedding, itself."""
-    stream = site.streams[0]
+def _outputs(site: Site, stream: Stream) -> list[str]:
+    """Paths of the modules whose outputs a stream's readers write; of a whole embedding, itself."""
     if site.factorizes is not None:
         return [stream.module]
     return [axis.parameter.rpartition(".")[0] for axis in stream.readers]

@@ -13,7 +13,8 @@ The `config.json` of such a model is a stock configuration with
 - `word_embedding_size`: columns of the embedding table, where it is narrower than the model;
 - `word_embedding_levels`: rows and columns of each table, where tokens have one by how often they occur, first to last;
   tokens of a table without columns are zeros;
-- `narrowed`: which parameters have these widths, by path within a layer: the dimension of the parameter, and how many
+- `narrowed`: of an image classifier `shapes`, the shape of every tensor that is narrower than the stock one; else
+  which parameters have these widths, by path within a layer: the dimension of the parameter, and how many
   times it holds the width in each of `groups` (attention heads; in a layer that has its own number of what
   `groups_from` names, as many); which attributes are to be set with them; and what `absent` heads leave, see `NoHeads`.
 
@@ -155,6 +156,10 @@ def narrow(model: nn.Module, config: Any) -> None:
     """Give the parameters of a stock model, in place, the widths that its configuration says; values are kept as far as
     they fit."""
     narrowed = config.narrowed
+    for name, shape in narrowed.get("shapes", {}).items():
+        _reshape(model, name, shape)
+    if "shapes" in narrowed:
+        return
     if (rank := getattr(config, "word_embedding_size", None)) is not None:
         path = narrowed["word_embedding_size"]
         old: Any = model.get_submodule(path)
@@ -183,6 +188,24 @@ def narrow(model: nn.Module, config: Any) -> None:
             if width == 0 and (absent := site.get("absent")):
                 stock = layer.get_submodule(absent["module"])
                 layer.set_submodule(absent["module"], NoHeads(stock, absent["after"], absent["norm"]))
+
+
+def _reshape(model: nn.Module, name: str, shape: Sequence[int]) -> None:
+    """Keep the first entries of every dimension of a parameter or buffer, and tell its module the new sizes."""
+    path, _, leaf = name.rpartition(".")
+    module: Any = model.get_submodule(path)
+    old = getattr(module, leaf)
+    new = old.detach()[tuple(slice(size) for size in shape)].clone()
+    if list(new.shape) != list(shape):
+        raise ValueError(f"{name} of {list(old.shape)} cannot be narrowed to {list(shape)}")
+    is_parameter = isinstance(old, nn.Parameter)
+    setattr(module, leaf, nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new)
+    if leaf == "weight" and isinstance(module, nn.Linear):
+        module.out_features, module.in_features = new.shape
+    elif leaf == "weight" and isinstance(module, nn.Conv2d):
+        module.out_channels, module.in_channels = new.shape[0], new.shape[1] * module.groups
+    elif leaf == "weight" and isinstance(module, nn.BatchNorm2d):
+        module.num_features = len(new)
 
 
 def _shorten(layer: nn.Module, name: str, dim: int, size: int) -> None:
@@ -220,7 +243,8 @@ def _model_class(stock: Any, name: str) -> Any:
 
     config_class = __getattr__(PREFIX + stock.config_class.__name__)
     made: Any = type(name, (stock,), {"config_class": config_class, "__init__": __init__, "__module__": __name__})
-    made.register_for_auto_class("AutoModelForSequenceClassification")
+    task = "ImageClassification" if name.endswith("ForImageClassification") else "SequenceClassification"
+    made.register_for_auto_class(f"AutoModelFor{task}")
     return made
 
 

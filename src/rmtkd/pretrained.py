@@ -2,6 +2,7 @@
 `save_pretrained`, `pipeline` and `Trainer` work on it. A stock class where a stock configuration can say them."""
 
 import copy
+import importlib
 import importlib.abc
 import importlib.util
 import sys
@@ -16,9 +17,9 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from rmtkd import modeling_rmtkd
-from rmtkd.families import FAMILIES
+from rmtkd.families import FAMILIES, IMAGE_FAMILIES
 from rmtkd.modeling_rmtkd import PREFIX, EmbeddingLevel, EmbeddingLevels, FactorizedEmbedding
-from rmtkd.sites import Axis, Site, find_family, find_sites, layer_paths
+from rmtkd.sites import Axis, Site, find_family, find_image_family, find_sites, layer_paths
 from rmtkd.surgery import fill, tensors_of
 
 HEADS = "num_attention_heads"
@@ -55,6 +56,8 @@ def described(model: nn.Module) -> tuple[Any, Any]:
     """
     import transformers
 
+    if find_image_family(model) is not None:
+        return _described_image(model)
     family, sites = find_family(model), find_sites(model)
     stock = getattr(transformers, family.model_class)
     config = _stock_values(model, stock)
@@ -64,6 +67,33 @@ def described(model: nn.Module) -> tuple[Any, Any]:
     full = find_sites(on_meta(stock, stock.config_class.from_dict(config)))
     narrowed = getattr(modeling_rmtkd, PREFIX + family.model_class)
     return narrowed, _as_in(model, narrowed.config_class.from_dict(config | _own_entries(model, full)))
+
+
+def _described_image(model: nn.Module) -> tuple[Any, Any]:
+    """The class and configuration of an image classifier: of one that says its widths itself, its own; else the stock
+    ones, or the narrowed ones with the shape of every tensor that is not the stock one's."""
+    family = find_image_family(model)
+    assert family is not None
+    module = importlib.import_module(family.module)
+    stock = getattr(module, family.model_class)
+    if hasattr(module, "config_of"):
+        return stock, module.config_of(model)
+    config = _stock_values(model, stock)
+    plain = stock.config_class.from_dict(config)
+    full, found = ({name: list(t.shape) for name, t in tensors_of(m).items()} for m in (on_meta(stock, plain), model))
+    if full == found:
+        return stock, plain
+    narrowed = getattr(modeling_rmtkd, PREFIX + family.model_class)
+    shapes = {name: shape for name, shape in found.items() if shape != full[name]}
+    return narrowed, narrowed.config_class.from_dict(config | {"narrowed": {"shapes": shapes}})
+
+
+def class_named(name: str) -> Any:
+    """The class of transformers' form that a model folder names: a stock one, one of ours, or a narrowed one."""
+    if name.startswith(PREFIX):
+        return getattr(modeling_rmtkd, name)
+    homes = {family.model_class: family.module for family in IMAGE_FAMILIES}
+    return getattr(importlib.import_module(homes.get(name, "transformers")), name)
 
 
 @contextmanager
@@ -226,20 +256,23 @@ def register() -> None:
 
 
 def _register(registry: Any) -> None:
-    for family in FAMILIES:
-        registry.CONFIG_MAPPING.register(f"rmtkd_{family.name}", _Later(family.config_class), exist_ok=True)
+    for family in (*FAMILIES, *IMAGE_FAMILIES):
+        is_ours = family in IMAGE_FAMILIES and family.module != "transformers"  # type: ignore[union-attr]
+        name = family.name if is_ours else f"rmtkd_{family.name}"
+        registry.CONFIG_MAPPING.register(name, _Later(family.config_class, is_ours), exist_ok=True)
 
 
 class _Later:
     """Stands for a narrowed configuration class until transformers, then whole, asks something of it."""
 
-    def __init__(self, stock: str):
-        self.__name__ = PREFIX + stock
-        self.__module__ = modeling_rmtkd.__name__
+    def __init__(self, stock: str, is_ours: bool):
+        self.__name__ = stock if is_ours else PREFIX + stock
+        home = next((f.module for f in IMAGE_FAMILIES if is_ours and f.config_class == stock), None)
+        self.__module__ = home or modeling_rmtkd.__name__
 
     def __getattr__(self, name: str) -> Any:
         _register_classes()
-        return getattr(getattr(modeling_rmtkd, self.__name__), name)
+        return getattr(getattr(importlib.import_module(self.__module__), self.__name__), name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.__getattr__("__call__")(*args, **kwargs)
@@ -247,14 +280,16 @@ class _Later:
 
 def _register_classes() -> None:
     import transformers
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
 
-    for family in FAMILIES:
-        if not hasattr(transformers, family.model_class):
+    for family in (*FAMILIES, *IMAGE_FAMILIES):
+        is_stock = hasattr(transformers, family.model_class)
+        if not is_stock and family in FAMILIES:
             continue  # younger than this version
-        model = getattr(modeling_rmtkd, PREFIX + family.model_class)
+        auto = AutoModelForSequenceClassification if family in FAMILIES else AutoModelForImageClassification
+        model = class_named(PREFIX * is_stock + family.model_class)
         AutoConfig.register(model.config_class.model_type, model.config_class, exist_ok=True)
-        AutoModelForSequenceClassification.register(model.config_class, model, exist_ok=True)
+        auto.register(model.config_class, model, exist_ok=True)
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):

@@ -6,7 +6,7 @@ Where a run stands is saved after every round and now and then within one; `Run.
 import copy
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -25,7 +25,7 @@ from rmtkd.distillation import Teacher
 from rmtkd.dry_run import CHECK_ROWS, metrics_of, narrowed, plan
 from rmtkd.environment import has_bf16, versions
 from rmtkd.errors import ArtifactError, RunError
-from rmtkd.fisher import Metrics
+from rmtkd.fisher import Metrics, fit
 from rmtkd.forecast import Forecast, forecast
 from rmtkd.interruption import Interrupted, interruptible
 from rmtkd.levels import in_levels
@@ -42,7 +42,18 @@ from rmtkd.pretrained import presented
 from rmtkd.result import Compressed
 from rmtkd.roles import Answered, Roles, check_report, check_teacher, fingerprint, share_of
 from rmtkd.schedule import History, Options, Round, stop_reason, too_much_lost
-from rmtkd.sites import Site, after_cuts, blocks_of, by_width, find_family, find_sites, share_settings
+from rmtkd.sites import (
+    Site,
+    after_cuts,
+    blocks_of,
+    by_width,
+    check_parameters,
+    encoder_of,
+    find_sites,
+    is_known,
+    share_settings,
+    trace_sites,
+)
 from rmtkd.standing import Standing, kept_widths, shaped
 from rmtkd.surgery import check_cut, tensors_of
 from rmtkd.training import Phase, PhaseState, Precision
@@ -73,9 +84,16 @@ class Run:
         control: bool = False,
         on_event: progress.Listener | None = None,
     ):
-        self.encoder = None if sites is not None else find_family(model).encoder
+        self.is_own = sites is not None or not is_known(model)
+        self.encoder = None if self.is_own else encoder_of(model)
         self.model = copy.deepcopy(model).to(options.device).eval()
-        self.sites = tuple(sites) if sites is not None else find_sites(model)
+        self.left_whole: tuple[str, ...] = ()
+        if sites is None and self.is_own:
+            traced = trace_sites(self.model, batching.first(rows.selection, "selection"))
+            check_parameters(self.model, traced.sites)
+            sites = traced.sites
+            self.left_whole = tuple(f"What {path} writes stays whole: {why}." for path, why in traced.whole.items())
+        self.sites = tuple(sites) if sites is not None else find_sites(self.model)
         self.blocks = blocks_of(self.sites)
         self.options, self.with_control = options, control
         rows.check_again()
@@ -104,6 +122,12 @@ class Run:
     def metrics(self) -> Metrics:
         """In which the errors of cuts are measured: those of the untouched model, for all rounds."""
         return metrics_of(self.start, self.sites, self.calibration, self.options, pieces=self.pieces)
+
+    def metrics_for(self, model: nn.Module, kept: Mapping[str, int]) -> Metrics:
+        """The same; anew where outputs that sites are read into have been narrowed since."""
+        if fit(self.metrics, model):
+            return self.metrics
+        return metrics_of(model, after_cuts(self.sites, kept), self.calibration, self.options, pieces=self.pieces)
 
     def config(self) -> dict[str, Any]:
         """What it takes to start this run again, and by what to know that it is the same."""
@@ -173,6 +197,7 @@ class Run:
             pieces=self.pieces,
             **fields_of(self.options),
         )
+        made = replace(made, remarks=(*made.remarks, *self.left_whole))
         standing = Standing(plan=made, baseline=baseline, student=self.start)
         self.emit("plan", predicted=standing.plan.predicted, widths=standing.plan.widths)
         self.emit("forecast", **asdict(self.forecast(standing.plan, time.monotonic() - began)))
@@ -239,7 +264,7 @@ class Run:
 
     def result(self, student: nn.Module, made: Plan, rounds: tuple[Round, ...], record: dict[str, Any]) -> Compressed:
         """What the run gives back: a model of transformers in a class that says its widths."""
-        is_own = self.encoder is None
+        is_own = self.is_own
         return Compressed(
             model=student if is_own else presented(student),
             plan=made,
@@ -264,7 +289,7 @@ class Run:
                 sites,
                 widths,
                 self.calibration,
-                metrics=self.metrics,
+                metrics=self.metrics_for(before, standing.kept),
                 blocks=self.blocks,
                 pieces=self.pieces,
                 scratch=self.folder and self.folder.path / "last",

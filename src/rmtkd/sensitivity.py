@@ -28,6 +28,7 @@ from rmtkd.errors import DataError
 from rmtkd.fisher import Metrics
 from rmtkd.measurement import evaluation
 from rmtkd.memory import Pieces
+from rmtkd.norms import norms_of, of_each_batch
 from rmtkd.planning import Curve, Plan
 from rmtkd.sites import Site, blocks_of, by_width
 
@@ -76,7 +77,7 @@ class Sensitivity:
         self.pieces = pieces or Pieces()
         self.batches = [batching.to(batch, self.device) for batch in spread(rows, most_rows)]
         self.blocks = blocks_of(sites) if follow_each_other(self.model, self.batches, blocks_of(sites)) else []
-        self._bases: dict[str, tuple[int, tuple[Basis, ...]]] = {}
+        self._bases: dict[str, tuple[int, tuple[tuple[Basis, ...], ...]]] = {}
         self._orders: dict[str, dict[int, Tensor]] = {}
         """Of the sites with units, in which order these are chosen."""
         self.teacher = self.stand_at({})
@@ -162,7 +163,7 @@ class Sensitivity:
             weighed[shares] = replace(curve, weight=math.sqrt(curve.weight * ratio))
         return weighed
 
-    def _fit(self, shares: str, width: int) -> tuple[Basis, ...]:
+    def _fit(self, shares: str, width: int) -> tuple[tuple[Basis, ...], ...]:
         if self._bases.get(shares, (None,))[0] != width:
             group = self.groups[shares]
             bases = tuple(
@@ -173,7 +174,7 @@ class Sensitivity:
                     width,
                     self.metrics,
                     self._orders.setdefault(site.name, {}),
-                )[0]
+                )
                 for site in group
             )
             self._bases[shares] = width, bases
@@ -212,9 +213,10 @@ class Sensitivity:
                 width = self._width(widths, shares)
                 if width == self.groups[shares][0].width:
                     continue
-                for site, basis in zip(self.groups[shares], self._fit(shares, width), strict=True):
-                    # In a product it is enough to project one of the two streams.
-                    hooks.callback(attach(self.model, site.streams[0], projection(basis, self.device)).remove)
+                for site, bases in zip(self.groups[shares], self._fit(shares, width), strict=True):
+                    for stream, basis in zip(site.projected, bases, strict=False):
+                        hooks.callback(attach(self.model, stream, projection(basis, self.device)).remove)
+                hooks.enter_context(of_each_batch(self.model, norms_of(self.groups[shares])))
             hooks.enter_context(self._replayed(same))
             return torch.cat([self.pieces(batch, run) for batch in self.batches]).double().log_softmax(-1)
 

@@ -12,10 +12,12 @@ from functools import partial
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
 from rmtkd import batches as batching
-from rmtkd.activations import attach, in_groups
+from rmtkd.activations import attach, folded, in_groups, reader, unfolded
 from rmtkd.bases import Basis
 from rmtkd.batches import Batch
 from rmtkd.errors import PlanError, SurgeryError
@@ -72,10 +74,11 @@ def skeleton(model: nn.Module, sites: Sequence[Site], widths: Mapping[str, int])
         _prepare(student, site)
         for stream in site.streams:
             for axis in (*stream.writers, *stream.readers):
-                parameter = student.get_parameter(axis.parameter)
-                shape = list(parameter.shape)
-                shape[axis.dim] = axis.copies * site.groups * site.size
-                _replace(student, axis.parameter, torch.empty(shape, dtype=parameter.dtype, device="meta"))
+                tensor = _tensor(student, axis.parameter)
+                shape = list(tensor.shape)
+                shape[axis.dim] = axis.copies * site.groups * site.size * axis.positions
+                # Buffers are what they are: only parameters have no values.
+                _replace(student, axis.parameter, tensor.new_zeros(shape))
         _finish(student, site)
     return student
 
@@ -109,11 +112,12 @@ def fill_with_zeros(model: nn.Module, device: torch.device | str) -> None:
 
 
 def resize(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Give the model's parameters these shapes, in place, without values: what a loader does before it loads."""
+    """Give the model's parameters and buffers these shapes, in place, without values: what a loader does before it
+    loads."""
     for name, shape in shapes.items():
-        parameter = model.get_parameter(name)
-        if list(parameter.shape) != list(shape):
-            _replace(model, name, parameter.new_empty(tuple(shape)))
+        tensor = _tensor(model, name)
+        if list(tensor.shape) != list(shape):
+            _replace(model, name, tensor.new_zeros(tuple(shape)))
 
 
 def factorize_embedding(model: nn.Module, path: str) -> None:
@@ -148,6 +152,9 @@ def check_cut(
     """
     dtype = next(student.parameters()).dtype
     reference, student = (copy.deepcopy(m).double().cpu() for m in (reference, student))
+    if any(stream.norm for site in sites for stream in site.streams):
+        # Statistics that were gathered anew are not those of the reference: the folded ones are.
+        fill(student, dict(fold(reference, sites, bases).named_buffers()))
     batch = batching.double(batching.to(batch, "cpu"))
     expected = projected_logits(reference, sites, bases, batch)
     try:
@@ -179,9 +186,10 @@ def projected_logits(
             # What was cut last is projected first: the width of heads, then the heads. And only in those that stay.
             heads = bases.get(site.groups_of or "")
             kept = None if heads is None else _kept_units(heads[0], site.groups)
-            # In a product it is enough to project one of the two streams.
-            see = partial(_project, bases[site.name][0], site.groups, kept)
-            handles.append(attach(model, site.streams[0], see))
+            for stream, basis in zip(site.projected, bases[site.name], strict=False):
+                # What statistics take up that are gathered anew is not a matter of the cut itself.
+                plain = replace(basis, mean=torch.zeros_like(basis.mean)) if stream.intercept is None else basis
+                handles.append(attach(model, stream, partial(_project, plain, site.groups, kept)))
         with evaluation(model):
             return batching.logits(model, batching.to(batch, next(model.parameters()).device))
     finally:
@@ -228,8 +236,9 @@ def _fold_stream(model: nn.Module, stream: Stream, basis: Basis, *, rescale: boo
         reduce = reduce * (kept / width) ** 0.5
     if stream.intercept:
         dropped = basis.mean - (basis.projector @ basis.mean[..., None])[..., 0]
-        shift = sum(_weight(model, axis) @ dropped.flatten() for axis in stream.readers)
         bias = model.get_parameter(stream.intercept)
+        shifts = [reader(model, axis) @ dropped.flatten() for axis in stream.readers]
+        shift = sum(shift.unflatten(0, (len(bias), -1)).sum(-1) for shift in shifts)  # over the taps
         _replace(model, stream.intercept, bias.detach().double().cpu() + shift)
     for axis in stream.writers:
         _apply(model, axis, reduce)
@@ -237,31 +246,37 @@ def _fold_stream(model: nn.Module, stream: Stream, basis: Basis, *, rescale: boo
         _apply(model, axis, basis.lift.mT)
 
 
-def _weight(model: nn.Module, axis: Axis) -> Float[Tensor, "out total"]:
-    """A reader's weight in float64, as a matrix that acts on the site's activations."""
-    weight = model.get_parameter(axis.parameter).detach().double().cpu()
-    return weight.movedim(axis.dim, -1).flatten(0, -2)
-
-
 def _apply(model: nn.Module, axis: Axis, maps: Float[Tensor, "groups kept width"]) -> None:
     """Multiply one dimension of a parameter, group by group, in float64; each copy of the width alike."""
     maps = maps.repeat(axis.copies, 1, 1)
-    weight = model.get_parameter(axis.parameter).detach().double().cpu().movedim(axis.dim, -1)
+    weight = unfolded(_tensor(model, axis.parameter).detach().double().cpu(), axis)
     mapped = torch.einsum("...gw,gkw->...gk", in_groups(weight, len(maps)), maps).flatten(-2)
-    _replace(model, axis.parameter, mapped.movedim(-1, axis.dim))
+    _replace(model, axis.parameter, folded(mapped, axis))
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer of this name."""
+    path, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(path), leaf)
 
 
 def _replace(model: nn.Module, name: str, value: Tensor) -> None:
-    """Put a new value of any shape in place of a parameter and tell its module the new sizes."""
+    """Put a new value of any shape in place of a parameter or buffer and tell its module the new sizes."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    old = module.get_parameter(leaf)
-    new = nn.Parameter(value.to(old.device, old.dtype).contiguous(), requires_grad=old.requires_grad)
-    setattr(module, leaf, new)
-    if leaf == "weight" and isinstance(module, nn.Linear):
+    old = _tensor(model, name)
+    # Of 1 × 1 filters `contiguous` cannot tell in which order they lie, which would decide on the order of all outputs.
+    new = torch.empty(value.shape, device=old.device, dtype=old.dtype).copy_(value)
+    is_parameter = isinstance(old, nn.Parameter)
+    setattr(module, leaf, nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new)
+    if isinstance(module, _NormBase) and leaf in ("weight", "running_mean"):
+        module.num_features = len(new)
+    elif leaf == "weight" and isinstance(module, nn.Linear):
         module.out_features, module.in_features = new.shape
     elif leaf == "weight" and isinstance(module, nn.Embedding):
         module.num_embeddings, module.embedding_dim = new.shape
+    elif leaf == "weight" and isinstance(module, _ConvNd):
+        module.out_channels, module.in_channels = new.shape[0], new.shape[1] * module.groups
 
 
 def _finish(model: nn.Module, site: Site) -> None:

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rmtkd import modeling_rmtkd
 from rmtkd.artifact import self_test
 from rmtkd.artifact.files import WEIGHTS, read_json, read_shapes, told
 from rmtkd.artifact.manifest import FORMAT, MANIFEST, read_manifest, sealed, verify_files, vouch
@@ -21,19 +20,22 @@ from rmtkd.batches import Batch, Forward
 from rmtkd.checkpoint import new_folder, write_atomically
 from rmtkd.environment import check_device, versions
 from rmtkd.errors import ArtifactError
-from rmtkd.families import FAMILIES, EncoderFamily
+from rmtkd.families import FAMILIES, IMAGE_FAMILIES, EncoderFamily, ImageFamily
 from rmtkd.modeling_rmtkd import PREFIX, EmbeddingLevels, FactorizedEmbedding
 from rmtkd.modules import set_levels
-from rmtkd.pretrained import OURS, described, on_meta, presented, quietly, shapes_of, without_values
+from rmtkd.pretrained import OURS, class_named, described, on_meta, presented, quietly, shapes_of, without_values
 from rmtkd.sites import Site
 from rmtkd.surgery import factorize_embedding, fill, resize, tensors_of
 
 CONFIG = "config.json"
 CARD = "README.md"
-CODE = f"{modeling_rmtkd.__name__.rpartition('.')[2]}.py"
-OWN_FILES = frozenset({MANIFEST, WEIGHTS, CONFIG, CARD, CODE, SELF_TEST})
+CODE = ("modeling_rmtkd.py", "modeling_cifar_resnet.py")
+"""Files of ours that a model needs where rmtkd is not installed; it has one at most."""
+OWN_FILES = frozenset({MANIFEST, WEIGHTS, CONFIG, CARD, *CODE, SELF_TEST})
 MOST_LAYERS = 1000
 """Layers that share their weights may be many, but no more than this."""
+
+MOST_CHANNELS = 100_000
 
 REMEDY = "Fetch the folder again."
 
@@ -210,8 +212,9 @@ def ways_to_load(model_class: str, *, is_own: bool, own_forward: bool = False) -
         )
         return
     yield "`rmtkd.load(FOLDER)`"
-    auto = "`AutoModelForSequenceClassification.from_pretrained(FOLDER)`"
-    if model_class.startswith(PREFIX):
+    task = "ImageClassification" if model_class.endswith("ForImageClassification") else "SequenceClassification"
+    auto = f"`AutoModelFor{task}.from_pretrained(FOLDER)`"
+    if model_class.startswith((PREFIX, "CifarResNet")):
         yield f"{auto} after `import rmtkd`"
         yield "where rmtkd is not installed, the same with `trust_remote_code=True`, as `AutoTokenizer` and `pipeline`"
     else:
@@ -245,7 +248,7 @@ def _write_pretrained(model: Any, folder: Path) -> dict[str, Any]:
         "model_class": type(model).__name__,
         "narrowed": {},  # config.json says it
         "labels": {str(key): value for key, value in model.config.id2label.items()},
-        "self_test": self_test.write(model, folder, self_test.random_tokens(model)),
+        "self_test": self_test.write(model, folder, self_test.random_inputs(model)),
     }
 
 
@@ -284,21 +287,23 @@ def _check_readable(folder: Path) -> None:
 
 def _pretrained(folder: Path, manifest: Mapping[str, Any], stored: Mapping[str, list[int]]) -> nn.Module:
     """A model of transformers, its parameters without values. Only classes in the families' tables are ever built."""
-    import transformers
-
-    known = {prefix + family.model_class: family for family in FAMILIES for prefix in ("", PREFIX)}
+    families = (*FAMILIES, *IMAGE_FAMILIES)
+    known = {prefix + family.model_class: family for family in families for prefix in ("", PREFIX)}
     name = manifest["model_class"]
     if manifest["library"] != "transformers" or name not in known:
         raise ArtifactError(
             f"model_class must be one of {', '.join(sorted(known))}, of transformers. Got {told(name)} of "
             f"{told(manifest['library'])}. Use the rmtkd that wrote the folder."
         )
-    model_class = getattr(modeling_rmtkd if name.startswith(PREFIX) else transformers, name)
+    model_class, family = class_named(name), known[name]
     # Only what a stock configuration has, and ours: others name kernels to fetch and run, or sizes to unfold.
-    stock = getattr(transformers, name.removeprefix(PREFIX)).config_class
+    stock = class_named(name.removeprefix(PREFIX)).config_class
     allowed = {*stock().to_dict(), *OURS}
     values = {key: value for key, value in read_json(folder / CONFIG).items() if key in allowed}
-    _check_layers(known[name], stock.attribute_map, {**stock().to_dict(), **values}, stored)
+    if isinstance(family, ImageFamily):
+        _check_blocks({**stock().to_dict(), **values}, stored)
+    else:
+        _check_layers(family, stock.attribute_map, {**stock().to_dict(), **values}, stored)
     config = model_class.config_class.from_dict(values)
     model = on_meta(model_class, config)
     check_shapes(_stored_shapes(model), stored)
@@ -323,7 +328,7 @@ def _own(build: Build, manifest: Mapping[str, Any], stored: Mapping[str, list[in
             set_levels(model, path, counts)
         for path in narrowed["factorized"]:
             factorize_embedding(model, path)
-    resize(model, {name: stored[name] for name in manifest["shapes"]})
+    resize(model, {name: stored[name] for name in tensors_of(model) if name in stored})
     for path, name, value in narrowed["attributes"]:
         module = model.get_submodule(path)
         if type(getattr(module, name)) not in (int, float) or type(value) not in (int, float):
@@ -347,6 +352,26 @@ def _check_layers(
             f"{CONFIG} and {WEIGHTS} must agree on layers, of at most {MOST_LAYERS}. They hold {told(said[0])} and "
             f"{there}. Fetch the folder again."
         )
+
+
+def _check_blocks(config: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+    """Raise `ArtifactError` where a configuration asks for more blocks of an image classifier than there are weights,
+    or for wider ones."""
+    said = [config.get(name) for name in ("depths", "hidden_sizes", "inner_sizes", "embedding_size", "num_channels")]
+    numbers = [number for value in said for number in _flat(value)]
+    blocks = sum(_flat(config.get("depths"))) + len(_flat(config.get("inner_sizes")))
+    if not all(type(number) is int and 0 < number <= MOST_CHANNELS for number in numbers) or blocks > len(stored):
+        raise ArtifactError(
+            f"{CONFIG} must ask for as many blocks as {WEIGHTS} holds, of at most {MOST_CHANNELS:,} channels. It asks "
+            f"for {blocks}. Fetch the folder again."
+        )
+
+
+def _flat(value: object) -> list[Any]:
+    """A number, or the numbers of lists of lists, in one list."""
+    if isinstance(value, list):
+        return [number for part in value for number in _flat(part)]
+    return [] if value is None else [value]
 
 
 def _check_computed(model: nn.Module, stored: Mapping[str, list[int]]) -> None:

@@ -66,7 +66,7 @@ class Inspection:
         yield f"- model: {self.model_class}, {self.parameters:,} parameters, {self.bytes / 1e6:,.2f} MB"
         yield f"- loads with: {'; '.join(self.loads_with)}"
         if self.code is not None:
-            yield f"- {CODE}: {self.code}"
+            yield f"- code: {self.code}"
         if self.widths:
             yield f"- widths: {', '.join(f'{name} {width}' for name, width in self.widths.items())}"
         if self.labels:
@@ -118,7 +118,7 @@ def inspect(folder: str | Path, build: Build | None = None, *, forward: Forward 
                 manifest["model_class"], is_own=is_own, own_forward=bool(manifest["self_test"].get("own_forward"))
             )
         ),
-        code=_whose(folder) if CODE in manifest["files"] else None,
+        code=next((_whose(folder, name) for name in CODE if name in manifest["files"]), None),
         widths=widths,
         labels=manifest["labels"],
         versions=manifest["versions"],
@@ -137,8 +137,8 @@ def _parameters(folder: Path, manifest: Mapping[str, Any]) -> int:
     return sum(math.prod(found[name]) for name in manifest["shapes"])
 
 
-def _whose(folder: Path) -> str:
-    if sha256(folder / CODE) == sha256(Path(modeling_rmtkd.__file__)):
+def _whose(folder: Path, name: str) -> str:
+    if sha256(folder / name) == sha256(Path(modeling_rmtkd.__file__).with_name(name)):
         return "that of the installed rmtkd"
     return "not that of the installed rmtkd: read it before you pass trust_remote_code=True"
 

@@ -13,7 +13,7 @@ from rmtkd.artifact.files import read_shapes
 from rmtkd.batches import Batch, Call, Forward
 from rmtkd.errors import ArtifactError
 from rmtkd.measurement import evaluation, relative_difference
-from rmtkd.sites import find_family
+from rmtkd.sites import find_family, random_images
 
 SELF_TEST = "self-test.safetensors"
 NOT_RUN = "not_run"
@@ -69,7 +69,7 @@ def verify(model: nn.Module, folder: Path, facts: Mapping[str, Any], forward: Fo
         raise ArtifactError(f"the model must be called as it was when it was compressed. Pass {how}.")
     shapes = read_shapes(folder / SELF_TEST)
     if not is_own:
-        asked = {f"inputs.{name}": list(value.shape) for name, value in random_tokens(model).items()}
+        asked = {f"inputs.{name}": list(value.shape) for name, value in random_inputs(model).items()}
         if {name: shape for name, shape in shapes.items() if name != ANSWERS} != asked or not facts["named_inputs"]:
             raise ArtifactError(f"{SELF_TEST} must ask what rmtkd asks. It does not. Fetch the folder again.")
     tensors = load_file(folder / SELF_TEST)
@@ -87,8 +87,10 @@ def verify(model: nn.Module, folder: Path, facts: Mapping[str, Any], forward: Fo
     return error
 
 
-def random_tokens(model: nn.Module) -> dict[str, Tensor]:
-    """Two rows of random tokens for a model of a supported family, the second half padding."""
+def random_inputs(model: nn.Module) -> dict[str, Tensor]:
+    """Two random images for a model of a supported family, or two rows of tokens, the second half padding."""
+    if (images := random_images(model, ROWS)) is not None:
+        return images
     config: Any = model.config
     length = min(8, find_family(model).longest_input(config))
     ids = torch.randint(0, config.vocab_size, (ROWS, length), generator=torch.Generator().manual_seed(0))

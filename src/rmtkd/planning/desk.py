@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -194,11 +195,11 @@ class Desk:
         return _critical([pair for name in free for pair in self._pairs(name)])
 
     def _count_above(self, site: Site, multiplier: float) -> float:
-        """Directions per group above the edge. A product carries no more directions than either of its streams. All
-        heads, as they are not counted so."""
+        """Directions per group above the edge. A product carries no more directions than either of its streams; units
+        that are read at several places must do for all. All heads, as they are not counted so."""
         if not _is_counted(site):
             return float(site.width)
-        return min(_count(spectrum, edge, multiplier) for spectrum, edge in self._pairs(site.name))
+        return _deciding(site)(_count(spectrum, edge, multiplier) for spectrum, edge in self._pairs(site.name))
 
     def _paying_width(self, group: Sequence[Site]) -> int:
         """The largest width below the full one at which the model has no more parameters than at full width: an
@@ -261,8 +262,8 @@ class Desk:
             )
 
     def _site_plan(self, site: Site, fixed: Mapping[str, int], multiplier: float, keep: int, planned: int) -> SitePlan:
-        # Of the two streams of a product the one with fewer directions decides, and is shown.
-        spectrum, edge = min(self._pairs(site.name), key=lambda pair: _count(*pair, multiplier))
+        # Of several streams one decides, and is shown.
+        spectrum, edge = _deciding(site)(self._pairs(site.name), key=lambda pair: _count(*pair, multiplier))
         pooled = np.sort(spectrum.eigenvalues.ravel())[::-1]
         above = edge.count(pooled, multiplier)
         has_gap = 0 < above < len(pooled) and pooled[above] > 0
@@ -302,13 +303,13 @@ class Desk:
         )
 
     def _floor(self, site: Site) -> float | None:
-        """Directions per group that the default detector tells from noise, in the stream that has fewer."""
+        """Directions per group that the default detector tells from noise, in the stream that decides."""
         counts = []
         for spectrum in self.spectrums[site.name] if _is_counted(site) else ():
             if spectrum.eigenvalues.any() and spectra.DETECTOR in spectra.RULES and spectrum.variances is not None:
                 edge = spectra.rule_named(spectra.DETECTOR)(spectrum)
                 counts.append(_count(spectrum, edge, 1.0))
-        return min(counts, default=None)
+        return _deciding(site)(counts, default=None)
 
     def _why(self, site: Site, count: float, keep: int, multiplier: float, *, is_fixed: bool) -> str:
         directions = f"{count:.1f} a head" if site.groups > 1 else f"{count:.0f}"
@@ -337,6 +338,12 @@ def _edge(site: Site, spectrum: Spectrum, rule: str, tau: float, *, may_be_dead:
         if may_be_dead and not spectrum.eigenvalues.any():
             return _no_edge(rule, spectrum, "The width is dead on these data.", misfit=True)
         raise DataError(f"site {site.name}: {error} To leave it whole: --exclude {site.name}.") from None
+
+
+def _deciding(site: Site) -> Callable[..., Any]:
+    """Which of a site's streams decides on its width: of a product the one with fewer directions, else the one with
+    most."""
+    return min if site.kind == "bilinear" else max
 
 
 def _is_counted(site: Site) -> bool:

@@ -17,7 +17,18 @@ attention kernel survive) carry the same `shares`.
 """
 
 from rmtkd.sites.parts import attention_sites, embedding_site, embedding_sites, feed_forward_site, linear_site
-from rmtkd.sites.search import check_parameters, find_family, find_sites, layer_paths, longest_input, search
+from rmtkd.sites.search import (
+    check_parameters,
+    encoder_of,
+    find_family,
+    find_image_family,
+    find_sites,
+    is_known,
+    layer_paths,
+    longest_input,
+    random_images,
+    search,
+)
 from rmtkd.sites.site import (
     Absent,
     Attribute,
@@ -31,6 +42,7 @@ from rmtkd.sites.site import (
     by_width,
     share_settings,
 )
+from rmtkd.sites.tracing import Traced, trace_sites
 
 __all__ = [
     "Absent",
@@ -40,6 +52,7 @@ __all__ = [
     "Quantity",
     "Site",
     "Stream",
+    "Traced",
     "after_cuts",
     "attention_sites",
     "blocks_of",
@@ -47,12 +60,17 @@ __all__ = [
     "check_parameters",
     "embedding_site",
     "embedding_sites",
+    "encoder_of",
     "feed_forward_site",
     "find_family",
+    "find_image_family",
     "find_sites",
+    "is_known",
     "layer_paths",
     "linear_site",
     "longest_input",
+    "random_images",
     "search",
     "share_settings",
+    "trace_sites",
 ]

@@ -5,24 +5,26 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from rmtkd.batches import Batch
 from rmtkd.errors import UnsupportedModelError
-from rmtkd.families import FAMILIES, Attention, EncoderFamily, FeedForward
+from rmtkd.families import FAMILIES, IMAGE_FAMILIES, Attention, EncoderFamily, FeedForward, ImageFamily
 from rmtkd.modeling_rmtkd import PREFIX, NoHeads
 from rmtkd.sites.parts import attention_sites, embedding_sites, expect, feed_forward_site, linear
 from rmtkd.sites.site import Absent, Quantity, Site
+from rmtkd.sites.tracing import trace_sites
 
 
 def find_family(model: nn.Module) -> EncoderFamily:
-    """The family whose table describes this model.
+    """The family of texts whose table describes this model.
 
     Raises:
         UnsupportedModelError: if there is none, or if the model's head is of another kind than single-label
             classification.
     """
     class_name = type(model).__name__.removeprefix(PREFIX)
-    supported = ", ".join(family.model_class for family in FAMILIES)
+    supported = ", ".join(family.model_class for family in (*FAMILIES, *IMAGE_FAMILIES))
     for family in FAMILIES:
         if class_name in family.refused_classes:
             raise UnsupportedModelError(
@@ -38,16 +40,60 @@ def find_family(model: nn.Module) -> EncoderFamily:
     )
 
 
-def find_sites(model: nn.Module) -> tuple[Site, ...]:
+def find_image_family(model: nn.Module) -> ImageFamily | None:
+    """The family of images that this model is of, if it is of one."""
+    class_name = type(model).__name__.removeprefix(PREFIX)
+    return next((family for family in IMAGE_FAMILIES if class_name == family.model_class), None)
+
+
+def is_known(model: nn.Module) -> bool:
+    """Whether the model is of a supported family: such a model can be saved so that nothing of ours is needed to load
+    it.
+
+    Raises:
+        UnsupportedModelError: for another head of a supported family.
+    """
+    if find_image_family(model) is not None:
+        return True
+    class_name = type(model).__name__.removeprefix(PREFIX)
+    is_text = any(class_name in {family.model_class, *family.refused_classes} for family in FAMILIES)
+    return is_text and find_family(model) is not None
+
+
+def encoder_of(model: nn.Module) -> str | None:
+    """Path of the module whose parameters count as the encoder's; None where there is none."""
+    images = find_image_family(model)
+    if images is not None:
+        return images.encoder
+    return find_family(model).encoder if is_known(model) else None
+
+
+def random_images(model: nn.Module, rows: int, *, seed: int = 0) -> dict[str, Tensor] | None:
+    """Random images that a model of an image family can be called with; None for any other model."""
+    family = find_image_family(model)
+    if family is None:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    return {"pixel_values": torch.randn(rows, *family.image_shape(model.config), generator=generator)}
+
+
+def find_sites(model: nn.Module, example: Batch | None = None) -> tuple[Site, ...]:
     """Every width of the model that may be narrowed, shallow to deep.
 
     Args:
-        model: a supported model, also one that was compressed before.
+        model: a supported model, also one that was compressed before; or, with an example, any that is built from
+            convolutions, linear maps, norms by batch statistics, and what acts channel by channel.
+        example: a batch that the model can be called with. A model of a supported family needs none.
 
     Raises:
         UnsupportedModelError: naming the class, the head, the part or the precision that is not understood.
     """
-    sites = tuple(site for _, describe in search(model) for site in describe())
+    if not is_known(model) and example is not None:
+        sites = trace_sites(model, example).sites
+    elif (images := random_images(model, 2)) is not None:
+        sites = trace_sites(model, images).sites
+    else:
+        sites = tuple(site for _, describe in search(model) for site in describe())
     check_parameters(model, sites)
     return sites
 

@@ -10,13 +10,14 @@ Quantity = Literal["width", "total", "scaling", "groups"]
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """One dimension of one parameter. Its size is `copies × groups × width × each` of the site, copy after copy, in
-    each copy group after group, in each group unit after unit. Several copies: a gated block whose value and gate are
-    one matrix."""
+    """One dimension of one parameter, or of a buffer. Its size is `copies × groups × width × each × positions` of the
+    site, copy after copy, in each copy group after group, in each group unit after unit. Several copies: a gated block
+    whose value and gate are one matrix. Several positions: a linear map that reads a flattened image."""
 
     parameter: str
     dim: int
     copies: int = 1
+    positions: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,8 @@ class Stream:
     """Activations of one width: where they are seen, who writes them, who reads them."""
 
     module: str
-    """The module whose `side` carries the activations in its last dimension, at each of its calls."""
+    """The module whose `side` carries the activations, at each of its calls: in the second dimension where it is a
+    convolution, else in the last."""
     side: Literal["input", "output"]
     writers: tuple[Axis, ...]
     readers: tuple[Axis, ...] = ()
@@ -33,6 +35,16 @@ class Stream:
     table: str | None = None
     """The parameter whose rows are the only activations that there are. Each counts once more than it was seen: what
     calibration rows do not hold may be met later, and a table of rare tokens would have no directions at all."""
+    norm: str | None = None
+    """The norm by batch statistics that follows the readers: in place of an intercept its statistics, gathered anew
+    after a cut, take up the mean of what is dropped."""
+    positions: int = 1
+    """How many positions lie flattened behind each unit."""
+
+    @property
+    def is_centred(self) -> bool:
+        """Whether a bias, or the statistics of a norm, can take up the mean of what is dropped."""
+        return self.intercept is not None or self.norm is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +90,8 @@ class Site:
             one: heads, of which some may go.
         least: the smallest width, 0 where nothing may be kept: then the reader's bias is all that remains.
         absent: what takes the place of the module that does not run without units.
-        streams: one, or for `bilinear` the two that meet in the product.
+        streams: one, or for `bilinear` the two that meet in the product. Units may be read at several places, with
+            other activations at each: as many streams, of which the first has the writers.
         shares: name of the width that it has in common with other sites.
         scope: path of the module whose call computes the block; None outside the stack of blocks, or where a module
             is called more than once in a forward pass.
@@ -113,9 +126,9 @@ class Site:
         return self.width * self.each
 
     @property
-    def is_centred(self) -> bool:
-        """Whether a bias can take up the mean of what is dropped."""
-        return self.streams[0].intercept is not None
+    def projected(self) -> tuple[Stream, ...]:
+        """The streams whose projection does what the cut does: of the two that meet in a product one is enough."""
+        return self.streams[:1] if self.kind == "bilinear" else self.streams
 
 
 def by_width(sites: Iterable[Site]) -> dict[str, tuple[Site, ...]]:

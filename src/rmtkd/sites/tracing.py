@@ -1,0 +1,433 @@
+"""The widths of a network that is built from convolutions, linear maps, norms by batch statistics, and what acts on
+every channel by itself: found by following channels through its graph.
+
+`torch.export` gives the graph of one forward pass. A convolution or linear map ends one width and begins another;
+an addition or a product of two activations makes their widths one (a residual stream); everything channel by channel
+passes a width on. Whatever else a width meets leaves it whole, and says so.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+from torch.nn.modules.batchnorm import _NormBase
+
+from rmtkd import batches as batching
+from rmtkd.batches import Batch
+from rmtkd.errors import UnsupportedModelError
+from rmtkd.measurement import evaluation
+from rmtkd.sites.site import Attribute, Axis, Site, Stream
+
+CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+CHANNEL_BY_CHANNEL = frozenset(
+    (
+        *("relu", "relu6", "hardtanh", "leaky_relu", "elu", "selu", "celu", "silu", "gelu", "mish", "sigmoid"),
+        *("hardsigmoid", "hardswish", "tanh", "softplus", "neg", "abs", "square"),
+        *("dropout", "feature_dropout", "alpha_dropout", "clone", "contiguous", "to", "alias", "detach"),
+        *("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d"),
+        *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d"),
+        *("upsample_nearest1d", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d"),
+    )
+)
+"""Operators that act on every channel by itself, the same on all."""
+JOINING = frozenset(["add", "sub", "mul", "maximum", "minimum"])
+"""Operators of two activations, channel by channel."""
+RESHAPING = frozenset(["flatten", "view", "reshape", "squeeze", "mean", "unsqueeze"])
+"""Operators that a width comes through where channels stay what they are."""
+ENDS = ("it is the input of the network", "it is the output of the network")
+
+
+@dataclass(eq=False)
+class _Width:
+    """Channels that must stay or go together."""
+
+    size: int
+    order: int
+    """Place in the graph where they first are."""
+    writers: list[Axis] = field(default_factory=list)
+    readers: list["_Reader"] = field(default_factory=list)
+    attributes: list[Attribute] = field(default_factory=list)
+    writing: list[str] = field(default_factory=list)
+    """Paths of the convolutions and linear maps that write it."""
+    whole: str | None = None
+    """Why it must stay as it is."""
+    same_as: "_Width | None" = None
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A convolution or linear map that reads a width."""
+
+    module: str
+    positions: int = 1
+    norm: str | None = None
+    intercept: str | None = None
+
+
+@dataclass(frozen=True)
+class _Channels:
+    """Which dimension of an activation holds which width, and how many positions lie flattened behind each channel."""
+
+    width: _Width
+    dim: int
+    positions: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traced:
+    """What was found in a network.
+
+    Attributes:
+        sites: the widths that may be narrowed, shallow to deep.
+        whole: the others but input and output, by what writes them, and why each stays whole.
+    """
+
+    sites: tuple[Site, ...]
+    whole: Mapping[str, str]
+
+
+def trace_sites(model: nn.Module, example: Batch) -> Traced:
+    """Follow the channels of a network through one forward pass.
+
+    Args:
+        model: any module that `torch.export` can follow, left as it was.
+        example: a batch that it can be called with; two of its rows are used.
+
+    Raises:
+        UnsupportedModelError: if it cannot be followed, or no width is found that may be narrowed.
+    """
+    name = type(model).__name__
+    device = next(model.parameters()).device
+    args, kwargs = batching.inputs(batching.to(batching.head(example, 2), device))
+    try:
+        with evaluation(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(model, args, dict(kwargs))
+    except Exception as error:  # whatever torch makes of a forward that it cannot follow
+        told = str(error).strip().splitlines()
+        raise UnsupportedModelError(
+            f"a model without sites must have a forward that torch.export can follow. {name} gave: "
+            f"{told[0] if told else type(error).__name__}. Describe its sites (docs/own-model.md); nothing was changed."
+        ) from error
+    tracer = _Tracer(model, program)
+    tracer.follow()
+    sites, whole = tracer.sites(), tracer.whole()
+    if not sites:
+        reasons = "; ".join(f"{path}: {why}" for path, why in whole.items()) or "it has no convolution or linear map"
+        raise UnsupportedModelError(
+            f"a model must have a width between two convolutions or linear maps that may be narrowed. {name} has none: "
+            f"{reasons}. Nothing was changed."
+        )
+    return Traced(sites=sites, whole=whole)
+
+
+class _Tracer:
+    """One walk through a graph."""
+
+    def __init__(self, model: nn.Module, program: Any):
+        self.model, self.nodes = model, list(program.graph.nodes)
+        signature = program.graph_signature
+        self.names: dict[str, str] = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        self.found: dict[Node, _Channels] = {}
+        self.widths: list[_Width] = []
+        self.sides: dict[tuple[str, str], _Width] = {}
+        """Of each parameter, the widths of its two sides: a module that is called twice has the same at each call."""
+        self.order = 0
+
+    def follow(self) -> None:
+        for order, node in enumerate(self.nodes):
+            self.order = order
+            if node.op == "placeholder" and node.name not in self.names and _shape(node) is not None:
+                self._stay_whole(self._begin(node), ENDS[0])
+            elif node.op == "call_function":
+                self._call(node, _operator(node))
+            elif node.op == "output":
+                for source in node.all_input_nodes:
+                    self._end(source, ENDS[1])
+
+    def sites(self) -> tuple[Site, ...]:
+        free = [w for w in self._roots() if w.whole is None and w.writing and w.readers and w.size > 1]
+        sites = tuple(map(self._site, sorted(free, key=lambda width: width.order)))
+        scopes = {site.scope for site in sites if site.scope}
+        # A block that holds others is called around them, not after them.
+        around = {scope for scope in scopes if any(other.startswith(f"{scope}.") for other in scopes)}
+        return tuple(replace(site, scope=None) if site.scope in around else site for site in sites)
+
+    def whole(self) -> dict[str, str]:
+        return {
+            width.writing[0]: width.whole
+            for width in sorted(self._roots(), key=lambda width: width.order)
+            if width.writing and width.whole and width.whole not in ENDS
+        }
+
+    # ------------------------------------------------------------------ operators
+
+    def _call(self, node: Node, operator: str) -> None:
+        sources = [source for source in node.all_input_nodes if source in self.found]
+        if not sources:
+            return
+        if operator in CONVOLUTIONS or operator == "linear":
+            self._map(node, is_linear=operator == "linear")
+        elif operator == "batch_norm" or (operator == "prelu" and _shape(node.args[1]) != (1,)):
+            self._norm(node)
+        elif operator in CHANNEL_BY_CHANNEL or operator == "prelu":
+            self._pass_on(node, sources[0])
+        elif operator in JOINING and len(node.args) > 1:
+            self._join(node)
+        elif operator in RESHAPING:
+            self._reshape(node, sources[0])
+        elif self._moves_positions(node, operator, sources[0]):
+            self._pass_on(node, sources[0])
+        else:
+            self._give_up(node, f"{operator} at {_place(node)} is not known to act channel by channel")
+
+    def _map(self, node: Node, *, is_linear: bool) -> None:
+        """A convolution or a linear map: reads one width, writes another."""
+        source, weight, *rest = node.args
+        name = self._name(weight)
+        path = self._module_of(name, (nn.Linear,) if is_linear else (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        if name is None or path is None:
+            self._give_up(node, f"the weight at {_place(node)} is no plain parameter of a convolution or linear map")
+            return
+        channels = self.found[source]  # type: ignore[index]
+        module: Any = self.model.get_submodule(path)
+        groups = 1 if is_linear else module.groups
+        if channels.dim != (len(_shape(source) or ()) - 1 if is_linear else 1):
+            self._give_up(node, f"{path} reads another dimension than that of the channels")
+            return
+        bias = self._name(rest[0]) if rest else None
+        written = [Axis(parameter=parameter, dim=0) for parameter in (name, bias) if parameter]
+        if groups > 1:
+            self._grouped(node, channels, path, groups, written)
+            return
+        read = self._side(name, "read", channels.width)
+        norm = self._norm_after(node)
+        plain = norm is None and bias is not None and (is_linear or not any(_numbers(module.padding)))
+        reader = _Reader(path, channels.positions, norm, bias if plain else None)
+        if reader not in read.readers:
+            read.readers.append(reader)
+        made = self._begin(node, dim=len(_shape(node) or ()) - 1 if is_linear else 1)
+        width = self._side(name, "written", made)
+        if path not in width.writing:
+            width.writing.append(path)
+            width.writers += written
+
+    def _grouped(self, node: Node, channels: _Channels, path: str, groups: int, written: Sequence[Axis]) -> None:
+        width = channels.width
+        if groups == width_of(width).size == _shape(node)[1]:  # type: ignore[index]  # one filter a channel
+            width = self._side(written[0].parameter, "written", width)
+            width.writers += [axis for axis in written if axis not in width.writers]
+            width.attributes.append(Attribute(module=path, name="groups", quantity="width"))
+            self.found[node] = _Channels(width, 1, channels.positions)
+        else:
+            self._give_up(node, f"{path} is a convolution in {groups} groups")
+
+    def _norm(self, node: Node) -> None:
+        """Parameters and statistics with one entry a channel."""
+        source = node.args[0]
+        channels = self.found[source]  # type: ignore[index]
+        names = [self._name(part) for part in node.args[1:5] if isinstance(part, Node)]
+        owner = None if not names or names[0] is None else names[0].rpartition(".")[0]
+        if owner is None or None in names or not isinstance(self.model.get_submodule(owner), (_NormBase, nn.PReLU)):
+            self._give_up(node, f"the norm at {_place(node)} is no plain one with its own parameters")
+            return
+        if _operator(node) == "batch_norm" and len(names) < 3 and node.args[3] is None:
+            self._give_up(node, f"{owner} takes its statistics from the batch that is run")
+            return
+        width = width_of(channels.width)
+        axes = [Axis(parameter=name, dim=0) for name in names if name is not None]
+        width.writers += [axis for axis in axes if axis not in width.writers]
+        self._pass_on(node, source)  # type: ignore[arg-type]
+
+    def _join(self, node: Node) -> None:
+        first, second = node.args[0], node.args[1]
+        parts = [part for part in (first, second) if isinstance(part, Node) and part in self.found]
+        if len(parts) < 2:
+            other = next((part for part in (first, second) if isinstance(part, Node) and part not in self.found), None)
+            if other is None or _count(_shape(other)) == 1:
+                self._pass_on(node, parts[0])
+            else:
+                self._give_up(node, f"{_operator(node)} at {_place(node)} has a factor or term for each channel")
+            return
+        a, b = (self.found[part] for part in parts)
+        same = a.dim - _rank(parts[0]) == b.dim - _rank(parts[1]) and a.positions == b.positions
+        if not same or width_of(a.width).size != width_of(b.width).size:
+            self._give_up(node, f"{_operator(node)} at {_place(node)} joins other numbers of channels")
+            return
+        deeper = a if _rank(parts[0]) >= _rank(parts[1]) else b
+        self._unite(a.width, b.width)
+        self.found[node] = deeper
+
+    def _reshape(self, node: Node, source: Node) -> None:
+        """Whether channels stay apart is seen by the shapes: with examples of unequal numbers nothing else fits."""
+        channels, before, after = self.found[source], _shape(source), _shape(node)
+        assert before is not None and after is not None
+        if _operator(node) == "mean":
+            named = _numbers(node.args[1]) if len(node.args) > 1 else range(len(before))
+            dims = [dim % len(before) for dim in named]
+            keeps = len(node.args) > 2 and bool(node.args[2])
+            if channels.dim in dims:
+                self._give_up(node, f"mean at {_place(node)} is taken over channels")
+                return
+            shift = 0 if keeps else sum(1 for dim in dims if dim < channels.dim)
+            self.found[node] = _Channels(channels.width, channels.dim - shift, channels.positions)
+        elif len(after) > channels.dim and after[: channels.dim + 1] == before[: channels.dim + 1]:
+            self.found[node] = channels
+        elif len(after) == channels.dim + 1 and after[: channels.dim] == before[: channels.dim]:
+            positions = _count(before[channels.dim + 1 :])
+            self.found[node] = _Channels(channels.width, channels.dim, channels.positions * positions)
+        else:
+            self._give_up(node, f"{_operator(node)} at {_place(node)} mixes channels with positions")
+
+    def _moves_positions(self, node: Node, operator: str, source: Node) -> bool:
+        """Whether positions alone are cut off or added."""
+        dim = self.found[source].dim
+        if operator == "slice":
+            return node.args[1] != dim
+        return operator in ("pad", "constant_pad_nd") and len(_numbers(node.args[1])) // 2 < _rank(source) - dim
+
+    # ------------------------------------------------------------------ widths
+
+    def _begin(self, node: Node, dim: int = 1) -> _Width:
+        shape = _shape(node) or ()
+        width = _Width(size=shape[dim] if len(shape) > dim else 1, order=self.order)
+        self.widths.append(width)
+        self.found[node] = _Channels(width, dim)
+        return width
+
+    def _pass_on(self, node: Node, source: Node) -> None:
+        self.found[node] = self.found[source]
+
+    def _side(self, name: str, side: str, width: _Width) -> _Width:
+        """The width of one side of a parameter."""
+        return self._unite(self.sides.setdefault((name, side), width), width)
+
+    def _unite(self, a: _Width, b: _Width) -> _Width:
+        a, b = sorted((width_of(a), width_of(b)), key=lambda width: width.order)
+        if a is not b:
+            b.same_as = a
+            for name in ("writers", "readers", "attributes", "writing"):
+                mine = getattr(a, name)
+                mine += [part for part in getattr(b, name) if part not in mine]
+            a.whole = a.whole or b.whole
+        return a
+
+    def _stay_whole(self, width: _Width, why: str) -> None:
+        width = width_of(width)
+        width.whole = width.whole or why
+
+    def _end(self, node: Node, why: str) -> None:
+        if node in self.found:
+            self._stay_whole(self.found[node].width, why)
+
+    def _give_up(self, node: Node, why: str) -> None:
+        """The widths that go in here, and what comes out, stay as they are."""
+        for source in node.all_input_nodes:
+            self._end(source, why)
+        if _shape(node) is not None:
+            self._stay_whole(self._begin(node), why)
+
+    def _roots(self) -> Iterator[_Width]:
+        return (width for width in self.widths if width.same_as is None)
+
+    # ------------------------------------------------------------------ names
+
+    def _name(self, part: object) -> str | None:
+        """The name of a parameter or buffer that goes in as it is."""
+        return self.names.get(part.name) if isinstance(part, Node) else None
+
+    def _module_of(self, name: str | None, kinds: tuple[type[nn.Module], ...]) -> str | None:
+        """The path of the module of one of these types that has this weight."""
+        if name is None or not name.endswith("weight"):
+            return None
+        path = name.rpartition(".")[0]
+        return path if type(self.model.get_submodule(path)) in kinds else None
+
+    def _norm_after(self, node: Node) -> str | None:
+        """The norm by batch statistics that alone reads what a map writes."""
+        users = list(node.users)
+        if len(users) != 1 or _operator(users[0]) != "batch_norm" or not isinstance(users[0].args[3], Node):
+            return None
+        name = self._name(users[0].args[3])
+        return None if name is None else name.rpartition(".")[0]
+
+    def _site(self, width: _Width) -> Site:
+        name = width.writing[0]
+        parts = [*width.writing, *(reader.module for reader in width.readers)]
+        scope = _common_ancestor(parts)
+        streams = tuple(
+            Stream(
+                module=reader.module,
+                side="input",
+                writers=tuple(width.writers) if i == 0 else (),
+                readers=(Axis(parameter=f"{reader.module}.weight", dim=1, positions=reader.positions),),
+                intercept=reader.intercept,
+                norm=reader.norm,
+                positions=reader.positions,
+            )
+            for i, reader in enumerate(width.readers)
+        )
+        return Site(
+            name=name,
+            kind="pointwise",
+            block=scope or name,
+            width=width.size,
+            streams=streams,
+            shares=name,
+            scope=scope,
+            attributes=tuple(width.attributes),
+        )
+
+
+def width_of(width: _Width) -> _Width:
+    """The width that this one has become part of."""
+    while width.same_as is not None:
+        width = width.same_as
+    return width
+
+
+def _common_ancestor(paths: Sequence[str]) -> str | None:
+    """The module that all of these lie in; None if it is the network itself."""
+    common: list[str] = []
+    for parts in zip(*(path.split(".")[:-1] for path in paths), strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return ".".join(common) or None
+
+
+def _operator(node: Node) -> str:
+    """The operator's plain name: `relu_` changes in place what `relu` makes anew."""
+    name = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", str(node.target))
+    return name.split(".")[0].rstrip("_")
+
+
+def _place(node: Node) -> str:
+    """The path of the innermost module that a node belongs to."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return (stack[-1][0] if stack else "") or "the network itself"
+
+
+def _shape(node: object) -> tuple[int, ...] | None:
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+def _rank(node: Node) -> int:
+    return len(_shape(node) or ())
+
+
+def _count(shape: Sequence[int] | None) -> int:
+    product = 1
+    for size in shape or ():
+        product *= size
+    return product
+
+
+def _numbers(value: object) -> tuple[Any, ...]:
+    """The entries of a list, or one by itself. `same` pads as far as filters reach."""
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
