@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rmtkd.bases import Basis, bilinear_bases, linear_basis, order_units, unit_basis
+from rmtkd.bases import Basis, bilinear_bases, linear_basis, order_units, unit_bases, unit_basis
 
 DOUBLE = torch.float64
 seeds = st.integers(0, 10_000)
@@ -347,7 +347,7 @@ def test_fewer_units_are_the_first_of_more() -> None:
     orders: dict[int, torch.Tensor] = {}
     mean = torch.zeros(1, 12, dtype=torch.float64)
     for keep in (9, 4, 7, 12, 11):
-        kept = unit_basis(covariance[None], mean, reader[None], keep, orders=orders)
+        kept = unit_bases([covariance[None]], [mean], [reader[None]], keep, orders=orders)[0]
         anew = unit_basis(covariance[None], mean, reader[None], keep)
         assert torch.equal(kept.reduce, anew.reduce)
         assert torch.equal(kept.lift, anew.lift)

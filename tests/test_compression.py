@@ -38,14 +38,14 @@ GUARDED: dict[str, Any] = {"policy": "guarded"}
 
 @pytest.fixture(scope="module")
 def teacher(sentiment: Sentiment) -> torch.nn.Module:
-    return load_classifier(str(sentiment.teacher), recipes.get("sst2").labels).model
+    return load_classifier(str(sentiment.teacher), labels=recipes.get("sst2").labels).model
 
 
 @pytest.fixture
 def task(sentiment: Sentiment) -> Rows:
     """Fresh rows: a run leaves the number of its last pass in them."""
     recipe = recipes.get("sst2")
-    return recipe.rows(sentiment.data, load_classifier(str(sentiment.teacher), recipe.labels), 0)
+    return recipe.rows(sentiment.data, load_classifier(str(sentiment.teacher), labels=recipe.labels), 0)
 
 
 def run(model: torch.nn.Module, rows: Rows, **options: Any) -> Compressed:
@@ -60,7 +60,7 @@ def finished(
     """A run folder, its result, its events, and whether the random numbers were left alone."""
     out = tmp_path_factory.mktemp("runs") / "run"
     recipe = recipes.get("sst2")
-    rows = recipe.rows(sentiment.data, load_classifier(str(sentiment.teacher), recipe.labels), 0)
+    rows = recipe.rows(sentiment.data, load_classifier(str(sentiment.teacher), labels=recipe.labels), 0)
     events: list[Any] = []
     before, state = snapshot(teacher), torch.get_rng_state()
     result = run(teacher, rows, out=out, on_event=events.append, granularity="layer", control=True, **GUARDED)

@@ -24,6 +24,7 @@ ORDER = [
     "memory",
     "measurement",
     "modeling_rmtkd",
+    "modeling_cifar_resnet",
     "modules",
     "families",
     "sites",

@@ -195,7 +195,7 @@ def test_the_digits_teacher_starts_from_its_seed_and_leaves_the_random_numbers_a
 
 
 def test_a_trained_classifier_loads_with_its_tokenizer(sentiment: Sentiment):
-    source = load_classifier(str(sentiment.teacher), TWO)
+    source = load_classifier(str(sentiment.teacher), labels=TWO)
     assert not source.model.training
     assert source.tokenizer("a good film")["input_ids"] == make_tokenizer()("a good film")["input_ids"]
     assert source.tokenizer.model_max_length == 40
@@ -207,11 +207,11 @@ def test_our_folder_loads_with_its_tokenizer_whatever_its_kind(tmp_path: Path):
     model.save_pretrained(tmp_path / "old")
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "##s"]
     (tmp_path / "old" / "vocab.txt").write_text("\n".join(vocabulary))
-    old = load_classifier(str(tmp_path / "old"), TWO)
+    old = load_classifier(str(tmp_path / "old"), labels=TWO)
     assert isinstance(old.tokenizer, BertTokenizer)
     old.tokenizer.save_pretrained(tmp_path / "words")
     artifact.save(model, tmp_path / "ours", extra_files=sorted((tmp_path / "words").iterdir()))
-    ours = load_classifier(str(tmp_path / "ours"), TWO)
+    ours = load_classifier(str(tmp_path / "ours"), labels=TWO)
     assert ours.tokenizer("Good films")["input_ids"] == old.tokenizer("Good films")["input_ids"] == [2, 5, 7, 8, 3]
     assert str(tmp_path).encode() not in b"".join(path.read_bytes() for path in (tmp_path / "ours").iterdir())
 
@@ -287,7 +287,7 @@ def inside_a_run(path: Path) -> None:
 def test_what_is_no_trained_classifier_is_refused(tmp_path: Path, make: Callable[[Path], object], message: str):
     make(tmp_path / "model")
     with pytest.raises(DataError, match=message):
-        load_classifier(str(tmp_path / "model"), TWO)
+        load_classifier(str(tmp_path / "model"), labels=TWO)
     assert not list(tmp_path.rglob("executed"))
 
 
@@ -295,7 +295,7 @@ def test_an_altered_folder_of_ours_is_refused(tmp_path: Path):
     artifact.save(tiny_bert(labels=2), tmp_path / "ours")
     (tmp_path / "ours" / "README.md").write_text("another")
     with pytest.raises(ArtifactError):
-        load_classifier(str(tmp_path / "ours"), TWO)
+        load_classifier(str(tmp_path / "ours"), labels=TWO)
 
 
 def test_a_start_has_a_fresh_head_of_the_labels_by_its_seed(tmp_path: Path):

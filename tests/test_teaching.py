@@ -50,7 +50,7 @@ def test_a_teacher_is_a_stock_folder_with_its_record(sentiment: Sentiment):
     assert record["accuracy"]["value"] > 0.9
     assert record["accuracy"]["n"] == record["f1"]["n"] == 90
     assert str(sentiment.start.parent) not in json.dumps(record)
-    source = load_classifier(str(sentiment.teacher), SST2.labels)
+    source = load_classifier(str(sentiment.teacher), labels=SST2.labels)
     assert source.tokenizer is not None and record["parameters"] == sum(p.numel() for p in source.model.parameters())
 
 

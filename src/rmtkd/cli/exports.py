@@ -45,7 +45,7 @@ def export_model(
         record = exports.export(network, out, to=to, int8=int8, tokenizer=load_tokenizer(model, network))
     else:
         task = recipes.get(recipe, columns=columns, label=label, max_length=max_length)
-        source = task.load(model)
+        source = task.load(model, data)
         rows = task.rows(data, source, 0)
         record = exports.export(
             source.model,

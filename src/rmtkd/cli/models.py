@@ -80,7 +80,7 @@ def evaluate(
 
     task = recipes.get(recipe, columns=columns, label=label, max_length=max_length)
     check_device(device)
-    source = task.load(model_dir)
+    source = task.load(model_dir, data)
     if file is None:
         everything = task.rows(data, source, 0)
         log(everything.note)
@@ -119,7 +119,7 @@ def check(
         verdicts = conformance.check(load_any_classifier(model))
     else:
         task = recipes.get(recipe, columns=columns)
-        source = task.load(model)
+        source = task.load(model, data)
         verdicts = conformance.check(source.model, task.rows(data, source, 0).train)
     if as_json:
         sys.stdout.write(json.dumps([asdict(verdict) for verdict in verdicts], indent=1) + "\n")

@@ -132,7 +132,7 @@ def plan(
     options |= given({"calibration_share": calibration_share, "epochs": epochs, "metric": metric})
     chosen = Options(**options)  # before anything takes time
     RunFolder.check_free(out)
-    source = task.load(needed(model))
+    source = task.load(needed(model), data)
     rows = task.rows(data, source, seed)
     log(rows.note)
     if trim_vocabulary:

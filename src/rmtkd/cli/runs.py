@@ -219,11 +219,11 @@ def resume(
 def prepared(command: Mapping[str, Any], seed: int) -> Iterator[tuple[dict[str, Any], "Listener"]]:
     """Model, rows and extra files of a run, and who watches it."""
     from rmtkd import recipes
-    from rmtkd.pretrained import save_tokenizer
     from rmtkd.progress import watcher
+    from rmtkd.recipes.checkpoints import save_companions
 
     task = recipes.get(command["recipe"], **{name: command[name] for name in ("columns", "label", "max_length")})
-    source = task.load(command["model"])
+    source = task.load(command["model"], None if command["data"] is None else Path(command["data"]))
     rows = task.rows(None if command["data"] is None else Path(command["data"]), source, seed)
     log(rows.note)
     facts = None
@@ -236,8 +236,7 @@ def prepared(command: Mapping[str, Any], seed: int) -> Iterator[tuple[dict[str, 
     with tempfile.TemporaryDirectory() as written, watcher(log_console) as on_event:
         if facts is not None:
             (Path(written) / "vocabulary.json").write_text(json.dumps(facts) + "\n")
-        if source.tokenizer is not None:
-            save_tokenizer(source.tokenizer, written)
+        save_companions(source, Path(written))
         parts = {
             "model": source.model,
             "train": rows.train,

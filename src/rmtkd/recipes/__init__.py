@@ -13,13 +13,15 @@ from rmtkd.recipes.recipe import Recipe, Rows
 from rmtkd.recipes.rows import TokenRows
 from rmtkd.recipes.text import text_recipe
 
+IMAGES = ("digits_cnn", "cifar10")
+"""Recipes of images."""
 SHORTEST = 8
 """Shortest `--max-length`: less would leave no text between the special tokens."""
 
 
 def names() -> tuple[str, ...]:
     """The names of all recipes."""
-    return ("digits", *TASKS, "text")
+    return ("digits", "digits_cnn", *TASKS, "cifar10", "text")
 
 
 def get(name: str, *, columns: str | None = None, label: str | None = None, max_length: int | None = None) -> Recipe:
@@ -36,7 +38,7 @@ def get(name: str, *, columns: str | None = None, label: str | None = None, max_
     """
     check_choice("recipe", name, names())
     given = {"--columns": columns, "--label": label, "--max-length": max_length}
-    allowed = {"text": set(given), "digits": set()}.get(name, {"--max-length"})
+    allowed = {"text": set(given), **{image: set() for image in (*IMAGES, "digits")}}.get(name, {"--max-length"})
     if strangers := [option for option, value in given.items() if value is not None and option not in allowed]:
         raise OptionError(
             f"--columns and --label are for the recipe text, --max-length for recipes of texts. Got "
@@ -44,10 +46,14 @@ def get(name: str, *, columns: str | None = None, label: str | None = None, max_
         )
     if max_length is not None and max_length < SHORTEST:
         raise OptionError(f"--max-length must be at least {SHORTEST}. Got {max_length}.")
-    if name == "digits":
-        from rmtkd.recipes.digits import DIGITS
+    if name in ("digits", "digits_cnn"):
+        from rmtkd.recipes import digits
 
-        return DIGITS
+        return digits.DIGITS if name == "digits" else digits.DIGITS_CNN
+    if name == "cifar10":
+        from rmtkd.recipes.cifar import CIFAR10
+
+        return CIFAR10
     if name == "text":
         return own_recipe(columns, label, max_length)
     describe, task = TASKS[name]

@@ -1,5 +1,6 @@
 """Reading and writing checkpoints of classifiers: transformers' folders, hub names, and our own folders."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,16 @@ from rmtkd.sites import find_sites, longest_input
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 
 
-def load_classifier(path: str, labels: Sequence[str] | None) -> Source:
+def load_classifier(
+    path: str, data: Path | None = None, *, labels: Sequence[str] | None, task: str = "SequenceClassification"
+) -> Source:
     """A trained classifier with its tokenizer, if it has one: our folder, transformers' folder, or a hub name.
 
     Args:
         path: where it is.
+        data: of a task, which has nothing to say here.
         labels: names of the classes that it must have, by index; None if they are its own.
+        task: as transformers' Auto classes end.
 
     Raises:
         DataError: if there is none, its head is not trained, or it has another number of classes.
@@ -30,7 +35,7 @@ def load_classifier(path: str, labels: Sequence[str] | None) -> Source:
     if artifact.is_artifact(Path(path)):
         model = artifact.load(path)
     else:
-        model, missing, _ = _from_pretrained(path)
+        model, missing, _ = _from_pretrained(path, task=task)
         if missing:
             raise DataError(
                 f"--model must be a trained classifier. {path!r} lacks {len(missing)} of its weights, such as "
@@ -46,7 +51,7 @@ def load_classifier(path: str, labels: Sequence[str] | None) -> Source:
         raise DataError(
             f"--model must have a head of at least two classes. {path!r} has {config.num_labels}. Choose a classifier."
         )
-    return Source(model=model, tokenizer=load_tokenizer(path, model))
+    return Source(model=model, tokenizer=None if task.startswith("Image") else load_tokenizer(path, model))
 
 
 def load_any_classifier(path: str) -> nn.Module:
@@ -117,11 +122,20 @@ def save_classifier(source: Source, folder: Path) -> None:
     model: Any = source.model
     with quietly():
         model.save_pretrained(folder)
+    save_companions(source, folder)
+
+
+def save_companions(source: Source, folder: Path) -> None:
+    """Write what must travel with a model: its tokenizer, or how images are prepared."""
     if source.tokenizer is not None:
         save_tokenizer(source.tokenizer, folder)
+    if source.preprocessor is not None:
+        (folder / "preprocessor_config.json").write_text(json.dumps(source.preprocessor, indent=1) + "\n")
 
 
-def _from_pretrained(path: str, **config: Any) -> tuple[nn.Module, list[str], list[str]]:
+def _from_pretrained(
+    path: str, *, task: str = "SequenceClassification", **config: Any
+) -> tuple[nn.Module, list[str], list[str]]:
     """A model and the names of its weights that the checkpoint does not hold, or not in this shape."""
     import transformers
 
@@ -131,7 +145,7 @@ def _from_pretrained(path: str, **config: Any) -> tuple[nn.Module, list[str], li
         raise DataError(f"--model must be a model folder or a hub name. There is no folder {path!r}. Check the path.")
     try:
         with quietly():
-            model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+            model, report = getattr(transformers, f"AutoModelFor{task}").from_pretrained(
                 path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **config
             )
     except Exception as error:  # whatever transformers, torch or safetensors make of what is there

@@ -3,6 +3,7 @@
 Small enough for a demonstration and for tests, real enough to lose accuracy when something is cut wrongly.
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 from rmtkd.distillation import Recovery
 from rmtkd.errors import DataError
 from rmtkd.recipes.checkpoints import load_classifier
+from rmtkd.recipes.images import ImageRows, preprocessor
 from rmtkd.recipes.recipe import Recipe, Rows, Source
 from rmtkd.recipes.rows import TokenRows, synthetic_batch
 from rmtkd.recipes.tables import class_indices, read_columns
@@ -26,6 +28,7 @@ LENGTH = 17
 """A start token and 16 patches of 2 × 2 pixels."""
 REPORT, SELECTION = 450, 150
 """Rows held out for the report and for selection; the other 1,197 are trained on."""
+NORMALISATION: dict[str, Any] = {"mean": (0.3,), "std": (0.37,)}
 LABELS = tuple(str(digit) for digit in range(10))
 SHIFTS = ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0))
 """Training scans are also seen moved by one pixel."""
@@ -47,7 +50,21 @@ def shifted(scans: np.ndarray, down: int, right: int) -> np.ndarray:
     return moved
 
 
-def load_rows(data: Path | None, source: Source, seed: int) -> Rows:
+Form = Callable[..., Any]
+"""Rows from scans, labels, `batch_size` and `seed`."""
+
+
+def token_rows(scans: np.ndarray, labels: np.ndarray, **options: Any) -> TokenRows:
+    """Scans as sequences of tokens."""
+    return TokenRows(tokens(scans), labels, pad_id=PAD, **options)
+
+
+def image_rows(scans: np.ndarray, labels: np.ndarray, **options: Any) -> ImageRows:
+    """Scans as images of one channel."""
+    return ImageRows((scans * (255 / 16)).astype(np.uint8)[..., None], labels, **NORMALISATION, **options)
+
+
+def load_rows(form: Form, train_batch: int, data: Path | None, source: Source, seed: int) -> Rows:
     """All rows by role. They ship with scikit-learn: `data` and `source` have nothing to say."""
     from sklearn.datasets import load_digits
 
@@ -57,14 +74,14 @@ def load_rows(data: Path | None, source: Source, seed: int) -> Rows:
     held = REPORT + SELECTION
     training = np.concatenate([shifted(scans[held:], *shift) for shift in SHIFTS])
     return Rows(
-        train=TokenRows(tokens(training), np.tile(labels[held:], len(SHIFTS)), pad_id=PAD, seed=seed),
-        selection=TokenRows(tokens(scans[REPORT:held]), labels[REPORT:held], pad_id=PAD, batch_size=150),
-        report=TokenRows(tokens(scans[:REPORT]), labels[:REPORT], pad_id=PAD, batch_size=150),
+        train=form(training, np.tile(labels[held:], len(SHIFTS)), seed=seed, batch_size=train_batch),
+        selection=form(scans[REPORT:held], labels[REPORT:held], batch_size=150),
+        report=form(scans[:REPORT], labels[:REPORT], batch_size=150),
         note=f"{len(training):,} training rows (with scans moved), {SELECTION} selection and {REPORT} report rows",
     )
 
 
-def file_rows(path: Path, source: Source) -> TokenRows:
+def file_rows(form: Form, path: Path, source: Source) -> Any:
     """Rows of a file with columns `pixels` (64 grey levels, 0..16) and `label`.
 
     Raises:
@@ -75,7 +92,7 @@ def file_rows(path: Path, source: Source) -> TokenRows:
         if not isinstance(scan, list) or len(scan) != 64 or not all(p is not None and 0 <= p <= 16 for p in scan):
             raise DataError(f"column 'pixels' of {path} must hold lists of 64 grey levels within 0..16. Got {scan!r}.")
     indices = class_indices(labels, LABELS, f"column 'label' of {path}")
-    return TokenRows(tokens(np.array(pixels).reshape(-1, 8, 8)), indices, pad_id=PAD, batch_size=150)
+    return form(np.array(pixels).reshape(-1, 8, 8), np.asarray(indices), batch_size=150)
 
 
 def start(path: str | None, seed: int, data: Path | None = None) -> Source:
@@ -110,17 +127,63 @@ def example(model: nn.Module, rows: Rows) -> dict[str, Any]:
     return synthetic_batch(PATCHES, 32, LENGTH)
 
 
+def start_cnn(path: str | None, seed: int, data: Path | None = None) -> Source:
+    """A small residual network from a random start.
+
+    Raises:
+        DataError: if a checkpoint is given.
+    """
+    from rmtkd.modeling_cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
+
+    if path is not None:
+        raise DataError(f"the digits teacher starts from nothing. Got --model {path!r}. Leave it out.")
+    names = {"id2label": dict(enumerate(LABELS)), "label2id": {name: i for i, name in enumerate(LABELS)}}
+    config = CifarResNetConfig(hidden_sizes=[16, 32], inner_sizes=[[16, 16], [32, 32]], num_channels=1, **names)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return source_of(CifarResNetForImageClassification(config).eval())
+
+
+def load_cnn(path: str, data: Path | None = None) -> Source:
+    """A trained network for images of digits."""
+    return source_of(load_classifier(path, labels=LABELS, task="ImageClassification").model)
+
+
+def source_of(model: nn.Module) -> Source:
+    """A network and how images are prepared for it."""
+    return Source(model=model, preprocessor=preprocessor(8, **NORMALISATION))
+
+
+def image_example(model: nn.Module, rows: Rows) -> dict[str, Any]:
+    """The batch whose cost is measured."""
+    return {"pixel_values": torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))}
+
+
 DIGITS = Recipe(
     name="digits",
     describe="scikit-learn's 8 × 8 handwritten digits as 17 tokens: 1,797 scans, no download; reported on 450 of them",
     labels=LABELS,
     start=start,
     load=partial(load_classifier, labels=LABELS),
-    rows=load_rows,
-    file_rows=file_rows,
+    rows=partial(load_rows, token_rows, 32),
+    file_rows=partial(file_rows, token_rows),
     example=example,
     training=Recovery(lr=1e-3, average=0.999),
     epochs=24.0,
     needs_no_checkpoint=True,
     options={"target": "25%params", "epochs": 5.0, "recovery": Recovery(lr=1e-3)},
+)
+DIGITS_CNN = Recipe(
+    name="digits_cnn",
+    describe="the same scans as images of 8 × 8 pixels, for a small residual network; in seconds",
+    labels=LABELS,
+    start=start_cnn,
+    load=load_cnn,
+    rows=partial(load_rows, image_rows, 64),
+    file_rows=partial(file_rows, image_rows),
+    example=image_example,
+    training=Recovery(lr=3e-3),
+    epochs=6.0,
+    needs_no_checkpoint=True,
+    options={"target": "40%flops", "epochs": 3.0, "multiple_of": 4, "recovery": Recovery(lr=2e-3)},
 )

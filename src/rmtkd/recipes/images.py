@@ -24,7 +24,8 @@ class ImageRows:
         labels: class index of each row, or None for rows without labels.
         mean, std: of each channel, of values within 0..1.
         batch_size: rows a batch.
-        seed: shuffle with this seed, and flip and shift at random, anew in each epoch; None keeps all as it is.
+        seed: shuffle with this seed, anew in each epoch; None keeps one order.
+        augments: also flip and shift at random, with the same seed.
     """
 
     def __init__(
@@ -36,11 +37,12 @@ class ImageRows:
         std: Sequence[float],
         batch_size: int = HELD_BATCH,
         seed: int | None = None,
+        augments: bool = False,
     ):
         self.images = images
         self.labels: Any = None if labels is None else np.asarray(labels, dtype=np.int64)
         self.mean, self.std = (torch.tensor(value).view(1, -1, 1, 1) for value in (mean, std))
-        self.batch_size, self.seed, self.epoch = batch_size, seed, 0
+        self.batch_size, self.seed, self.augments, self.epoch = batch_size, seed, augments, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose order, flips and shifts of the next pass."""
@@ -51,11 +53,11 @@ class ImageRows:
         return -(-len(self.images) // self.batch_size)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        count, seed = len(self.images), self.seed
-        rng = None if seed is None else np.random.default_rng((seed, self.epoch))
-        order = np.arange(count) if rng is None else rng.permutation(count)
+        count = len(self.images)
+        rng = np.random.default_rng((self.seed or 0, self.epoch))
+        order = np.arange(count) if self.seed is None else rng.permutation(count)
         for start in range(0, count, self.batch_size):
-            yield self._batch(order[start : start + self.batch_size], rng)
+            yield self._batch(order[start : start + self.batch_size], rng if self.augments else None)
 
     def _batch(self, rows: np.ndarray, rng: np.random.Generator | None) -> dict[str, Tensor]:
         pixels = torch.from_numpy(self.images[rows]).permute(0, 3, 1, 2).float().div_(255)
@@ -64,6 +66,20 @@ class ImageRows:
         if self.labels is not None:
             batch["labels"] = torch.from_numpy(self.labels[rows])
         return batch if rng is not None else {**batch, "row_ids": torch.from_numpy(rows)}
+
+
+def preprocessor(side: int, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
+    """How images are prepared for a model, as transformers' `preprocessor_config.json` says it."""
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": side, "width": side},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(mean),
+        "image_std": list(std),
+    }
 
 
 def augmented(pixels: Tensor, rng: np.random.Generator) -> Tensor:

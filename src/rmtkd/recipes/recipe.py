@@ -8,26 +8,32 @@ from typing import Any
 from torch import nn
 
 from rmtkd.distillation import Recovery
+from rmtkd.recipes.images import ImageRows
 from rmtkd.recipes.rows import TokenRows
+
+Collection = TokenRows | ImageRows
+"""Rows of a role: batches, again and again, and the labels of all, if they have any."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
     """The rows of a task by role. Calibration is a share of train."""
 
-    train: TokenRows
-    selection: TokenRows
-    report: TokenRows
+    train: Collection
+    selection: Collection
+    report: Collection
     note: str = ""
     """One line on where the rows come from and how they were divided."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A model and the tokenizer that must travel with it."""
+    """A model and what must travel with it."""
 
     model: nn.Module
     tokenizer: Any = None
+    preprocessor: Mapping[str, Any] | None = None
+    """What transformers' `preprocessor_config.json` holds, of a model for images."""
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -44,7 +50,7 @@ class Recipe:
         describe: one line for `rmtkd ls`: what it is, and what it reports on.
         start: a model to be trained, from a path or hub name, or from nothing where the recipe can; seed of its head,
             data of which it must know the classes.
-        load: a trained model, from a path or hub name.
+        load: a trained model, from a path or hub name; or from what is with the data.
         rows: all rows for a model, from `--data` or the recipe's own source; seed of the order.
         file_rows: the labelled rows of one file, for a model.
         example: the batch whose cost is measured, for a model and its rows.
@@ -59,9 +65,9 @@ class Recipe:
     describe: str
     labels: tuple[str, ...] | None
     start: Callable[[str | None, int, Path | None], Source]
-    load: Callable[[str], Source]
+    load: Callable[..., Source]
     rows: Callable[[Path | None, Source, int], Rows]
-    file_rows: Callable[[Path, Source], TokenRows]
+    file_rows: Callable[[Path, Source], Collection]
     example: Callable[[nn.Module, Rows], dict[str, Any]]
     training: Recovery
     epochs: float

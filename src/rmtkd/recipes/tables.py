@@ -10,13 +10,16 @@ KINDS = {".parquet": "parquet", ".csv": "CSV", ".tsv": "TSV", ".jsonl": "JSON li
 """What a file must be, by the end of its name."""
 
 
-def read_columns(path: Path, columns: Sequence[str], label: str | None = None) -> list[list[Any]]:
+def read_columns(
+    path: Path, columns: Sequence[str], label: str | None = None, *, binary: bool = False
+) -> list[list[Any]]:
     """Columns of a table, without empty values; the labels, if they are asked for, last.
 
     Args:
         path: the file. CSV quotes a field that holds commas, quotes or line ends; TSV has no quotes.
         columns: names of the columns of inputs. In CSV and TSV they are read as texts, whatever they look like.
         label: name of the column of labels.
+        binary: whether inputs are bytes, such as images.
 
     Raises:
         DataError: if the file cannot be read, a column is missing, or a value is empty.
@@ -42,14 +45,17 @@ def read_columns(path: Path, columns: Sequence[str], label: str | None = None) -
                 f"{path} must have a column {name!r}. It has {', '.join(table.column_names)}. Choose others, "
                 "or rename one."
             )
-    return [_filled(table[name], name, path, is_label=name == label) for name in names]
+    return [_filled(table[name], name, path, is_label=name == label, binary=binary) for name in names]
 
 
-def _filled(column: Any, name: str, path: Path, *, is_label: bool) -> list[Any]:
+def _filled(column: Any, name: str, path: Path, *, is_label: bool, binary: bool) -> list[Any]:
     """The values of a column that has no empty ones."""
     import pyarrow as pa
 
-    if pa.types.is_binary(column.type) or (is_label and pa.types.is_nested(column.type)):
+    is_bytes = pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)
+    if binary and not is_label and not is_bytes:
+        raise DataError(f"column {name!r} of {path} must hold bytes of images. It holds {column.type}. Convert it.")
+    if (is_bytes and (is_label or not binary)) or (is_label and pa.types.is_nested(column.type)):
         raise DataError(f"column {name!r} of {path} must hold texts or numbers. It holds {column.type}. Convert it.")
     try:
         values = column.to_pylist()
