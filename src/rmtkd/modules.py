@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from jaxtyping import Num
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 from rmtkd.errors import OptionError, UnsupportedModelError
 from rmtkd.modeling_rmtkd import EmbeddingLevel, EmbeddingLevels, FactorizedEmbedding, FactorizedLevel
@@ -102,7 +104,8 @@ def level_bounds(counts: Num[Tensor, " vocabulary"], levels: int) -> tuple[int, 
 
 
 def randomize(model: nn.Module, *, seed: int) -> None:
-    """Give the model a random start, in place: Xavier for linear maps, as the paper trains; small embeddings.
+    """Give the model a random start, in place: Xavier for linear maps, as the paper trains; He for
+    convolutions; small embeddings.
 
     Drawn on the CPU: the same start on every device.
     """
@@ -115,7 +118,11 @@ def randomize(model: nn.Module, *, seed: int) -> None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 module.weight.copy_(torch.empty(module.weight.shape).normal_(std=0.02, generator=generator))
-            elif isinstance(module, nn.LayerNorm):
+            elif isinstance(module, _ConvNd):
+                module.weight.copy_(nn.init.kaiming_normal_(torch.empty(module.weight.shape), generator=generator))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, (nn.LayerNorm, _NormBase)):
                 module.reset_parameters()
             elif type(module).__name__.endswith("Norm"):  # a norm of the architecture's own, without a shift
                 for gain in module.parameters(recurse=False):

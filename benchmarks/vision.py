@@ -1,0 +1,259 @@
+"""ResNets of CIFAR-10 at the same number of operations: three ways to choose channels, the same recovery.
+
+    python benchmarks/vision.py run --model resnet56 --data DIR [--flops 0.39] [--methods …] [--epochs 5] [--seeds 0]
+    python benchmarks/vision.py table       # Markdown
+
+| method | widths | channels |
+|---|---|---|
+| rmtkd | residual and inner, a budget divided by measured loss | chosen and reconstructed, Fisher metric |
+| magnitude | inner, the same share of each | largest L1 norm of the filter |
+| group_norm | residual and inner, the same share of each | Torch-Pruning's `GroupNormPruner`, one shot |
+
+Every cell (network, method, share of operations, epochs, seed) is one JSON file in `benchmarks/results/vision/`, and
+one that has its file is not run again. All share the teacher, the rows, the loss and the number of steps. Statistics of
+norms are gathered anew after every cut, for all methods. The teacher has seen the selection rows; report rows are read
+twice a cell, before and after recovery, and steer nothing. For Torch-Pruning: `pip install torch-pruning`.
+
+References:
+    Li et al., "Pruning Filters for Efficient ConvNets", arXiv 1608.08710. Fang et al., "DepGraph", arXiv 2301.12900.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from records import cell, print_event
+from rmtkd import compression, recipes
+from rmtkd.bases import Basis
+from rmtkd.cutting import cut_in_order
+from rmtkd.distillation import Recovery, Teacher
+from rmtkd.dry_run import metrics_of, narrowed
+from rmtkd.environment import has_bf16
+from rmtkd.measurement import accuracy, count_flops, count_parameters, time_forward
+from rmtkd.norms import batch_norms, gather_statistics
+from rmtkd.schedule import Options
+from rmtkd.sites import Site, blocks_of, find_sites
+from rmtkd.surgery import check_cut, fold
+from rmtkd.training import Phase
+
+RESULTS = Path(__file__).parent / "results" / "vision"
+RECOVERY = Recovery(lr=1e-3, weight_decay=5e-4)
+CALIBRATION = 0.04
+SHARES = {"resnet56": 0.39, "resnet20": 0.55}
+"""Share of the operations that remains, unless another is asked for: 2.56 and 1.82 times fewer."""
+
+
+class Work:
+    """A network, its teacher and its rows."""
+
+    def __init__(self, model: str, data: Path, seed: int):
+        recipe = recipes.get("cifar10")
+        source = recipe.load(model, data)
+        self.model = source.model
+        self.rows = recipe.rows(data, source, seed)
+        self.example = recipe.example(self.model, self.rows)
+        self.calibration = list(compression.share_of(self.rows.train, CALIBRATION))
+        self.seed = seed
+
+    @cached_property
+    def sites(self) -> tuple[Site, ...]:
+        return find_sites(self.model)
+
+    @cached_property
+    def operations(self) -> int:
+        return count_flops(self.model, self.example)
+
+
+def rmtkd(work: Work, share: float, multiple_of: int) -> nn.Module:
+    """The library's default."""
+    metrics = metrics_of(work.model, work.sites, work.calibration, Options())
+    plan, _ = compression.plan(
+        work.model,
+        calibration=work.calibration,
+        selection=work.rows.selection,
+        example=work.example,
+        sites=work.sites,
+        metrics=metrics,
+        target=f"{100 * share:g}%flops",
+        multiple_of=multiple_of,
+        seed=work.seed,
+    )
+    cut = narrowed(work.sites, plan)
+    student, bases = cut_in_order(
+        work.model, cut, plan.widths, work.calibration, metrics=metrics, blocks=blocks_of(work.sites)
+    )
+    check_cut(work.model, student, cut, bases, {key: value[:4] for key, value in work.calibration[0].items()})
+    return student
+
+
+def magnitude(work: Work, share: float, multiple_of: int) -> nn.Module:
+    """The same share of every inner width, by bisection; the filters with the largest L1 norm."""
+    inner = [site for site in work.sites if site.scope is not None]
+
+    def cut(part: float) -> nn.Module:
+        bases = {site.name: (_largest(work.model, site, max(1, round(part * site.width))),) for site in inner}
+        return fold(work.model, inner, bases)
+
+    low, high = 0.0, 1.0
+    for _ in range(12):
+        middle = (low + high) / 2
+        fits = count_flops(cut(middle), work.example) <= share * work.operations
+        low, high = (middle, high) if fits else (low, middle)
+    return cut(low)
+
+
+def _largest(model: nn.Module, site: Site, keep: int) -> Basis:
+    """The units whose filters have the largest L1 norm; the others are dropped without replacement."""
+    weights = [
+        model.get_parameter(axis.parameter).detach() for axis in site.streams[0].writers if "bn" not in axis.parameter
+    ]
+    score = torch.stack([weight.abs().flatten(1).sum(1) for weight in weights]).sum(0)
+    kept = score.topk(keep).indices.sort().values
+    reduce = torch.eye(site.width, dtype=torch.float64)[kept][None]
+    return Basis(reduce=reduce, lift=reduce.mT, mean=torch.zeros(1, site.width, dtype=torch.float64))
+
+
+def group_norm(work: Work, share: float, multiple_of: int) -> nn.Module:
+    """Torch-Pruning on the same network."""
+    import torch_pruning as tp
+
+    example = {"pixel_values": work.example["pixel_values"][:1]}
+
+    def cut(part: float) -> nn.Module:
+        model = copy.deepcopy(work.model)
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+        pruner = tp.pruner.GroupNormPruner(
+            model,
+            example,
+            importance=tp.importance.GroupNormImportance(p=2),
+            pruning_ratio=part,
+            ignored_layers=[model.get_submodule("linear")],
+            output_transform=lambda output: output.logits.sum(),
+        )
+        pruner.step()
+        return model.eval()
+
+    low, high = 0.0, 0.99
+    for _ in range(10):
+        middle = (low + high) / 2
+        fits = count_flops(cut(middle), work.example) <= share * work.operations
+        low, high = (low, middle) if fits else (middle, high)
+    return cut(high)
+
+
+METHODS = {"rmtkd": rmtkd, "magnitude": magnitude, "group_norm": group_norm}
+
+
+def run(work: Work, method: str, share: float, epochs: float, multiple_of: int) -> dict[str, Any]:
+    """One cell."""
+    torch.manual_seed(work.seed)
+    student = METHODS[method](work, share, multiple_of)
+    gather_statistics(student, batch_norms(student), work.calibration)
+    cut = {name: asdict(accuracy(student, rows)) for name, rows in _held(work)}
+    print({name: estimate["value"] for name, estimate in cut.items()}, flush=True)
+    torch.manual_seed(work.seed)
+    Phase(
+        student,
+        work.rows.train,
+        steps=round(epochs * len(work.rows.train)),
+        recovery=RECOVERY,
+        teacher=Teacher(work.model),
+        precision="bf16" if has_bf16("cpu") else "fp32",
+    ).run(lambda phase: print_event({"event": "step", "step": len(phase.losses), "loss": phase.losses[-1]}))
+    batches = {rows: {"pixel_values": work.example["pixel_values"].repeat(4, 1, 1, 1)[:rows]} for rows in (1, 128)}
+    times = {rows: time_forward([work.model, student], batch, repeats=30) for rows, batch in batches.items()}
+    return {
+        "method": method,
+        "share": share,
+        "epochs": epochs,
+        "multiple_of": multiple_of,
+        "seed": work.seed,
+        "recovery": asdict(RECOVERY),
+        "baseline": {
+            "parameters": count_parameters(work.model),
+            "flops": work.operations,
+            **{name: asdict(accuracy(work.model, rows)) for name, rows in _held(work)},
+        },
+        "parameters": count_parameters(student),
+        "flops": count_flops(student, work.example),
+        "widths": {site.name: site.width for site in find_sites(student)},
+        "latency_ms": {rows: [asdict(latency) for latency in pair] for rows, pair in times.items()},
+        **{f"{name}_cut": estimate for name, estimate in cut.items()},
+        **{name: asdict(accuracy(student, rows)) for name, rows in _held(work)},
+    }
+
+
+def _held(work: Work) -> list[tuple[str, Any]]:
+    return [("accuracy", work.rows.report), ("accuracy_selection", work.rows.selection)]
+
+
+def table() -> str:
+    """The records as Markdown."""
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        record = json.loads(path.read_text())
+        key = (path.name.split("-")[0], record["share"], record["epochs"], record["method"], record["multiple_of"])
+        found.setdefault(key, []).append(record)
+    lines = [
+        "| network | fewer MACs | epochs | method | seeds | parameters | test, teacher | before recovery | after "
+        "| batch 1 | batch 128 |",
+        "|---|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for (network, _, epochs, method, _), cells in sorted(found.items(), key=lambda item: tuple(map(str, item[0]))):
+        first = cells[0]
+        baseline = first["baseline"]
+        fewer = statistics.mean(baseline["flops"] / r["flops"] for r in cells)
+        faster = [
+            statistics.mean(r["latency_ms"][rows][0]["median"] / r["latency_ms"][rows][1]["median"] for r in cells)
+            for rows in ("1", "128")
+        ]
+        lines.append(
+            f"| {network} | {fewer:.2f}× | {epochs:g} | {method} | {len(cells)} "
+            f"| {first['parameters'] / baseline['parameters']:.0%} | {100 * baseline['accuracy']['value']:.2f} "
+            f"| {_spread(cells, 'accuracy_cut')} | {_spread(cells, 'accuracy')} | {faster[0]:.2f}× | {faster[1]:.2f}× |"
+        )
+    return "\n".join(lines)
+
+
+def _spread(cells: Sequence[Mapping[str, Any]], key: str) -> str:
+    """Mean over seeds, and their standard deviation."""
+    values = [100 * r[key]["value"] for r in cells]
+    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def main() -> None:
+    """Run cells, or print what there is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("run", "table"))
+    parser.add_argument("--model", default="resnet56")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--flops", type=float)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--epochs", type=float, default=5.0)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--multiple-of", type=int, default=4)
+    chosen = parser.parse_args()
+    if chosen.part == "table":
+        print(table())
+        return
+    share = chosen.flops or SHARES[chosen.model]
+    for seed in chosen.seeds:
+        work = Work(chosen.model, chosen.data, seed)
+        for method in chosen.methods:
+            name = f"{chosen.model}-{method}-{share:g}-{chosen.epochs:g}epochs-seed{seed}"
+            name += f"-multiple{chosen.multiple_of}" * (chosen.multiple_of != 4)
+            cell(RESULTS / f"{name}.json", partial(run, work, method, share, chosen.epochs, chosen.multiple_of))
+
+
+if __name__ == "__main__":
+    main()
