@@ -135,7 +135,7 @@ def group_norm(work: Work, share: float, multiple_of: int) -> nn.Module:
         pruner = tp.pruner.GroupNormPruner(
             model,
             example,
-            importance=tp.importance.GroupNormImportance(p=2),
+            importance=tp.importance.GroupMagnitudeImportance(p=2),
             pruning_ratio=part,
             ignored_layers=[model.get_submodule("linear")],
             output_transform=lambda output: output.logits.sum(),
