@@ -1,6 +1,6 @@
 """Renderings of a plan and of a record: terminal tables, model card. Nothing here computes a result."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -239,6 +239,57 @@ def summary_table(record: Mapping[str, Any], width: int = 110) -> str:
     console = Console(width=width, color_system=None)
     with console.capture() as captured:
         console.print(summary(record))
+    return captured.get()
+
+
+def sizes_table(records: Sequence[Mapping[str, Any]]) -> Table:
+    """Several sizes of one model in one table, a line for each target; the first is the untouched model."""
+    first = records[0]
+    slow = first["baseline"]["latency_ms"]
+    table = Table(title="several sizes of one model", title_justify="left", caption_justify="left")
+    role, key = ("selection", "accuracy_selection") if first["baseline"]["accuracy"] is None else ("report", "accuracy")
+    by_teacher = first["measured_against"].get(role) == "teacher"
+    measure = "agreement with the teacher" if by_teacher else "accuracy"
+    table.add_column("target", no_wrap=True)
+    for name in (
+        "parameters",
+        "",
+        "MFLOPs",
+        "on disk",
+        f"latency, {slow['batch']} × {slow['length']}, {slow['threads']} threads",
+        f"{measure}, {role} rows (n = {first['baseline'][key]['n']})",
+        "",
+    ):
+        table.add_column(name, justify="right")
+    whole = first["baseline"]
+    costs = [("untouched", whole, whole), *((r["config"]["target"], r["baseline"], r["compressed"]) for r in records)]
+    for target, before, cost in costs:
+        latency = f"{cost['latency_ms']['median']:.1f} ms"
+        if cost is not before:  # measured in turns with the untouched model
+            latency += f", {before['latency_ms']['median'] / cost['latency_ms']['median']:.2f}×"
+        value = cost[key]
+        table.add_row(
+            target,
+            f"{cost['parameters']:,}",
+            f"{cost['parameters'] / before['parameters']:.1%}",
+            f"{cost['flops'] / 1e6:,.1f}",
+            f"{cost['disk_bytes'] / 1e6:,.2f} MB",
+            latency,
+            "–" if value is None else f"{value['value']:.2%} ± {value['stderr']:.2%}",
+            "" if value is None or cost is before else f"{100 * (value['value'] - before[key]['value']):+.2f} points",
+        )
+    told = [
+        f"{r['config']['target']}: {r['stop_reason']}" for r in records if not r["stop_reason"].startswith("target:")
+    ]
+    table.caption = "\n".join(told) or None
+    return table
+
+
+def sizes_text(records: Sequence[Mapping[str, Any]], width: int = 120) -> str:
+    """That table as plain text."""
+    console = Console(width=width, color_system=None)
+    with console.capture() as captured:
+        console.print(sizes_table(records))
     return captured.get()
 
 

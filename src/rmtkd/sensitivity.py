@@ -79,6 +79,7 @@ class Sensitivity:
         self._bases: dict[str, tuple[int, tuple[Basis, ...]]] = {}
         self._orders: dict[str, dict[int, Tensor]] = {}
         """Of the sites with units, in which order these are chosen."""
+        self._curves: Mapping[str, Curve] | None = None
         self.teacher = self.stand_at({})
 
     def stand_at(self, widths: Mapping[str, int]) -> Float[Tensor, "rows classes"]:
@@ -124,18 +125,13 @@ class Sensitivity:
 
         Args:
             published: the plan by noise edges. What its rule and the detector count are two more widths to measure.
+                It must be that of the first call in later ones, for other targets: curves are measured once.
             again: the plan for these curves.
 
         Raises:
             PlanError: see `planning.make_plan`.
         """
-        counts: dict[str, list[float]] = {shares: [] for shares in self.groups}
-        for site in published.sites:
-            counts[site.shares] += [count for count in (site.count, site.floor) if count is not None]
-        curves = {
-            shares: self.curve(shares, _ladder(group[0], counts[shares], published.multiple_of))
-            for shares, group in self.groups.items()
-        }
+        curves = self._single(published)
         plans: list[tuple[float, Plan]] = []
         for _ in range(1 + PASSES):
             if plans:
@@ -144,6 +140,18 @@ class Sensitivity:
             loss = self.loss(_shared(plan))
             plans.append((loss, replace(plan, loss=loss)))
         return min(plans, key=lambda pair: pair[0])[1]
+
+    def _single(self, published: Plan) -> Mapping[str, Curve]:
+        """The curves of single widths, measured when a plan first asks for them."""
+        if self._curves is None:
+            counts: dict[str, list[float]] = {shares: [] for shares in self.groups}
+            for site in published.sites:
+                counts[site.shares] += [count for count in (site.count, site.floor) if count is not None]
+            self._curves = {
+                shares: self.curve(shares, _ladder(group[0], counts[shares], published.multiple_of))
+                for shares, group in self.groups.items()
+            }
+        return self._curves
 
     def _weighed(self, curves: Mapping[str, Curve], plan: Plan) -> dict[str, Curve]:
         """The curves with the weights that the loss around a plan gives them, half way, in logarithms, from before."""
