@@ -293,13 +293,29 @@ def sizes_text(records: Sequence[Mapping[str, Any]], width: int = 120) -> str:
     return captured.get()
 
 
-def model_card(record: Mapping[str, Any], plan: Plan, loads_with: Iterable[str]) -> str:
+def vocabulary_line(facts: Mapping[str, Any]) -> str:
+    """What trimming the vocabulary did, in a sentence; of the facts of `recipes.trimmed`."""
+    line = (
+        f"vocabulary: {facts['tokens']:,} of {facts['tokens_before']:,} tokens stay, those of the training rows and "
+        f"{facts['kept_though_unseen']:,} to spell others with; {facts['selection_rows_tokenised_differently']:,} of "
+        f"{facts['selection_rows']:,} selection rows are tokenised differently"
+    )
+    if "teacher_selection_accuracy_before" in facts:
+        before, after = (facts[f"teacher_selection_accuracy_{name}"] for name in ("before", "trimmed"))
+        line += f", the untouched model has {before:.2%} of them right, trimmed, which is the baseline, {after:.2%}"
+    return line
+
+
+def model_card(
+    record: Mapping[str, Any], plan: Plan, loads_with: Iterable[str], vocabulary: Mapping[str, Any] | None = None
+) -> str:
     """A model card in Markdown.
 
     Args:
         record: of the run.
         plan: that it applied.
         loads_with: what reads the model, each in a few words.
+        vocabulary: the facts of a trimmed one.
     """
     lines = [
         "---",
@@ -317,6 +333,7 @@ def model_card(record: Mapping[str, Any], plan: Plan, loads_with: Iterable[str])
         f"Load it with {'; '.join(loads_with)}. There is no pickle in it. `rmtkd.load` and `rmtkd inspect FOLDER` "
         "verify every file by its checksum, and the model by the outputs stored for a synthetic batch.",
         "",
+        *(() if vocabulary is None else ("## Vocabulary", "", _vocabulary_card(vocabulary), "")),
         "## Widths",
         "",
         "| site | before | after | why |",
@@ -330,3 +347,12 @@ def model_card(record: Mapping[str, Any], plan: Plan, loads_with: Iterable[str])
         "",
     ]
     return "\n".join(lines)
+
+
+def _vocabulary_card(facts: Mapping[str, Any]) -> str:
+    line = vocabulary_line(facts)
+    return (
+        f"The tokenizer is not that of the model before: it was trimmed. {line[:1].upper()}{line[1:]}. The "
+        "figures above are of models with this tokenizer, before and after. Use the tokenizer files beside this card; "
+        "`vocabulary.json` lists the tokens that stayed."
+    )

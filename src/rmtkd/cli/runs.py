@@ -246,6 +246,7 @@ def prepared(command: Mapping[str, Any], seed: int) -> Iterator[tuple[dict[str, 
     from rmtkd import recipes
     from rmtkd.pretrained import save_tokenizer
     from rmtkd.progress import watcher
+    from rmtkd.result import VOCABULARY
 
     task = recipes.get(command["recipe"], **{name: command[name] for name in ("columns", "label", "max_length")})
     source = task.load(command["model"])
@@ -253,14 +254,15 @@ def prepared(command: Mapping[str, Any], seed: int) -> Iterator[tuple[dict[str, 
     log(rows.note)
     facts = None
     if command.get("trim_vocabulary"):
-        from rmtkd.recipes.trimmed import told, trimmed
+        from rmtkd.recipes.trimmed import trimmed
+        from rmtkd.reporting import vocabulary_line
 
         place = None if command["data"] is None else Path(command["data"])
         source, rows, facts = trimmed(task, source, rows, place, seed)
-        log(told(facts))
+        log(vocabulary_line(facts))
     with tempfile.TemporaryDirectory() as written, watcher(log_console) as on_event:
         if facts is not None:
-            (Path(written) / "vocabulary.json").write_text(json.dumps(facts) + "\n")
+            (Path(written) / VOCABULARY).write_text(json.dumps(facts) + "\n")
         if source.tokenizer is not None:
             save_tokenizer(source.tokenizer, written)
         parts = {
