@@ -106,18 +106,19 @@ def order_units(covariance: Float[Tensor, "width width"], reader: Float[Tensor, 
     """
     width = len(covariance)
     diagonal = covariance.diagonal().clone()
-    unseen = reader @ covariance  # W R, out × width
+    unseen = (covariance @ reader.mT).contiguous()  # (W R)ᵀ, width × out: a unit is a row in memory
     factor = covariance.new_zeros(keep, width)
     floor = RIDGE * diagonal.mean().clamp_min(torch.finfo(diagonal.dtype).tiny)
     chosen: list[int] = []
     for step in range(keep):
-        gain = unseen.square().sum(0) / diagonal.clamp_min(floor)
+        gain = torch.linalg.vector_norm(unseen, dim=1).square() / diagonal.clamp_min(floor)
         gain[chosen] = -1
         unit = int(gain.argmax())
         chosen.append(unit)
         residual = covariance[unit] - factor[:step, unit] @ factor[:step]
-        factor[step] = residual / residual[unit].clamp_min(floor).sqrt()
-        unseen -= torch.outer(unseen[:, unit] / residual[unit].clamp_min(floor).sqrt(), factor[step])
+        root = residual[unit].clamp_min(floor).sqrt()
+        factor[step] = residual / root
+        unseen.addr_(factor[step], unseen[unit] / root, alpha=-1)
         diagonal = (diagonal - factor[step].square()).clamp_min(0)
     return torch.tensor(chosen, dtype=torch.long)
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
@@ -59,6 +60,16 @@ class Spectrum:
         for name, count in (("samples", self.samples), ("effective_samples", self.effective_samples)):
             if count is not None and not count > 0:
                 raise DataError(f"The {name} of a spectrum must be above 0 — got {count} — pass how many there were.")
+
+    @cached_property
+    def _answers(self) -> "dict[Rule, NoiseEdge]":
+        return {}
+
+    def edge(self, rule: "Rule") -> "NoiseEdge":
+        """What a rule says of this spectrum; asked once, as plans for several targets ask again."""
+        if rule not in self._answers:
+            self._answers[rule] = rule(self)
+        return self._answers[rule]
 
     @property
     def groups(self) -> int:
