@@ -53,6 +53,7 @@ ORDER = [
     "standing",
     "result",
     "run",
+    "sizes",
     "compression",
     "conformance",
     "exports",
@@ -142,5 +143,16 @@ def test_importing_is_lean(module: str) -> None:
 
 
 def test_what_the_package_exports_is_there() -> None:
-    for name in ("compress", "plan", "load", "find_sites", "narrow", "measure", "Plan", "Options", "Recovery"):
+    for name in (
+        "compress",
+        "compress_sizes",
+        "plan",
+        "load",
+        "find_sites",
+        "narrow",
+        "measure",
+        "Plan",
+        "Options",
+        "Recovery",
+    ):
         assert getattr(rmtkd, name).__doc__

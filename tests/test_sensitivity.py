@@ -3,6 +3,7 @@ chosen loses no more than the one of common edges."""
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,13 +13,14 @@ from conftest import assert_untouched, random_rows, snapshot, tiny_bert
 from rmtkd import batches as batching
 from rmtkd import reporting
 from rmtkd.activations import collect
+from rmtkd.bases import linear_basis, unit_basis
 from rmtkd.cutting import fit_bases
 from rmtkd.dry_run import metrics_of
 from rmtkd.errors import DataError, OptionError, PlanError
 from rmtkd.measurement import evaluation
 from rmtkd.planning import Plan, retarget, settle
 from rmtkd.schedule import Options
-from rmtkd.sensitivity import Sensitivity, spread
+from rmtkd.sensitivity import STRETCH, TOGETHER, Sensitivity, gathered, projection, spread
 from rmtkd.sites import by_width, find_sites
 from rmtkd.surgery import fold
 
@@ -228,3 +230,49 @@ def test_a_plan_is_a_value(planned: tuple[Plan, dict]) -> None:
     made = planned[0]
     assert Plan.from_json(made.to_json()) == made
     assert replace(made, remarks=()) != made or not made.remarks
+
+
+def test_rows_are_run_together_in_fewer_batches() -> None:
+    """The same rows with the same answers; none is padded to more than `STRETCH` times its length."""
+    few = spread(random_rows(300, seed=5, batch_size=10), 150)
+    together = gathered(few)
+    assert len(together) < len(few) / 2
+    assert max(batching.rows(batch) for batch in together) <= TOGETHER
+    before = {tuple(row[mask == 1].tolist()): (len(row), answer) for row, mask, answer in answered(few)}
+    after = [(tuple(row[mask == 1].tolist()), len(row), answer) for row, mask, answer in answered(together)]
+    assert len(after) == len(list(answered(few))) == 150
+    for tokens, length, answer in after:
+        assert length <= STRETCH * before[tokens][0]
+        torch.testing.assert_close(answer, before[tokens][1], rtol=1e-4, atol=1e-4)
+
+
+def answered(batches: Any) -> Any:
+    for batch in batches:
+        with torch.no_grad():
+            yield from zip(batch["input_ids"], batch["attention_mask"], batching.logits(MODEL, batch), strict=True)
+
+
+def test_what_does_not_fit_together_stays_apart() -> None:
+    pairs = [(torch.ones(2, 3), torch.zeros(2)), (torch.ones(1, 3), torch.zeros(1)), (torch.ones(1, 4), torch.zeros(1))]
+    assert [batching.rows(batch) for batch in gathered(pairs)] == [3, 1]
+    plain = [{"ids": torch.ones(2, 5, dtype=torch.long)}, {"ids": torch.ones(2, 6, dtype=torch.long)}]
+    assert len(gathered(plain)) == 2  # nothing says what a mask hides
+    assert len(gathered([plain[0], {"words": plain[0]["ids"]}])) == 2
+    assert len(gathered([batching.Call({"ids": plain[0]["ids"]}, len), batching.Call(plain[0], max)])) == 2  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("keep", [1, 5, 11, 16])
+@pytest.mark.parametrize("kind", ["units", "directions"])
+def test_a_projection_is_that_of_its_basis(kind: str, keep: int) -> None:
+    """However it is computed."""
+    generator = torch.Generator().manual_seed(keep)
+    samples = torch.randn(200, 16, generator=generator, dtype=torch.float64) @ torch.randn(
+        16, 16, generator=generator, dtype=torch.float64
+    )
+    covariance, mean = torch.cov(samples.mT)[None], samples.mean(0)[None] + 3
+    reader = torch.randn(1, 6, 16, generator=generator, dtype=torch.float64)
+    basis = (unit_basis if kind == "units" else linear_basis)(covariance, mean, reader, keep)
+    activations = torch.randn(4, 7, 16, generator=generator)
+    expected = mean + (activations.double() - mean) @ basis.projector[0].mT
+    got = projection(basis, torch.device("cpu"))(activations)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)

@@ -435,3 +435,22 @@ def test_ks_is_that_of_scipy(spectrum: np.ndarray, q: float, tau: float) -> None
     expected = stats.kstest(below, law.cdf).statistic if len(below) else 1.0
     assert found.ks == pytest.approx(expected, abs=1e-9)
     assert found.misfit == (found.ks > 0.1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"eigenvalues": np.ones(4)}, r"shape \[groups, width\] — got \[4\]"),
+        ({"variances": np.ones((1, 4))}, r"variances of a spectrum must have the shape .*\[2, 4\] — got \[1, 4\]"),
+        ({"replicate": np.ones((4, 2))}, r"replicate of a spectrum .* got \[4, 2\]"),
+        ({"samples": 0}, "samples of a spectrum must be above 0 — got 0"),
+        ({"effective_samples": 0.0}, "effective_samples of a spectrum must be above 0"),
+    ],
+)
+def test_a_spectrum_whose_parts_do_not_fit_is_refused(fields: dict, message: str) -> None:
+    """Of Spectrum's own words: in tests beartype speaks before them where a shape is wrong."""
+    spectrum = object.__new__(Spectrum)
+    for name, value in {"eigenvalues": np.ones((2, 4)), "samples": 100, **fields}.items():
+        object.__setattr__(spectrum, name, value)
+    with pytest.raises(DataError, match=message):
+        spectrum.__post_init__()

@@ -18,6 +18,7 @@ from rmtkd import recipes
 from rmtkd.cli import app
 from rmtkd.errors import UnsupportedModelError
 from rmtkd.measurement import count_parameters
+from rmtkd.result import VOCABULARY, _facts
 from rmtkd.vocabulary import Trimming, trim
 
 WORDS = "bert.embeddings.word_embeddings"
@@ -136,6 +137,10 @@ def test_a_run_with_a_trimmed_vocabulary_says_what_was_trimmed_and_travels_with_
     assert facts["tokens"] == len(facts["kept"]) < facts["tokens_before"] == 50
     assert facts["selection_rows_tokenised_differently"] == 0
     assert facts["teacher_selection_accuracy_before"] == facts["teacher_selection_accuracy_trimmed"]
+    card = (out / "model" / "README.md").read_text(encoding="utf-8")
+    told = f"it was trimmed. Vocabulary: {facts['tokens']} of 50 tokens stay"
+    assert f"## Vocabulary\n\nThe tokenizer is not that of the model before: {told}" in card
+    assert "0 of " in card and "`vocabulary.json`" in card
     model: Any = rmtkd.load(out / "model")
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
     assert len(tokenizer) == model.config.vocab_size == facts["tokens"]
@@ -144,3 +149,9 @@ def test_a_run_with_a_trimmed_vocabulary_says_what_was_trimmed_and_travels_with_
     assert record["baseline"]["parameters"] == count_parameters(recipes.get("sst2").load(str(teacher)).model) - (
         32 * (50 - facts["tokens"])
     )
+
+
+@pytest.mark.parametrize("text", ['["a"]', "{}", "no JSON"])
+def test_a_file_of_the_user_s_own_of_that_name_says_nothing_of_trimming(tmp_path: Path, text: str) -> None:
+    (tmp_path / VOCABULARY).write_text(text)
+    assert _facts(tmp_path / VOCABULARY) is None

@@ -22,5 +22,7 @@ from rmtkd.pretrained import register as _register
 from rmtkd.schedule import Options as Options
 from rmtkd.sites import Site as Site
 from rmtkd.sites import find_sites as find_sites
+from rmtkd.sizes import Sizes as Sizes
+from rmtkd.sizes import compress_sizes as compress_sizes
 
 _register()

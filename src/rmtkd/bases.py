@@ -151,20 +151,20 @@ class _Residual:
         self.diagonal = covariance.diagonal().clone()
         if len(reader) > reader.shape[1]:  # only WᵀW matters
             reader = torch.linalg.qr(reader, mode="r").R
-        self.unseen = reader @ covariance  # W R, out × width
+        self.unseen = (covariance @ reader.mT).contiguous()  # (W R)ᵀ, width × out: a unit is a row in memory
         self.factor = covariance.new_zeros(most, len(covariance))
         self.floor = RIDGE * self.diagonal.mean().clamp_min(torch.finfo(covariance.dtype).tiny)
         self.chosen = 0
 
     def gain(self) -> Float[Tensor, " width"]:
-        return self.unseen.square().sum(0) / self.diagonal.clamp_min(self.floor)
+        return torch.linalg.vector_norm(self.unseen, dim=1).square() / self.diagonal.clamp_min(self.floor)
 
     def choose(self, unit: int) -> None:
         before, self.chosen = self.factor[: self.chosen], self.chosen + 1
         residual = self.covariance[unit] - before[:, unit] @ before
-        pivot = residual[unit].clamp_min(self.floor).sqrt()
-        direction = self.factor[len(before)] = residual / pivot
-        self.unseen -= torch.outer(self.unseen[:, unit] / pivot, direction)
+        root = residual[unit].clamp_min(self.floor).sqrt()
+        direction = self.factor[len(before)] = residual / root
+        self.unseen.addr_(direction, self.unseen[unit] / root, alpha=-1)
         self.diagonal = (self.diagonal - direction.square()).clamp_min(0)
 
 

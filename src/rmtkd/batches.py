@@ -189,6 +189,44 @@ def split(batch: Batch, pieces: int) -> list[Batch]:
     ]
 
 
+def joined(first: Batch, second: Batch) -> Batch | None:
+    """The rows of two batches in one; None where their tensors do not fit together.
+
+    Mappings with an `attention_mask` of rows × positions are padded to the longer of the two: with zeros, which the
+    mask hides.
+    """
+    if not (isinstance(first, Mapping) and isinstance(second, Mapping)):
+        if isinstance(first, Call) and isinstance(second, Call) and first.forward is second.forward:
+            rows = joined(first.rows, second.rows)
+            return None if rows is None or isinstance(rows, Call) else replace(first, rows=rows)
+        if isinstance(first, Call | Mapping) or isinstance(second, Call | Mapping):
+            return None
+        fits = len(first) == len(second) and all(map(_fits, first, second))
+        return tuple(torch.cat(pair) for pair in zip(first, second, strict=True)) if fits else None
+    if first.keys() != second.keys():
+        return None
+    shapes = [batch["attention_mask"].shape for batch in (first, second) if "attention_mask" in batch]
+    if len(shapes) == 2 and all(len(shape) == 2 for shape in shapes):
+        short, long = sorted(shape[1] for shape in shapes)
+        if short < long:
+            first, second = (
+                {name: _padded(value, shape, long) for name, value in batch.items()}
+                for batch, shape in zip((first, second), shapes, strict=True)
+            )
+    if not all(_fits(value, second[name]) for name, value in first.items()):
+        return None
+    return {name: torch.cat([value, second[name]]) for name, value in first.items()}
+
+
+def _fits(a: Any, b: Any) -> bool:
+    return isinstance(a, Tensor) and isinstance(b, Tensor) and a.ndim > 0 and a[:0].shape == b[:0].shape
+
+
+def _padded(value: Any, shape: torch.Size, length: int) -> Any:
+    is_by_position = isinstance(value, Tensor) and value.shape == shape
+    return torch.nn.functional.pad(value, (0, length - shape[1])) if is_by_position else value
+
+
 def _first_tensor(batch: Batch) -> Tensor:
     if isinstance(batch, Call):
         return _first_tensor(batch.rows)

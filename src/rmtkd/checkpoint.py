@@ -213,6 +213,10 @@ class RunFolder:
         """Whether the run has come as far as its plan."""
         return (self.path / "last" / "round.safetensors").exists()
 
+    def has_begun_or_ended(self) -> bool:
+        """Whether the run has come as far as its plan, or is finished."""
+        return self.has_begun() or (self.path / "summary.json").is_file()
+
     def forget(self) -> None:
         """Remove a run that was refused before it had a plan, so that its folder is free again."""
         self.release()

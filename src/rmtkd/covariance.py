@@ -177,7 +177,7 @@ class Covariance:
         Raises:
             DataError: if no vector was seen.
         """
-        return torch.linalg.eigvalsh(self.covariance()).flip(-1).clamp_min(0)
+        return eigenvalues_of(self.covariance())
 
     def state(self) -> dict[str, Tensor]:
         """What to store or to all-reduce, as copies on the CPU.
@@ -229,6 +229,11 @@ class Covariance:
         if self.count == 0 or self._shift is None:
             raise DataError("A covariance needs at least one vector — got none — update it with vectors first.")
         return self._shift.cpu(), (self._sum / self.count).cpu(), (self._scatter / self.count).cpu()
+
+
+def eigenvalues_of(covariance: Float64[Tensor, "groups width width"]) -> Float64[Tensor, "groups width"]:
+    """Eigenvalues of a covariance, descending; what rounding leaves below zero is zero."""
+    return torch.linalg.eigvalsh(covariance).flip(-1).clamp_min(0)
 
 
 def _merge_about_the_common_mean(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from torch import nn
 
 from rmtkd import batches as batching
-from rmtkd.activations import moments_of, observe
+from rmtkd.activations import Observed, moments_of, observe
 from rmtkd.batches import Batch
 from rmtkd.cutting import cut_in_order
 from rmtkd.environment import has_bf16
@@ -69,43 +70,121 @@ def plan(
         The plan, and the spectra it was made from by site name.
     """
     chosen = Options(**options)
-    levels = chosen.embedding_levels if given is None else given.embedding_levels
+    if given is None:
+        survey = Survey(
+            model,
+            calibration=calibration,
+            selection=selection,
+            example=example,
+            sites=sites,
+            metrics=metrics,
+            train=train,
+            pieces=pieces,
+            options=chosen,
+        )
+        return survey.plan(chosen.target), survey.spectrums
     every = find_sites(model, batching.first(calibration, "calibration")) if sites is None else sites
-    model, sites = in_levels(model, every, calibration if train is None else train, levels)
-    if given is not None:
-        given.check_fits(sites)
-    elif chosen.uniform:
-        uniform_sites(sites)  # refused before anything takes time
-    rule = RULES[chosen.rule if given is None else given.rule]
-    seed = chosen.seed if "replicate" in rule.needs else None
-    observed = observe(model, sites, calibration, pieces=pieces, replicate_seed=seed)
-    spectrums = spectra_of(observed)
+    model, sites = in_levels(model, every, calibration if train is None else train, given.embedding_levels)
+    given.check_fits(sites)
+    spectrums = spectra_of(_observed(model, sites, calibration, given.rule, chosen, pieces))
     if example is None:
         example = batching.first(calibration, "calibration")
-    if given is not None:
-        return settle(given, model, sites, spectrums, example), spectrums
-    published = replace(_make(model, sites, spectrums, example, chosen), embedding_levels=levels)
-    if chosen.policy == "paper":
-        return published, spectrums
-    sensitivity = Sensitivity(
-        model,
-        uniform_sites(sites) if chosen.uniform else sites,
-        moments_of(observed),
-        calibration if selection is None else selection,
-        metrics=metrics_of(model, sites, calibration, chosen, pieces=pieces) if metrics is None else metrics,
-        bf16=has_bf16(chosen.device),
-        pieces=pieces,
-    )
+    return settle(given, model, sites, spectrums, example), spectrums
 
-    def again(curves: Mapping[str, Curve]) -> Plan:
-        if published.costs is None:
-            return replace(_make(model, sites, spectrums, example, chosen, curves), embedding_levels=levels)
-        return retarget(published, spectrums, target=chosen.target, curves=curves)
 
-    made = sensitivity.guarded(published, again)
-    if selection is None:
-        made = replace(made, remarks=(*made.remarks, "Losses were measured on calibration rows: no others were given."))
-    return made, spectrums
+class Survey:
+    """What plans are made from: spectra, and for guarded plans what every width costs by itself. Measured once, and
+    then good for any number of targets: each gets the plan that `plan` makes for it alone.
+
+    Args:
+        options: all but their target counts.
+
+    The others are those of `plan`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        calibration: Iterable[Batch],
+        selection: Iterable[Batch] | None = None,
+        example: Batch | None = None,
+        sites: Sequence[Site] | None = None,
+        metrics: Metrics | None = None,
+        train: Iterable[Batch] | None = None,
+        pieces: Pieces | None = None,
+        options: Options,
+    ):
+        every = find_sites(model, batching.first(calibration, "calibration")) if sites is None else sites
+        tokens = calibration if train is None else train
+        self.model, self.sites = in_levels(model, every, tokens, options.embedding_levels)
+        if options.uniform:
+            uniform_sites(self.sites)  # refused before anything takes time
+        self.options, self.calibration, self.selection, self.pieces = options, calibration, selection, pieces
+        observed = _observed(self.model, self.sites, calibration, options.rule, options, pieces)
+        self.spectrums: dict[str, tuple[Spectrum, ...]] = spectra_of(observed)
+        self.example = batching.first(calibration, "calibration") if example is None else example
+        self.metrics = metrics
+        self.moments = moments_of(observed) if options.policy == "guarded" else {}
+        self.published: dict[bool, Plan] = {}
+
+    @cached_property
+    def sensitivity(self) -> Sensitivity:
+        """What measures the losses."""
+        metrics = self.metrics
+        if metrics is None:
+            metrics = metrics_of(self.model, self.sites, self.calibration, self.options, pieces=self.pieces)
+        return Sensitivity(
+            self.model,
+            uniform_sites(self.sites) if self.options.uniform else self.sites,
+            self.moments,
+            self.calibration if self.selection is None else self.selection,
+            metrics=metrics,
+            bf16=has_bf16(self.options.device),
+            pieces=self.pieces,
+        )
+
+    def plan(self, target: str | None) -> Plan:
+        """The plan for this target."""
+        chosen = replace(self.options, target=target)
+        if chosen.policy == "paper":
+            return self._make(chosen)
+        published = self.published.get(is_timed(target))  # with times only where a target asks for them
+        if published is None:
+            published = self.published[is_timed(target)] = self._make(chosen)
+
+        def again(curves: Mapping[str, Curve]) -> Plan:
+            if published.costs is None:
+                return self._make(chosen, curves)
+            return retarget(published, self.spectrums, target=chosen.target, curves=curves)
+
+        made = self.sensitivity.guarded(published, again)
+        if self.selection is None:
+            told = "Losses were measured on calibration rows: no others were given."
+            made = replace(made, remarks=(*made.remarks, told))
+        return made
+
+    def _make(self, chosen: Options, curves: Mapping[str, Curve] | None = None) -> Plan:
+        made = _make(self.model, self.sites, self.spectrums, self.example, chosen, curves)
+        return replace(made, embedding_levels=chosen.embedding_levels)
+
+
+def is_timed(target: str | None) -> bool:
+    """Whether a target is one of latency."""
+    return target is not None and Target.parse(target).cost == LATENCY
+
+
+def _observed(
+    model: nn.Module,
+    sites: Sequence[Site],
+    calibration: Iterable[Batch],
+    rule: str,
+    options: Options,
+    pieces: Pieces | None,
+) -> dict[str, tuple[Observed, ...]]:
+    """The activations, with replicates if the rule looks at them."""
+    seed = options.seed if "replicate" in RULES[rule].needs else None
+    return observe(model, sites, calibration, pieces=pieces, replicate_seed=seed)
 
 
 def _make(
@@ -118,7 +197,6 @@ def _make(
 ) -> Plan:
     """The plan of these curves; without, the published one, with a target only if that is what was asked for."""
     target = None if chosen.target is None else Target.parse(chosen.target)
-    is_timed = target is not None and target.cost == LATENCY
     return make_plan(
         model,
         sites,
@@ -127,7 +205,7 @@ def _make(
         rule=chosen.rule,
         tau=chosen.tau,
         target=target if curves is not None or chosen.policy == "paper" else None,
-        latency=LatencyTable.cached(model, sites, example) if is_timed else None,
+        latency=LatencyTable.cached(model, sites, example) if is_timed(chosen.target) else None,
         multiple_of=chosen.multiple_of,
         min_share=chosen.min_share,
         uniform=chosen.uniform,

@@ -38,6 +38,8 @@ class Emitter:
 def describe(event: Mapping[str, Any]) -> str | None:
     """One line about an event, or None for those that are not told."""
     match event["event"]:
+        case "size":
+            return f"target {event['target']}, {event['number']} of {event['sizes']}"
         case "start":
             accuracy = event["selection_accuracy"]
             return f"teacher: {accuracy['value']:.2%} ± {accuracy['stderr']:.2%} on {accuracy['n']} selection rows"

@@ -1,6 +1,6 @@
 """Renderings of a plan and of a record: terminal tables, model card. Nothing here computes a result."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -242,13 +242,80 @@ def summary_table(record: Mapping[str, Any], width: int = 110) -> str:
     return captured.get()
 
 
-def model_card(record: Mapping[str, Any], plan: Plan, loads_with: Iterable[str]) -> str:
+def sizes_table(records: Sequence[Mapping[str, Any]]) -> Table:
+    """Several sizes of one model in one table, a line for each target; the first is the untouched model."""
+    first = records[0]
+    slow = first["baseline"]["latency_ms"]
+    table = Table(title="several sizes of one model", title_justify="left", caption_justify="left")
+    role, key = ("selection", "accuracy_selection") if first["baseline"]["accuracy"] is None else ("report", "accuracy")
+    by_teacher = first["measured_against"].get(role) == "teacher"
+    measure = "agreement with the teacher" if by_teacher else "accuracy"
+    table.add_column("target", no_wrap=True)
+    for name in (
+        "parameters",
+        "",
+        "MFLOPs",
+        "on disk",
+        f"latency, {slow['batch']} × {slow['length']}, {slow['threads']} threads",
+        f"{measure}, {role} rows (n = {first['baseline'][key]['n']})",
+        "",
+    ):
+        table.add_column(name, justify="right")
+    whole = first["baseline"]
+    costs = [("untouched", whole, whole), *((r["config"]["target"], r["baseline"], r["compressed"]) for r in records)]
+    for target, before, cost in costs:
+        latency = f"{cost['latency_ms']['median']:.1f} ms"
+        if cost is not before:  # measured in turns with the untouched model
+            latency += f", {before['latency_ms']['median'] / cost['latency_ms']['median']:.2f}×"
+        value = cost[key]
+        table.add_row(
+            target,
+            f"{cost['parameters']:,}",
+            f"{cost['parameters'] / before['parameters']:.1%}",
+            f"{cost['flops'] / 1e6:,.1f}",
+            f"{cost['disk_bytes'] / 1e6:,.2f} MB",
+            latency,
+            "–" if value is None else f"{value['value']:.2%} ± {value['stderr']:.2%}",
+            "" if value is None or cost is before else f"{100 * (value['value'] - before[key]['value']):+.2f} points",
+        )
+    told = [
+        f"{r['config']['target']}: {r['stop_reason']}" for r in records if not r["stop_reason"].startswith("target:")
+    ]
+    table.caption = "\n".join(told) or None
+    return table
+
+
+def sizes_text(records: Sequence[Mapping[str, Any]], width: int = 120) -> str:
+    """That table as plain text."""
+    console = Console(width=width, color_system=None)
+    with console.capture() as captured:
+        console.print(sizes_table(records))
+    return captured.get()
+
+
+def vocabulary_line(facts: Mapping[str, Any]) -> str:
+    """What trimming the vocabulary did, in a sentence; of the facts of `recipes.trimmed`."""
+    line = (
+        f"vocabulary: {facts['tokens']:,} of {facts['tokens_before']:,} tokens stay, those of the training rows and "
+        f"{facts['kept_though_unseen']:,} to spell others with; {facts['selection_rows_tokenised_differently']:,} of "
+        f"{facts['selection_rows']:,} selection rows are tokenised differently"
+    )
+    if "teacher_selection_accuracy_before" in facts:
+        before, after = (facts[f"teacher_selection_accuracy_{name}"] for name in ("before", "trimmed"))
+        line += f", the untouched model has {before:.2%} of them right, trimmed, which is the baseline, {after:.2%}"
+    return line
+
+
+def model_card(
+    record: Mapping[str, Any], plan: Plan, loads_with: Iterable[str], vocabulary: Mapping[str, Any] | None = None
+) -> str:
     """A model card in Markdown.
 
     Args:
         record: of the run.
         plan: that it applied.
         loads_with: what reads the model, each in a few words.
+        vocabulary: the facts of a trimmed one.
     """
     lines = [
         "---",
@@ -266,6 +333,7 @@ def model_card(record: Mapping[str, Any], plan: Plan, loads_with: Iterable[str])
         f"Load it with {'; '.join(loads_with)}. There is no pickle in it. `rmtkd.load` and `rmtkd inspect FOLDER` "
         "verify every file by its checksum, and the model by the outputs stored for a synthetic batch.",
         "",
+        *(() if vocabulary is None else ("## Vocabulary", "", _vocabulary_card(vocabulary), "")),
         "## Widths",
         "",
         "| site | before | after | why |",
@@ -279,3 +347,12 @@ def model_card(record: Mapping[str, Any], plan: Plan, loads_with: Iterable[str])
         "",
     ]
     return "\n".join(lines)
+
+
+def _vocabulary_card(facts: Mapping[str, Any]) -> str:
+    line = vocabulary_line(facts)
+    return (
+        f"The tokenizer is not that of the model before: it was trimmed. {line[:1].upper()}{line[1:]}. The "
+        "figures above are of models with this tokenizer, before and after. Use the tokenizer files beside this card; "
+        "`vocabulary.json` lists the tokens that stayed."
+    )

@@ -1,5 +1,6 @@
 """What a compression gives back."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,9 @@ from rmtkd.batches import Batch, Call
 from rmtkd.planning import Plan
 from rmtkd.schedule import Round
 from rmtkd.sites import Site
+
+VOCABULARY = "vocabulary.json"
+"""The extra file that holds the facts of a trimmed vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +39,26 @@ class Compressed:
 
     def save(self, folder: str | Path, *, extra_files: Iterable[Path] = ()) -> None:
         """Write the model folder that `rmtkd.load` reads: weights, shapes, checksums, self-test, model card."""
+        extra_files = list(extra_files)
+        vocabulary = next((_facts(file) for file in extra_files if file.name == VOCABULARY), None)
         loads_with = artifact.ways_to_load(
             type(self.model).__name__, is_own=self.sites is not None, own_forward=isinstance(self.example, Call)
         )
         artifact.save(
             self.model,
             folder,
-            card=reporting.model_card(self.record, self.plan, loads_with),
+            card=reporting.model_card(self.record, self.plan, loads_with, vocabulary),
             provenance=self.record,
             extra_files=extra_files,
             sites=self.sites,
             example=self.example,
         )
+
+
+def _facts(file: Path) -> dict[str, Any] | None:
+    """The facts of a trimmed vocabulary; None if the file is somebody's own of that name."""
+    try:
+        facts = json.loads(file.read_bytes())
+    except ValueError:
+        return None
+    return facts if isinstance(facts, dict) and "selection_rows_tokenised_differently" in facts else None

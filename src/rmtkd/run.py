@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from rmtkd.batches import Batch
 from rmtkd.checkpoint import RunFolder, checksum
 from rmtkd.cutting import cut_in_order
 from rmtkd.distillation import Teacher
-from rmtkd.dry_run import CHECK_ROWS, metrics_of, narrowed, plan
+from rmtkd.dry_run import CHECK_ROWS, Survey, metrics_of, narrowed, plan
 from rmtkd.environment import has_bf16, versions
 from rmtkd.errors import ArtifactError, RunError
 from rmtkd.fisher import Metrics, fit
@@ -30,6 +29,7 @@ from rmtkd.forecast import Forecast, forecast
 from rmtkd.interruption import Interrupted, interruptible
 from rmtkd.levels import in_levels
 from rmtkd.measurement import (
+    Estimate,
     accuracy,
     compare,
     count_parameters,
@@ -37,7 +37,7 @@ from rmtkd.measurement import (
 )
 from rmtkd.memory import Pieces, peak_bytes
 from rmtkd.modules import randomize
-from rmtkd.planning import Plan
+from rmtkd.planning import Plan, Spectrum
 from rmtkd.pretrained import presented
 from rmtkd.result import Compressed
 from rmtkd.roles import Answered, Roles, check_report, check_teacher, fingerprint, share_of
@@ -57,6 +57,9 @@ from rmtkd.sites import (
 from rmtkd.standing import Standing, kept_widths, shaped
 from rmtkd.surgery import check_cut, tensors_of
 from rmtkd.training import Phase, PhaseState, Precision
+
+Planned = tuple[Plan, Mapping[str, tuple[Spectrum, ...]]]
+"""A plan, and by site the spectra that it was made from."""
 
 CONTROL = 0
 """The number under which the control's training goes; rounds begin at 1."""
@@ -117,11 +120,28 @@ class Run:
         if options.precision == "bf16" or (options.precision == "auto" and has_bf16(options.device)):
             self.precision = "bf16"
         self.folder: RunFolder | None = None
+        self.known: dict[str, Any] = {}
 
-    @cached_property
+    @property
     def metrics(self) -> Metrics:
         """In which the errors of cuts are measured: those of the untouched model, for all rounds."""
-        return metrics_of(self.start, self.sites, self.calibration, self.options, pieces=self.pieces)
+        return self._once(
+            "metrics", lambda: metrics_of(self.start, self.sites, self.calibration, self.options, pieces=self.pieces)
+        )
+
+    def _once(self, name: str, measure: Callable[[], Any]) -> Any:
+        """What was measured of the untouched model, by this run or one to another target."""
+        if name not in self.known:
+            self.known[name] = measure()
+        return self.known[name]
+
+    def aimed(self, target: str) -> "Run":
+        """The run with another target: what is known of model and rows is shared, its story is its own."""
+        other = copy.copy(self)
+        other.options, other.folder = replace(self.options, target=target), None
+        other.emit = progress.Emitter(self.emit.listeners)
+        other.pieces = Pieces(lambda count: other.emit("memory", pieces=count))
+        return other
 
     def metrics_for(self, model: nn.Module, kept: Mapping[str, int]) -> Metrics:
         """The same; anew where outputs that sites are read into have been narrowed since."""
@@ -139,13 +159,18 @@ class Run:
         }
 
     def execute(
-        self, given: Plan | None = None, folder: RunFolder | None = None, extra_files: Iterable[Path] = ()
+        self,
+        given: Plan | None = None,
+        folder: RunFolder | None = None,
+        extra_files: Iterable[Path] = (),
+        *,
+        begun: Standing | None = None,
     ) -> Compressed:
-        """The story of a run, top to bottom, from wherever it stands."""
+        """The story of a run, top to bottom, from wherever it stands: what was begun, or what the folder says."""
         if folder is not None and (record := folder.summary()) is not None:
             return self.finished(folder, record)
         started = time.monotonic()
-        standing = self.go_on(folder) if folder else None
+        standing = begun or (self.go_on(folder) if folder else None)
         if standing is None:
             standing = self.begin(given, folder)
         queue = self.portions(standing.plan)
@@ -179,24 +204,32 @@ class Run:
 
     # ------------------------------------------------------------------ beginning, going on, ending
 
-    def begin(self, given: Plan | None, folder: RunFolder | None) -> Standing:
-        """Look at the teacher and make the plan."""
-        baseline = check_teacher(self.model, self.selection, pieces=self.pieces)
+    def look(self) -> Estimate:
+        """Look at the teacher: it must have something to teach."""
+        baseline = self._once("baseline", lambda: check_teacher(self.model, self.selection, pieces=self.pieces))
         if self.report is not None and self.measured_against["report"] == "labels":  # now, and not after hours
-            check_report(self.report, self.classes())
-        self.emit("start", options=self.options.to_dict(), selection_accuracy=asdict(baseline))
-        began = time.monotonic()
-        made, spectrums = plan(
+            self._once("report", lambda: check_report(self.report or (), self.classes()))
+        return baseline
+
+    def survey(self) -> Survey:
+        """Measure what plans are made from."""
+        return Survey(
             self.start,
             calibration=self.calibration,
             selection=self.selection,
             example=self.example,
-            given=given,
             sites=self.sites,
-            metrics=self.metrics if self.options.policy == "guarded" and given is None else None,
+            metrics=self.metrics if self.options.policy == "guarded" else None,
             pieces=self.pieces,
-            **fields_of(self.options),
+            options=self.options,
         )
+
+    def begin(self, given: Plan | None, folder: RunFolder | None, planned: Planned | None = None) -> Standing:
+        """Look at the teacher and make the plan, if that was not done before."""
+        baseline = self.look()
+        self.emit("start", options=self.options.to_dict(), selection_accuracy=asdict(baseline))
+        began = time.monotonic()
+        made, spectrums = planned or self.planned(given)
         made = replace(made, remarks=(*made.remarks, *self.left_whole))
         standing = Standing(plan=made, baseline=baseline, student=self.start)
         self.emit("plan", predicted=standing.plan.predicted, widths=standing.plan.widths)
@@ -207,6 +240,21 @@ class Run:
             self.folder = folder
             standing.save(folder, seconds=0.0, pieces=self.pieces.count)
         return standing
+
+    def planned(self, given: Plan | None) -> Planned:
+        """The plan, and the spectra that it was made from. What else it took is let go."""
+        if given is None:
+            survey = self.survey()
+            return survey.plan(self.options.target), survey.spectrums
+        return plan(
+            self.start,
+            calibration=self.calibration,
+            example=self.example,
+            given=given,
+            sites=self.sites,
+            pieces=self.pieces,
+            **fields_of(self.options),
+        )
 
     def go_on(self, folder: RunFolder) -> Standing | None:
         """Where the run stands by its folder; None if it has no plan yet."""

@@ -34,6 +34,10 @@ from rmtkd.sites import Site, blocks_of, by_width
 
 ROWS = 400
 """Held-out rows on which losses are measured, spread evenly over all of them."""
+TOGETHER = 64
+"""Of these rows, how many are run at once."""
+STRETCH = 1.5
+"""To how many times its length a row is padded, to be run with others."""
 SHARES = (0.06, 0.15, 0.35, 0.65)
 """Shares of a full width at which its loss is measured, beside the least one and those that the rules count."""
 PASSES = 1
@@ -75,11 +79,12 @@ class Sensitivity:
         self.device = next(model.parameters()).device
         self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16) if bf16 else nullcontext
         self.pieces = pieces or Pieces()
-        self.batches = [batching.to(batch, self.device) for batch in spread(rows, most_rows)]
+        self.batches = [batching.to(batch, self.device) for batch in gathered(spread(rows, most_rows))]
         self.blocks = blocks_of(sites) if follow_each_other(self.model, self.batches, blocks_of(sites)) else []
         self._bases: dict[str, tuple[int, tuple[tuple[Basis, ...], ...]]] = {}
         self._orders: dict[str, dict[int, Tensor]] = {}
         """Of the sites with units, in which order these are chosen."""
+        self._curves: Mapping[str, Curve] | None = None
         self.teacher = self.stand_at({})
 
     def stand_at(self, widths: Mapping[str, int]) -> Float[Tensor, "rows classes"]:
@@ -125,18 +130,13 @@ class Sensitivity:
 
         Args:
             published: the plan by noise edges. What its rule and the detector count are two more widths to measure.
+                It must be that of the first call in later ones, for other targets: curves are measured once.
             again: the plan for these curves.
 
         Raises:
             PlanError: see `planning.make_plan`.
         """
-        counts: dict[str, list[float]] = {shares: [] for shares in self.groups}
-        for site in published.sites:
-            counts[site.shares] += [count for count in (site.count, site.floor) if count is not None]
-        curves = {
-            shares: self.curve(shares, _ladder(group[0], counts[shares], published.multiple_of))
-            for shares, group in self.groups.items()
-        }
+        curves = self._single(published)
         plans: list[tuple[float, Plan]] = []
         for _ in range(1 + PASSES):
             if plans:
@@ -145,6 +145,18 @@ class Sensitivity:
             loss = self.loss(_shared(plan))
             plans.append((loss, replace(plan, loss=loss)))
         return min(plans, key=lambda pair: pair[0])[1]
+
+    def _single(self, published: Plan) -> Mapping[str, Curve]:
+        """The curves of single widths, measured when a plan first asks for them."""
+        if self._curves is None:
+            counts: dict[str, list[float]] = {shares: [] for shares in self.groups}
+            for site in published.sites:
+                counts[site.shares] += [count for count in (site.count, site.floor) if count is not None]
+            self._curves = {
+                shares: self.curve(shares, _ladder(group[0], counts[shares], published.multiple_of))
+                for shares, group in self.groups.items()
+            }
+        return self._curves
 
     def _weighed(self, curves: Mapping[str, Curve], plan: Plan) -> dict[str, Curve]:
         """The curves with the weights that the loss around a plan gives them, half way, in logarithms, from before."""
@@ -250,11 +262,43 @@ def _shared(plan: Plan) -> dict[str, int]:
 def projection(basis: Basis, device: torch.device):
     """A hook that replaces activations by what a basis keeps of them."""
     reduce, lift, mean = (part.to(device, torch.float32) for part in (basis.reduce, basis.lift, basis.mean))
+    if (units := _units(reduce)) is not None:
+        return _reconstruction(units, lift, mean)
+    if 2 * reduce.shape[1] > reduce.shape[2]:  # one product with the projector is less than two
+        projector = lift @ reduce
+
+        def project_at_once(activations: Tensor) -> Tensor:
+            centred = in_groups(activations, len(mean)).float() - mean
+            kept = torch.einsum("...gv,gwv->...gw", centred, projector)
+            return (kept + mean).flatten(-2).to(activations.dtype)
+
+        return project_at_once
 
     def project(activations: Tensor) -> Tensor:
         centred = in_groups(activations, len(mean)).float() - mean
         kept = torch.einsum("...gw,gkw->...gk", centred, reduce)
         return (torch.einsum("...gk,gwk->...gw", kept, lift) + mean).flatten(-2).to(activations.dtype)
+
+    return project
+
+
+def _units(reduce: Float[Tensor, "groups kept width"]) -> Tensor | None:
+    """The units that a choice of units keeps, if that is what it is, of a single group."""
+    if len(reduce) != 1 or reduce.shape[1] == 0 or torch.count_nonzero(reduce) != reduce.shape[1]:
+        return None
+    kept = reduce[0].argmax(-1)
+    return kept if bool((reduce[0, torch.arange(len(kept)), kept] == 1).all()) else None
+
+
+def _reconstruction(kept: Tensor, lift: Float[Tensor, "1 width kept"], mean: Float[Tensor, "1 width"]):
+    """The projection onto units: those that are kept pass, the others are computed from them."""
+    is_dropped = torch.ones(lift.shape[1], dtype=torch.bool, device=lift.device).index_fill(0, kept, False)
+    dropped = is_dropped.nonzero().flatten()
+    weight, bias = lift[0, dropped], mean[0, dropped] - lift[0, dropped] @ mean[0, kept]
+
+    def project(activations: Tensor) -> Tensor:
+        rest = torch.nn.functional.linear(activations[..., kept].float(), weight, bias)
+        return activations.index_copy(-1, dropped, rest.to(activations.dtype))
 
     return project
 
@@ -271,3 +315,20 @@ def spread(rows: Iterable[Batch], most: int) -> list[Batch]:
     step = -(-total // most)
     found = [batching.map_tensors(batch, itemgetter(slice(i % step, None, step))) for i, batch in enumerate(rows)]
     return [batch for batch in found if batching.rows(batch)]
+
+
+def gathered(batches: Iterable[Batch], most: int = TOGETHER) -> list[Batch]:
+    """The same rows in fewer batches, each of at most so many rows: those of one shape together, and where there is an
+    attention mask those of nearly one length, padded. A forward pass over a handful of rows costs mostly its calls."""
+    found: list[Batch] = []
+    shortest = 0
+    for batch in sorted(batches, key=batching.length):
+        joined = None
+        if found and batching.length(batch) <= STRETCH * shortest:
+            joined = batching.joined(found[-1], batch)
+        if joined is None or batching.rows(joined) > most:
+            found.append(batch)
+            shortest = batching.length(batch)
+        else:
+            found[-1] = joined
+    return found

@@ -29,6 +29,15 @@ Target = Annotated[
         "measured on this machine first. Tied weights count once."
     ),
 ]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target",
+        help="What remains: 25%params, 5M, 40%flops; 40%latency or 2.5x (faster), by times of the real shapes that are "
+        "measured on this machine first. Tied weights count once. Several give as many models from one measurement, "
+        "in folders of --out.",
+    ),
+]
 Policy = Annotated[
     str | None,
     typer.Option(

@@ -136,10 +136,11 @@ def plan(
     rows = task.rows(data, source, seed)
     log(rows.note)
     if trim_vocabulary:
-        from rmtkd.recipes.trimmed import told, trimmed
+        from rmtkd.recipes.trimmed import trimmed
+        from rmtkd.reporting import vocabulary_line
 
         source, rows, facts = trimmed(task, source, rows, data, seed)
-        log(told(facts))
+        log(vocabulary_line(facts))
     tell_timing(chosen.target)
     began, model_on_device = time.monotonic(), source.model.to(device)
     calibration = compression.share_of(rows.train, chosen.calibration_share)

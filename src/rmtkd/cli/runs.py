@@ -34,7 +34,7 @@ from rmtkd.cli.options import (
     RecipeName,
     Rule,
     Seed,
-    Target,
+    Targets,
     Tau,
     TrimVocabulary,
     Uniform,
@@ -47,12 +47,15 @@ from rmtkd.cli.options import (
 if TYPE_CHECKING:
     from rmtkd.progress import Listener
     from rmtkd.result import Compressed
+    from rmtkd.sizes import Sizes
 
 
 @app.command()
 def compress(
     recipe: RecipeName,
-    out: Annotated[Path, typer.Option(help="Run folder; new, or holding only a plan.")],
+    out: Annotated[
+        Path, typer.Option(help="Run folder; new, or holding only a plan. With several targets, the folder of theirs.")
+    ],
     model: Model = None,
     data: Data = None,
     columns: Columns = None,
@@ -68,7 +71,7 @@ def compress(
             help="Apply this plan.json, edited or not, instead of making a plan.",
         ),
     ] = None,
-    target: Target = None,
+    targets: Targets = None,
     policy: Policy = None,
     max_loss: MaxLoss = None,
     metric: Metric = None,
@@ -109,6 +112,7 @@ def compress(
 
     \b
     rmtkd compress sst2 --model teacher --data DIR --out runs/sst2 --epochs 2
+    rmtkd compress sst2 --model teacher --data DIR --out runs/sizes --target 50%params --target 25%params
     rmtkd compress sst2 --model teacher --data DIR --out runs/sst2 --plan runs/sst2/plan.json
     rmtkd compress digits --out runs/digits   (trains its own teacher first)
     rmtkd compress text --model MY_CHECKPOINT --data rows.csv --columns text --label label --out runs/mine
@@ -120,9 +124,11 @@ def compress(
     from rmtkd.progress import watcher
     from rmtkd.schedule import Options
     from rmtkd.sites import find_sites
+    from rmtkd.sizes import check_place, check_targets, compress_sizes
     from rmtkd.teaching import train_teacher
 
     task = recipes.get(recipe, columns=columns, label=label, max_length=max_length)
+    target, several = (targets or [None])[0], len(targets or ()) > 1
     shape = plan_options(
         target, policy, max_loss, rule, tau, multiple_of, min_share, uniform, embedding_levels, exclude, keep
     )
@@ -153,11 +159,17 @@ def compress(
                 "`rmtkd plan FOLDER`, which takes seconds; or leave out --plan."
             )
         options.pop("target", None)  # the recipe's
+    elif several:
+        targets = check_targets(targets or ())
+        check_place(out, targets)
     elif (out / "plan.json").exists():
         note = f"{out / 'plan.json'} is not applied: a new plan is made. To apply it: --plan {out / 'plan.json'}"
         log(note)
-    tell_timing(Options(**options).target)  # before anything takes time
-    RunFolder.check_free(out)
+    chosen = Options(**options)  # before anything takes time
+    for aim in targets or [chosen.target]:
+        tell_timing(aim)
+    if not several:
+        RunFolder.check_free(out)
     if model is None and task.needs_no_checkpoint:
         teacher_folder = out.absolute().with_name(f"{out.absolute().name}-teacher")
         if teacher_folder.exists():
@@ -180,6 +192,19 @@ def compress(
         "trim_vocabulary": trim_vocabulary,
     }
     with prepared(command, seed) as (given_to_run, on_event):
+        if several:
+            del options["target"]
+            sizes = compress_sizes(
+                **given_to_run,
+                targets=targets or (),
+                control=control,
+                out=out,
+                command=command,
+                on_event=on_event,
+                **options,
+            )
+            show_sizes(sizes, out, given_to_run["extra_files"], as_json=as_json)
+            return
         made = None if plan_file is None else Plan.read(plan_file, sites=find_sites(given_to_run["model"]))
         result = compression.compress(
             **given_to_run, plan=made, control=control, out=out, command=command, on_event=on_event, **options
@@ -221,6 +246,7 @@ def prepared(command: Mapping[str, Any], seed: int) -> Iterator[tuple[dict[str, 
     from rmtkd import recipes
     from rmtkd.progress import watcher
     from rmtkd.recipes.checkpoints import save_companions
+    from rmtkd.result import VOCABULARY
 
     task = recipes.get(command["recipe"], **{name: command[name] for name in ("columns", "label", "max_length")})
     source = task.load(command["model"], None if command["data"] is None else Path(command["data"]))
@@ -228,14 +254,15 @@ def prepared(command: Mapping[str, Any], seed: int) -> Iterator[tuple[dict[str, 
     log(rows.note)
     facts = None
     if command.get("trim_vocabulary"):
-        from rmtkd.recipes.trimmed import told, trimmed
+        from rmtkd.recipes.trimmed import trimmed
+        from rmtkd.reporting import vocabulary_line
 
         place = None if command["data"] is None else Path(command["data"])
         source, rows, facts = trimmed(task, source, rows, place, seed)
-        log(told(facts))
+        log(vocabulary_line(facts))
     with tempfile.TemporaryDirectory() as written, watcher(log_console) as on_event:
         if facts is not None:
-            (Path(written) / "vocabulary.json").write_text(json.dumps(facts) + "\n")
+            (Path(written) / VOCABULARY).write_text(json.dumps(facts) + "\n")
         save_companions(source, Path(written))
         parts = {
             "model": source.model,
@@ -252,10 +279,7 @@ def show_result(result: "Compressed", out: Path, extra_files: Iterable[Path], *,
     """The result, or what there is of it and how to go on."""
     from rmtkd import reporting
 
-    if not result.record["finished"]:
-        so_far = out / "model-so-far"
-        shutil.rmtree(so_far, ignore_errors=True)
-        result.save(so_far, extra_files=extra_files)
+    save_unfinished(result, out, extra_files)
     if as_json:
         sys.stdout.write(json.dumps(result.record, indent=1) + "\n")
     else:
@@ -269,3 +293,30 @@ def show_result(result: "Compressed", out: Path, extra_files: Iterable[Path], *,
         sys.exit(130)
     if not as_json:
         say(f"{out}/summary.json holds the record, {out}/model the model: rmtkd.load({str(out / 'model')!r})")
+
+
+def show_sizes(results: "Sizes", out: Path, extra_files: Iterable[Path], *, as_json: bool) -> None:
+    """All sizes in one table; of a run that was interrupted, how to go on."""
+    from rmtkd import reporting
+
+    records = [result.record for result in results.values()]
+    last = list(results)[-1]
+    save_unfinished(results[last], out / last, extra_files)
+    if as_json:
+        sys.stdout.write(json.dumps(records, indent=1) + "\n")
+    else:
+        out_console.print(reporting.sizes_table(records))
+    if not records[-1]["finished"]:
+        log(f"the model as it is: {out / last}/model-so-far")
+        log(f"continue with the same command, or only this size:  rmtkd resume '{out / last}'")
+        sys.exit(130)
+    if not as_json:
+        say(f"{out}/TARGET/model holds each model, such as rmtkd.load({str(out / last / 'model')!r})")
+
+
+def save_unfinished(result: "Compressed", out: Path, extra_files: Iterable[Path]) -> None:
+    """The model of a run that was interrupted, as it is."""
+    if not result.record["finished"]:
+        so_far = out / "model-so-far"
+        shutil.rmtree(so_far, ignore_errors=True)
+        result.save(so_far, extra_files=extra_files)

@@ -7,6 +7,7 @@ from torch import nn
 
 from rmtkd.activations import Observed
 from rmtkd.batches import Batch
+from rmtkd.covariance import eigenvalues_of
 from rmtkd.errors import PlanError, check_choice
 from rmtkd.planning.budget import POLICIES, Curve
 from rmtkd.planning.costs import COSTS, LATENCY, Amount, Cost, CostTable, Target
@@ -27,7 +28,7 @@ def _spectrum(stream: Observed) -> Spectrum:
     covariance = stream.moments.covariance()
     replicate = stream.replicates
     return Spectrum(
-        eigenvalues=stream.moments.eigenvalues().numpy(),
+        eigenvalues=eigenvalues_of(covariance).numpy(),
         samples=stream.moments.count,
         variances=covariance.diagonal(dim1=-2, dim2=-1).numpy().copy(),
         effective_samples=stream.effective_samples,

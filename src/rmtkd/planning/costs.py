@@ -91,7 +91,8 @@ def shown(cost: str, amount: Amount) -> str:
 
 def predict_cost(model: nn.Module, sites: Sequence[Site], widths: Mapping[str, int], batch: Batch) -> dict[str, int]:
     """Parameters and FLOPs of the model at these widths, counted on its skeleton: exact, and no model is built."""
-    return {name: count(model, sites, widths, batch) for name, count in COSTS.items()}
+    shape = skeleton(model, sites, widths)
+    return {"params": count_parameters(shape), "flops": _flops_of(shape, model, batch)}
 
 
 def _parameters(model: nn.Module, sites: Sequence[Site], widths: Mapping[str, int], batch: Batch) -> int:
@@ -99,7 +100,10 @@ def _parameters(model: nn.Module, sites: Sequence[Site], widths: Mapping[str, in
 
 
 def _flops(model: nn.Module, sites: Sequence[Site], widths: Mapping[str, int], batch: Batch) -> int:
-    shape = skeleton(model, sites, widths)
+    return _flops_of(skeleton(model, sites, widths), model, batch)
+
+
+def _flops_of(shape: nn.Module, model: nn.Module, batch: Batch) -> int:
     # Zeros in place of weights: a forward pass may look at values, which the meta device has none of.
     fill_with_zeros(shape, next(model.parameters()).device)
     with _ZeroProducts():

@@ -307,7 +307,7 @@ class Desk:
         counts = []
         for spectrum in self.spectrums[site.name] if _is_counted(site) else ():
             if spectrum.eigenvalues.any() and spectra.DETECTOR in spectra.RULES and spectrum.variances is not None:
-                edge = spectra.rule_named(spectra.DETECTOR)(spectrum)
+                edge = spectrum.edge(spectra.rule_named(spectra.DETECTOR))
                 counts.append(_count(spectrum, edge, 1.0))
         return _deciding(site)(counts, default=None)
 
@@ -333,7 +333,7 @@ class Desk:
 
 def _edge(site: Site, spectrum: Spectrum, rule: str, tau: float, *, may_be_dead: bool) -> NoiseEdge:
     try:
-        return spectra.rule_named(rule, tau=tau)(spectrum)
+        return spectrum.edge(spectra.rule_named(rule, tau=tau))
     except DataError as error:
         if may_be_dead and not spectrum.eigenvalues.any():
             return _no_edge(rule, spectrum, "The width is dead on these data.", misfit=True)

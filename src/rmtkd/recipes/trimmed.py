@@ -52,16 +52,3 @@ def trimmed(
             facts[f"teacher_selection_accuracy_{name}"] = accuracy(of, its.selection).value
     facts["kept"] = list(trimming.kept)
     return own, again, facts
-
-
-def told(facts: dict[str, Any]) -> str:
-    """The facts in a sentence."""
-    line = (
-        f"vocabulary: {facts['tokens']:,} of {facts['tokens_before']:,} tokens stay, those of the training rows and "
-        f"{facts['kept_though_unseen']:,} to spell others with; {facts['selection_rows_tokenised_differently']:,} of "
-        f"{facts['selection_rows']:,} selection rows are tokenised differently"
-    )
-    if "teacher_selection_accuracy_before" in facts:
-        before, after = (facts[f"teacher_selection_accuracy_{name}"] for name in ("before", "trimmed"))
-        line += f", the untouched model has {before:.2%} of them right, trimmed, which is the baseline, {after:.2%}"
-    return line

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
@@ -31,6 +32,9 @@ class Spectrum:
             and then the samples are taken to be independent.
         replicate: eigenvalues of each group's symmetrised cross-covariance between two stochastic passes over the
             same inputs, (C + Cᵀ)/2; None without a second pass.
+
+    Raises:
+        DataError: if the arrays are not of one shape, groups × width, or if there are no samples.
     """
 
     eigenvalues: Float[np.ndarray, "groups width"]
@@ -38,6 +42,34 @@ class Spectrum:
     variances: Float[np.ndarray, "groups width"] | None = None
     effective_samples: float | None = None
     replicate: Float[np.ndarray, "groups width"] | None = None
+
+    def __post_init__(self) -> None:
+        shape = np.shape(self.eigenvalues)
+        if len(shape) != 2:
+            raise DataError(
+                f"The eigenvalues of a spectrum must have shape [groups, width] — got {list(shape)} — "
+                "pass eigenvalues[None] for a single group."
+            )
+        for name in ("variances", "replicate"):
+            value = getattr(self, name)
+            if value is not None and np.shape(value) != shape:
+                raise DataError(
+                    f"The {name} of a spectrum must have the shape of its eigenvalues, {list(shape)} — got "
+                    f"{list(np.shape(value))} — pass those of the same groups, or None."
+                )
+        for name, count in (("samples", self.samples), ("effective_samples", self.effective_samples)):
+            if count is not None and not count > 0:
+                raise DataError(f"The {name} of a spectrum must be above 0 — got {count} — pass how many there were.")
+
+    @cached_property
+    def _answers(self) -> "dict[Rule, NoiseEdge]":
+        return {}
+
+    def edge(self, rule: "Rule") -> "NoiseEdge":
+        """What a rule says of this spectrum; asked once, as plans for several targets ask again."""
+        if rule not in self._answers:
+            self._answers[rule] = rule(self)
+        return self._answers[rule]
 
     @property
     def groups(self) -> int:
