@@ -105,7 +105,7 @@ def ranks_of(
     gains, prices = [], []
     for site in words:
         (moment,) = moments[site.name]
-        second = moment.covariance()[0] if site.is_centred else moment.second_moment()[0]
+        second = moment.covariance()[0] if site.streams[0].is_centred else moment.second_moment()[0]
         root = weighed([torch.eye(site.width, dtype=torch.float64)[None]], site, metrics)[0][0]
         gains.append(torch.linalg.eigvalsh(root @ second @ root.mT).flip(0).clamp_min(0))
         prices.append(len(model.get_parameter(site.streams[0].writers[0].parameter)) + site.width)

@@ -32,6 +32,7 @@ import torch
 from torch import nn
 
 from records import cell, print_event
+from rmtkd import batches as batching
 from rmtkd import compression, recipes
 from rmtkd.bases import Basis
 from rmtkd.cutting import cut_in_order
@@ -91,7 +92,7 @@ def rmtkd(work: Work, share: float, multiple_of: int) -> nn.Module:
     student, bases = cut_in_order(
         work.model, cut, plan.widths, work.calibration, metrics=metrics, blocks=blocks_of(work.sites)
     )
-    check_cut(work.model, student, cut, bases, {key: value[:4] for key, value in work.calibration[0].items()})
+    check_cut(work.model, student, cut, bases, batching.head(work.calibration[0], 4))
     return student
 
 
@@ -124,7 +125,7 @@ def _largest(model: nn.Module, site: Site, keep: int) -> Basis:
 
 def group_norm(work: Work, share: float, multiple_of: int) -> nn.Module:
     """Torch-Pruning on the same network."""
-    import torch_pruning as tp
+    import torch_pruning as tp  # type: ignore[import-not-found]
 
     example = {"pixel_values": work.example["pixel_values"][:1]}
 

@@ -195,7 +195,7 @@ def test_a_layer_that_is_called_again_and_again_is_seen_at_each_call() -> None:
 def test_a_reader_without_a_bias_is_cut_about_zero() -> None:
     model = make("modernbert").double()
     site = find_sites(model)[1]
-    assert not site.is_centred
+    assert not site.streams[0].is_centred
     batches = pair_batches(model)
     with torch.no_grad():
         model.model.layers[0].mlp.act = nn.Sigmoid()  # far from zero on average

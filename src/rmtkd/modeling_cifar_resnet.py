@@ -85,7 +85,7 @@ class CifarResNetForImageClassification(PreTrainedModel):
                 begins = stage > 0 and i == 0
                 blocks.append(Block(sizes[stage - 1] if begins else after, inner, after, 2 if begins else 1))
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
-        self.linear = nn.Linear(sizes[-1], config.num_labels)
+        self.linear = nn.Linear(sizes[-1], int(config.num_labels or 0))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -263,7 +263,7 @@ class Desk:
 
     def _site_plan(self, site: Site, fixed: Mapping[str, int], multiplier: float, keep: int, planned: int) -> SitePlan:
         # Of several streams one decides, and is shown.
-        spectrum, edge = _deciding(site)(self._pairs(site.name), key=lambda pair: _count(*pair, multiplier))
+        spectrum, edge = _deciding(site)(self._pairs(site.name), key=lambda pair: _count(pair[0], pair[1], multiplier))
         pooled = np.sort(spectrum.eigenvalues.ravel())[::-1]
         above = edge.count(pooled, multiplier)
         has_gap = 0 < above < len(pooled) and pooled[above] > 0

@@ -8,11 +8,9 @@ from typing import Any
 from torch import nn
 
 from rmtkd.distillation import Recovery
-from rmtkd.recipes.images import ImageRows
-from rmtkd.recipes.rows import TokenRows
 
-Collection = TokenRows | ImageRows
-"""Rows of a role: batches, again and again, and the labels of all, if they have any."""
+Collection = Any
+"""Rows of a role: `TokenRows` or `ImageRows`, as the recipe has it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -287,7 +287,7 @@ class _Tracer:
         """Whether positions alone are cut off or added."""
         dim = self.found[source].dim
         if operator == "slice":
-            return node.args[1] != dim
+            return bool(node.args[1] != dim)
         return operator in ("pad", "constant_pad_nd") and len(_numbers(node.args[1])) // 2 < _rank(source) - dim
 
     # ------------------------------------------------------------------ widths
