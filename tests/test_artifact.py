@@ -25,7 +25,7 @@ from rmtkd.errors import ArtifactError, OptionError, UnsupportedModelError
 from rmtkd.recipes.rows import TokenRows
 from rmtkd.sites import find_sites
 
-FILES = [*sorted(OWN_FILES), "tokenizer.json", "tokenizer_config.json"]
+FILES = [*sorted(OWN_FILES - {CODE[1]}), "tokenizer.json", "tokenizer_config.json"]
 HALF = {"embeddings.word": 16, "ffn": 24, "head": 8, "heads": 1}
 
 

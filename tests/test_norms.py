@@ -1,0 +1,77 @@
+"""The claims of norms by batch statistics: gathered anew they are those of the rows, and nothing else changes."""
+
+import pytest
+import torch
+from torch import nn
+
+from rmtkd.norms import batch_norms, gather_statistics, of_each_batch
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5)
+    ).eval()
+
+
+def rows(count: int = 3) -> list[tuple[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [(2 + torch.randn(32, 3, 8, 8, generator=generator),) for _ in range(count)]
+
+
+def test_statistics_are_those_of_the_inputs() -> None:
+    model = network()
+    gather_statistics(Scores(model), ["body.1"], rows())
+    with torch.no_grad():
+        seen = [model[0](x) for (x,) in rows()]
+    mean = torch.stack([part.mean((0, 2, 3)) for part in seen]).mean(0)
+    var = torch.stack([part.var((0, 2, 3), correction=1) for part in seen]).mean(0)
+    torch.testing.assert_close(model[1].running_mean, mean)
+    torch.testing.assert_close(model[1].running_var, var)
+
+
+class Scores(nn.Module):
+    """A network that gives one number a class."""
+
+    def __init__(self, body: nn.Module):
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x).mean((2, 3))
+
+
+def test_nothing_but_the_statistics_changes() -> None:
+    model = network()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    gather_statistics(Scores(model), ["body.4"], rows())
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"4.running_mean", "4.running_var"}
+    assert not any(module.training for module in model.modules())
+    assert model[4].momentum == 0.1
+
+
+def test_a_batch_of_one_row_does_not_count_where_there_are_others() -> None:
+    model = Scores(network())
+    single = (torch.full((1, 3, 8, 8), 100.0),)
+    gather_statistics(model, batch_norms(model), [*rows(), single])
+    found = model.body[1].running_mean.clone()
+    gather_statistics(model, batch_norms(model), rows())
+    assert torch.equal(found, model.body[1].running_mean)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_statistics_of_each_batch_are_for_the_time_being(fails: bool) -> None:
+    model = Scores(network())
+    before, x = model(rows()[0][0]), rows()[0][0]
+    state = {name: value.clone() for name, value in model.state_dict().items() if "tracked" not in name}
+    try:
+        with of_each_batch(model, batch_norms(model)):
+            inside = model(x)
+            if fails:
+                raise KeyError
+    except KeyError:
+        pass
+    assert not torch.allclose(inside, before)
+    assert torch.equal(model(x), before)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())

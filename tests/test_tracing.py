@@ -1,0 +1,318 @@
+"""The claims of following channels: which widths a network has, what is read where, and that cuts of them are exact."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import rmtkd
+from rmtkd.batches import Batch
+from rmtkd.cutting import cut_in_order
+from rmtkd.errors import UnsupportedModelError
+from rmtkd.measurement import count_flops, count_parameters
+from rmtkd.planning.costs import CostTable, predict_cost
+from rmtkd.sites import find_sites, trace_sites
+from rmtkd.surgery import check_cut, fold
+
+
+def batches(channels: int = 3, side: int = 8, rows: int = 16, count: int = 4) -> list[Batch]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (
+            torch.randn(rows, channels, side, side, generator=generator) + torch.randn(rows, channels, 1, 1),
+            torch.randint(0, 4, (rows,), generator=generator),
+        )
+        for _ in range(count)
+    ]
+
+
+class Basic(nn.Module):
+    def __init__(self, before: int, after: int, stride: int = 1, norm: Callable[[int], nn.Module] = nn.BatchNorm2d):
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(before, after, 3, stride, 1, bias=False), norm(after)
+        self.conv2, self.norm2 = nn.Conv2d(after, after, 3, 1, 1, bias=False), norm(after)
+        self.down = None if stride == 1 else nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), norm(after))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        inner += x if self.down is None else self.down(x)
+        return F.relu_(inner)
+
+
+class Excite(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.down, self.up = nn.Conv2d(width, width // 4, 1), nn.Conv2d(width // 4, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.up(F.silu(self.down(x.mean((2, 3), keepdim=True)))))
+
+
+class Everything(nn.Module):
+    """Residual stages, a depthwise convolution, channel attention, dilation, PReLU, a flattened image, two heads' MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 1, 2, dilation=2), nn.BatchNorm2d(16), nn.PReLU(16))
+        self.stages = nn.Sequential(Basic(16, 16), Basic(16, 24, 2), Basic(24, 24))
+        self.depthwise, self.norm = nn.Conv2d(24, 24, 3, padding=1, groups=24), nn.BatchNorm2d(24)
+        self.pointwise, self.excite = nn.Conv2d(24, 20, 1), Excite(20)
+        self.hidden, self.drop, self.head = nn.Linear(20 * 4, 32), nn.Dropout(0.1), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stages(F.max_pool2d(self.stem(x), 1))
+        x = F.hardswish(self.pointwise(F.relu6(self.norm(self.depthwise(x)))))
+        x = F.adaptive_avg_pool2d(self.excite(x), 2)
+        return self.head(self.drop(torch.tanh(self.hidden(x.view(x.size(0), -1)))))
+
+
+def trained(model: nn.Module, rows: list[Batch]) -> nn.Module:
+    """Norms with statistics and gains of their own."""
+    torch.manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.3)
+    model.train()
+    with torch.no_grad():
+        for x, _ in rows:
+            model(x)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def everything() -> tuple[nn.Module, list[Batch]]:
+    torch.manual_seed(0)
+    rows = batches()
+    return trained(Everything(), rows), rows
+
+
+def test_every_width_of_a_network_is_found_with_all_that_writes_and_reads_it(everything) -> None:
+    model, rows = everything
+    found = {site.name: site for site in find_sites(model, rows[0])}
+    assert {name: site.width for name, site in found.items()} == {
+        "stem.0": 16,
+        "stages.0.conv1": 16,
+        "stages.1.conv1": 24,
+        "stages.1.conv2": 24,
+        "stages.2.conv1": 24,
+        "pointwise": 20,
+        "excite.down": 5,
+        "hidden": 32,
+    }
+    stage = found["stages.1.conv2"]
+    writers = {axis.parameter for stream in stage.streams for axis in stream.writers}
+    assert {
+        "stages.1.conv2.weight",
+        "stages.1.down.0.weight",
+        "stages.2.norm2.running_var",
+        "depthwise.bias",
+    } <= writers
+    assert [(s.module, s.norm, s.intercept) for s in stage.streams] == [
+        ("stages.2.conv1", "stages.2.norm1", None),
+        ("pointwise", None, "pointwise.bias"),
+    ]
+    assert [stream.positions for stream in found["pointwise"].streams] == [1, 4]
+    assert found["stages.2.conv1"].scope == "stages.2"
+
+
+def test_a_fold_at_full_width_changes_nothing(everything) -> None:
+    model, rows = everything
+    sites = find_sites(model, rows[0])
+    full = {site.name: site.width for site in sites}
+    double = copy.deepcopy(model).double()
+    _, bases = cut_in_order(model, sites, full, rows)
+    x = rows[0][0].double()  # type: ignore[index]
+    torch.testing.assert_close(fold(double, sites, bases)(x), double(x), rtol=0, atol=1e-12)
+
+
+def test_a_cut_of_all_widths_is_its_masked_full_width_reference(everything) -> None:
+    model, rows = everything
+    sites = find_sites(model, rows[0])
+    widths = {site.name: site.width // 2 for site in sites}
+    student, bases = cut_in_order(model, sites, widths, rows)
+    assert check_cut(model, student, sites, bases, rows[0]) < 1e-5
+    assert {site.name: site.width for site in find_sites(student, rows[0])} == widths
+    assert student.depthwise.groups == 12
+
+
+def test_costs_at_any_widths_are_predicted_exactly(everything) -> None:
+    model, rows = everything
+    sites = find_sites(model, rows[0])
+    widths = {site.name: max(1, site.width // 3) for site in sites}
+    student, _ = cut_in_order(model, sites, widths, rows)
+    costs = {"params": count_parameters(student), "flops": count_flops(student, rows[0])}
+    assert predict_cost(model, sites, widths, rows[0]) == costs
+    whole, table = CostTable.measure(model, sites, rows[0])
+    assert table is not None
+    dropped = {site.name: site.width - widths[site.name] for site in sites}
+    assert {cost: whole[cost] + table.change(cost, dropped) for cost in costs} == costs
+
+
+def test_a_wrong_description_is_caught(everything) -> None:
+    """The check would see a reader that was forgotten."""
+    model, rows = everything
+    sites = [site for site in find_sites(model, rows[0]) if site.name == "stages.0.conv1"]
+    student, bases = cut_in_order(model, sites, {"stages.0.conv1": 8}, rows)
+    with torch.no_grad():
+        student.stages[0].conv2.weight.mul_(1.01)
+    with pytest.raises(rmtkd.errors.SurgeryError):
+        check_cut(model, student, sites, bases, rows[0])
+
+
+def test_a_convolution_that_writes_the_width_that_it_reads_is_cut_on_both_sides() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.same, self.head = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 12, 3, padding=1), nn.Linear(12, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.stem(x))
+            return self.head((x + F.relu(self.same(x))).mean((2, 3)))
+
+    torch.manual_seed(0)
+    model, rows = Plain().eval(), batches()
+    sites = find_sites(model, rows[0])
+    assert [site.name for site in sites] == ["stem"]
+    student, bases = cut_in_order(model, sites, {"stem": 7}, rows)
+    assert tuple(student.same.weight.shape) == (7, 7, 3, 3)
+    assert check_cut(model, student, sites, bases, rows[0]) < 1e-5
+    assert predict_cost(model, sites, {"stem": 7}, rows[0])["params"] == count_parameters(student)
+
+
+class Head(nn.Module):
+    """Two convolutions with something between or around them."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor], second: nn.Module | None = None, first: int = 8):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, first, 3, padding=1), second or nn.Conv2d(8, 8, 3, padding=1)
+        self.between, self.head = between, nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.second(self.between(self.first(x)))).mean((2, 3)))
+
+
+class Frozen(nn.Module):
+    """A norm whose statistics and gains are buffers, as detectors have it."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.register_buffer("scale", torch.rand(width) + 0.5)
+        self.register_buffer("shift", torch.rand(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale.view(1, -1, 1, 1) + self.shift.view(1, -1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "path", "why"),
+    [
+        (Head(F.relu, nn.Conv2d(8, 8, 3, groups=2)), "first", "second is a convolution in 2 groups"),
+        (Head(Frozen(8)), "first", "mul at between has a factor or term for each channel"),
+        (Head(nn.BatchNorm2d(8, track_running_stats=False)), "first", "between takes its statistics from the batch"),
+        (Head(nn.GroupNorm(2, 8)), "first", "group_norm at between is not known to act channel by channel"),
+        (Head(nn.Softmax(1)), "first", "softmax at between is not known to act channel by channel"),
+        (Head(nn.GLU(1), first=16), "first", "glu at between is not known to act channel by channel"),
+        (Head(lambda x: F.pad(x, (0, 0, 0, 0, 4, 0))[:, :8]), "first", "pad at the network itself is not known"),
+        (Head(lambda x: torch.cat([x[:, 4:], x[:, :4]], 1)), "first", "slice at the network itself is not known"),
+        (Head(nn.PixelShuffle(2), first=32), "first", "pixel_shuffle at between is not known"),
+    ],
+)
+def test_what_is_not_understood_leaves_its_width_whole_by_name(model: nn.Module, path: str, why: str) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = trace_sites(model.eval(), batches()[0])
+    assert why in found.whole[path]
+    assert [site.name for site in found.sites] == ["second"]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_network_of_which_nothing_can_be_narrowed_is_refused_with_all_reasons() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Softmax(1), nn.Flatten(), nn.Linear(8 * 36, 4)).eval()
+    with pytest.raises(UnsupportedModelError, match="0: softmax at 1 is not known to act channel by channel"):
+        find_sites(model, batches()[0])
+
+
+def test_a_forward_that_cannot_be_followed_is_refused_by_name() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x).sum((2, 3)) if x.sum() > 0 else self.conv(-x).sum((2, 3))
+
+    with pytest.raises(UnsupportedModelError, match="torch.export can follow. Branches gave"):
+        find_sites(Branches().eval(), batches()[0])
+
+
+def test_tied_weights_are_refused_by_name() -> None:
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)),
+    )
+    model[4].weight = model[2].weight
+    with pytest.raises(UnsupportedModelError, match=r"2\.weight and 4\.weight are the same"):
+        find_sites(model.eval(), batches()[0])
+
+
+def test_a_module_that_is_called_twice_has_one_width_on_each_side() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.again, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.stem(x))
+            for _ in range(2):
+                x = F.relu(self.again(x))
+            return self.head(x.mean((2, 3)))
+
+    torch.manual_seed(0)
+    model, rows = Twice().eval(), batches()
+    sites = find_sites(model, rows[0])
+    assert [site.name for site in sites] == ["stem"]
+    student, bases = cut_in_order(model, sites, {"stem": 5}, rows)
+    assert check_cut(model, student, sites, bases, rows[0]) < 1e-5
+
+
+def test_a_module_shared_with_another_model_stays_as_it_was(everything) -> None:
+    model, rows = everything
+    other = nn.Sequential(model.stem, nn.Flatten())
+    before = other(rows[0][0])
+    sites = find_sites(model, rows[0])
+    cut_in_order(model, sites, {site.name: 4 for site in sites}, rows)
+    assert torch.equal(other(rows[0][0]), before)
+
+
+def test_memory_stays_in_the_order_of_the_model(everything) -> None:
+    """Weights of 1 × 1 filters in another order would make all outputs lie in it, which `view` refuses."""
+    model, rows = everything
+    sites = find_sites(model, rows[0])
+    student, _ = cut_in_order(model, sites, {site.name: site.width // 2 for site in sites}, rows)
+    for name, parameter in student.named_parameters():
+        assert parameter.stride() == torch.empty(parameter.shape).stride(), name
+
+
+def test_a_model_of_ones_own_is_compressed_without_naming_its_sites(tmp_path, everything) -> None:
+    """And its folder gives it back from the class alone."""
+    model, rows = everything
+    with torch.no_grad():
+        labelled = [(x, model(x).argmax(-1)) for x, _ in rows]
+    result = rmtkd.compress(
+        model, train=labelled, selection=labelled, target="60%flops", multiple_of=1, epochs=1.0, out=tmp_path / "run"
+    )
+    assert result.record["compressed"]["flops"] <= 0.6 * result.record["baseline"]["flops"]
+    again = rmtkd.load(tmp_path / "run" / "model", Everything)
+    assert torch.equal(again(rows[0][0]), result.model(rows[0][0]))
+
+
+def test_what_stays_whole_stands_in_the_plan() -> None:
+    torch.manual_seed(0)
+    model, rows = Head(nn.Softmax(1)).eval(), batches()
+    with torch.no_grad():
+        labelled = [(x, model(x).argmax(-1)) for x, _ in rows]
+    result = rmtkd.compress(model, train=labelled, selection=labelled, policy="paper", epochs=0.0, multiple_of=1)
+    assert any("What first writes stays whole: softmax" in remark for remark in result.plan.remarks)
