@@ -1,6 +1,8 @@
 # make demo   set everything up, train a small BERT on handwritten digits, compress it, print the table
 # make test   set everything up and run the tests
 PYTHON ?= python3
+# A file's tests go to one worker, so that what they share is made once, in the order of their names.
+PYTEST := pytest -n 2 --dist loadfile --no-loadscope-reorder
 BIN    := .venv/bin
 OLDEST := $(shell sed -n 's/^text = \["transformers>=\([0-9.]*\).*/\1/p' pyproject.toml)
 
@@ -23,11 +25,11 @@ demo: setup
 	$(BIN)/rmtkd compress digits --out runs/digits --control
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST)
 
 # What touches transformers, against the oldest that pyproject.toml declares.
 test-oldest: .oldest/ready
-	OMP_NUM_THREADS=1 .oldest/bin/python -m pytest -q -n 2 $(addprefix tests/test_,$(addsuffix .py,families sites surgery artifact pretrained conformance export))
+	OMP_NUM_THREADS=1 .oldest/bin/python -m $(PYTEST) $(addprefix tests/test_,$(addsuffix .py,families sites surgery artifact pretrained conformance export))
 
 # Laid over .venv, so that only what differs is fetched: torch is not.
 .oldest/ready: .venv/ready

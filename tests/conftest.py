@@ -1,6 +1,8 @@
 """Models and rows that several tests share: tiny, random, in float64 where a claim is exact."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,19 +165,40 @@ class Sentiment:
 
 @pytest.fixture(scope="session")
 def sentiment(tmp_path_factory: pytest.TempPathFactory) -> Sentiment:
-    """The sst2 recipe on little phrases, with a teacher that is much better than chance."""
-    folder = tmp_path_factory.mktemp("sentiment")
-    data = folder / "data"
+    """The sst2 recipe on little phrases, with a teacher that is much better than chance: made once for all workers."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "sentiment"
+    made = Sentiment(data=folder / "data", start=folder / "start", teacher=folder / "teacher")
+    with alone_at(folder):
+        if not made.teacher.exists():
+            make_sentiment(made)
+    return made
+
+
+@contextmanager
+def alone_at(folder: Path) -> Iterator[None]:
+    """One process at a time; others wait."""
+    folder.mkdir(exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            import fcntl
+        except ImportError:  # a system without locks: one worker only
+            yield
+            return
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def make_sentiment(made: Sentiment) -> None:
+    """Rows, checkpoint and teacher; the teacher is written last, and whole."""
+    data, start, teacher = made.data, made.start, made.teacher
     data.mkdir()
     write_sentiment_rows(data / "sst2_train.parquet", 800, seed=1)
     write_sentiment_rows(data / "sst2_dev.parquet", 90, seed=2)
-    start = folder / "start"
     model = tiny_bert(labels=2, max_position_embeddings=40)
     for name, parameter in model.named_parameters():
         if "LayerNorm" not in name:
             torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(start)
     make_tokenizer().save_pretrained(start)
-    teacher = folder / "teacher"
     train_teacher(recipes.get("sst2"), model=str(start), data=data, out=teacher, epochs=6.0, lr=3e-3, precision="fp32")
-    return Sentiment(data=data, start=start, teacher=teacher)

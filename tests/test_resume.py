@@ -224,11 +224,19 @@ def test_a_full_disk_is_told_and_the_older_state_stays(
     assert_same(rmtkd.resume(out, model, **rows), whole)
 
 
-@pytest.fixture
-def stopped(model: torch.nn.Module, rows: dict[str, Any], tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def killed(model: torch.nn.Module, rows: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that was killed in its second round."""
+    out = tmp_path_factory.mktemp("killed") / "run"
     with pytest.raises(Killed):
-        run(model, rows, tmp_path / "stopped", control=True, on_event=killing_at(17))
+        run(model, rows, out, control=True, on_event=killing_at(17))
+    return out
+
+
+@pytest.fixture
+def stopped(killed: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be spoiled."""
+    shutil.copytree(killed, tmp_path / "stopped")
     return tmp_path / "stopped"
 
 
