@@ -1,5 +1,7 @@
 """The claims of norms by batch statistics: gathered anew they are those of the rows, and nothing else changes."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,7 @@ from torch import nn
 from rmtkd.norms import batch_norms, gather_statistics, of_each_batch
 
 
-def network() -> nn.Module:
+def network() -> Any:
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5)
@@ -52,7 +54,7 @@ def test_nothing_but_the_statistics_changes() -> None:
 
 
 def test_a_batch_of_one_row_does_not_count_where_there_are_others() -> None:
-    model = Scores(network())
+    model: Any = Scores(network())
     single = (torch.full((1, 3, 8, 8), 100.0),)
     gather_statistics(model, batch_norms(model), [*rows(), single])
     found = model.body[1].running_mean.clone()
@@ -62,7 +64,7 @@ def test_a_batch_of_one_row_does_not_count_where_there_are_others() -> None:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_statistics_of_each_batch_are_for_the_time_being(fails: bool) -> None:
-    model = Scores(network())
+    model: Any = Scores(network())
     before, x = model(rows()[0][0]), rows()[0][0]
     state = {name: value.clone() for name, value in model.state_dict().items() if "tracked" not in name}
     try:

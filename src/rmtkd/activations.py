@@ -320,7 +320,7 @@ def _check_count(site: Site, count: int) -> None:
         )
 
 
-def readers(model: nn.Module, site: Site) -> tuple[Float[Tensor, "groups out width"], ...]:
+def readers(model: nn.Module, site: Site) -> tuple[Float[Tensor, "groups _ width"], ...]:
     """The weights that read each of a site's streams, stacked along their outputs, in float64 on the CPU. Every tap of
     a convolution, and every position of a flattened image, is an output of its own.
 

@@ -61,7 +61,7 @@ def linear_basis(
 def unit_bases(
     covariances: Sequence[Float[Tensor, "groups width width"]],
     means: Sequence[Float[Tensor, "groups width"]],
-    readers: Sequence[Float[Tensor, "groups out width"]],
+    readers: Sequence[Float[Tensor, "groups _ width"]],
     keep: int,
     each: int = 1,
     orders: dict[int, Tensor] | None = None,
@@ -120,7 +120,7 @@ def unit_basis(
 
 
 def order_units(
-    covariances: Sequence[Float[Tensor, "width width"]], readers: Sequence[Float[Tensor, "out width"]], keep: int
+    covariances: Sequence[Float[Tensor, "width width"]], readers: Sequence[Float[Tensor, "_ width"]], keep: int
 ) -> Tensor:
     """Choose units one by one, each the one that explains most of what the readers' outputs still lack.
 

@@ -119,8 +119,8 @@ def reader_outputs(sites: Iterable[Site]) -> dict[str, bool]:
 
 
 def weighed(
-    readers: Sequence[Float[Tensor, "groups out width"]], site: Site, metrics: Metrics
-) -> tuple[Float[Tensor, "groups out width"], ...]:
+    readers: Sequence[Float[Tensor, "groups _ width"]], site: Site, metrics: Metrics
+) -> tuple[Float[Tensor, "groups _ width"], ...]:
     """The readers of a site's streams in the metric of what they write: `F^½ W`, for each of several readers by itself.
     All taps of a convolution write the same output.
 
@@ -153,7 +153,7 @@ def fit(metrics: Metrics, model: nn.Module) -> bool:
 
 def _in_metrics(
     reader: Float[Tensor, "groups out width"], paths: Sequence[str], metrics: Metrics
-) -> Float[Tensor, "groups out width"]:
+) -> Float[Tensor, "groups _ width"]:
     if not all(path in metrics for path in paths):
         return reader
     found = [metrics[path] for path in paths]

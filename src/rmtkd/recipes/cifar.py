@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from rmtkd.batches import Batch
 from rmtkd.distillation import Recovery
 from rmtkd.errors import DataError
 from rmtkd.recipes.checkpoints import load_classifier
@@ -145,7 +146,7 @@ def load_rows(data: Path | None, source: Source, seed: int) -> Rows:
     (train_files, train_labels), (test_files, test_labels) = (_read(data, part) for part in FILES)
     held = np.array([part_of(hashlib.sha256(_bytes(file)).hexdigest()) in SELECTION for file in train_files])
     train, test = decode(train_files, SIDE, "the training images"), decode(test_files, SIDE, "the test images")
-    rows = partial(ImageRows, **NORMALISATION)
+    rows = partial(ImageRows, **NORMALISATION, named=is_of_transformers(source.model))
     return Rows(
         train=rows(train[~held], train_labels[~held], seed=seed, augments=True, batch_size=BATCH),
         selection=rows(train[held], train_labels[held]),
@@ -158,15 +159,19 @@ def load_rows(data: Path | None, source: Source, seed: int) -> Rows:
 def file_rows(path: Path, source: Source) -> ImageRows:
     """The labelled rows of one file with columns `image` (bytes of PNG and the like) and `label`."""
     files, labels = read_columns(path, ["image"], "label", binary=True)
-    return ImageRows(
-        decode(files, SIDE, str(path)), class_indices(labels, LABELS, f"column 'label' of {path}"), **NORMALISATION
-    )
+    indices = class_indices(labels, LABELS, f"column 'label' of {path}")
+    return ImageRows(decode(files, SIDE, str(path)), indices, **NORMALISATION, named=is_of_transformers(source.model))
 
 
-def example(model: nn.Module, rows: Rows) -> dict[str, Any]:
+def example(model: nn.Module, rows: Rows) -> Batch:
     """The batch whose cost is measured."""
     pixels = torch.randn(32, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
-    return {"pixel_values": pixels}
+    return {"pixel_values": pixels} if is_of_transformers(model) else (pixels,)
+
+
+def is_of_transformers(model: nn.Module) -> bool:
+    """Whether a network is called with named images; one of the user's own is called with images alone."""
+    return hasattr(model, "config")
 
 
 def _read(data: Path | None, part: str) -> tuple[list[Any], np.ndarray]:

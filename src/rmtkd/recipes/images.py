@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rmtkd.batches import Batch
 from rmtkd.errors import DataError
 
 SHIFT = 4
@@ -26,6 +27,7 @@ class ImageRows:
         batch_size: rows a batch.
         seed: shuffle with this seed, anew in each epoch; None keeps one order.
         augments: also flip and shift at random, with the same seed.
+        named: whether batches are mappings; else pairs, for networks that are called with images alone.
     """
 
     def __init__(
@@ -38,11 +40,12 @@ class ImageRows:
         batch_size: int = HELD_BATCH,
         seed: int | None = None,
         augments: bool = False,
+        named: bool = True,
     ):
         self.images = images
         self.labels: Any = None if labels is None else np.asarray(labels, dtype=np.int64)
         self.mean, self.std = (torch.tensor(value).view(1, -1, 1, 1) for value in (mean, std))
-        self.batch_size, self.seed, self.augments, self.epoch = batch_size, seed, augments, 0
+        self.batch_size, self.seed, self.augments, self.named, self.epoch = batch_size, seed, augments, named, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose order, flips and shifts of the next pass."""
@@ -52,12 +55,14 @@ class ImageRows:
         """The number of batches."""
         return -(-len(self.images) // self.batch_size)
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         count = len(self.images)
         rng = np.random.default_rng((self.seed or 0, self.epoch))
         order = np.arange(count) if self.seed is None else rng.permutation(count)
         for start in range(0, count, self.batch_size):
-            yield self._batch(order[start : start + self.batch_size], rng if self.augments else None)
+            batch = self._batch(order[start : start + self.batch_size], rng if self.augments else None)
+            pair = [batch[name] for name in ("pixel_values", "labels") if name in batch]
+            yield batch if self.named else tuple(pair)
 
     def _batch(self, rows: np.ndarray, rng: np.random.Generator | None) -> dict[str, Tensor]:
         pixels = torch.from_numpy(self.images[rows]).permute(0, 3, 1, 2).float().div_(255)

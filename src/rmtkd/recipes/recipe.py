@@ -66,7 +66,7 @@ class Recipe:
     load: Callable[..., Source]
     rows: Callable[[Path | None, Source, int], Rows]
     file_rows: Callable[[Path, Source], Collection]
-    example: Callable[[nn.Module, Rows], dict[str, Any]]
+    example: Callable[[nn.Module, Rows], Any]
     training: Recovery
     epochs: float
     needs_no_checkpoint: bool = False
