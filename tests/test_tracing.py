@@ -190,7 +190,7 @@ def test_a_convolution_that_writes_the_width_that_it_reads_is_cut_on_both_sides(
 class Head(nn.Module):
     """Two convolutions with something between or around them."""
 
-    def __init__(self, between: Callable[[Tensor], Tensor], second: nn.Module | None = None, first: int = 8):
+    def __init__(self, between: Any, second: nn.Module | None = None, first: int = 8):
         super().__init__()
         self.first, self.second = nn.Conv2d(3, first, 3, padding=1), second or nn.Conv2d(8, 8, 3, padding=1)
         self.between, self.head = between, nn.Linear(8, 4)
@@ -224,7 +224,7 @@ class Frozen(nn.Module):
         (Head(nn.PixelShuffle(2), first=32), "first", "pixel_shuffle at between is not known"),
     ],
 )
-def test_what_is_not_understood_leaves_its_width_whole_by_name(model: nn.Module, path: str, why: str) -> None:
+def test_what_is_not_understood_leaves_its_width_whole_by_name(model: Any, path: str, why: str) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     found = trace_sites(model.eval(), batches()[0])
     assert why in found.whole[path]
