@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import rmtkd
 from conftest import assert_untouched, random_rows, snapshot, tiny_bert
-from rmtkd.errors import DataError, OptionError, UnsupportedModelError
+from rmtkd.errors import DataError, OptionError
 from rmtkd.sites import feed_forward_site, linear_site
 
 
@@ -83,9 +83,10 @@ def test_a_module_of_ones_own_has_no_stock_widths(model: Classifier, points: tup
     assert not (tmp_path / "run").exists()
 
 
-def test_without_sites_it_is_refused(model: Classifier, points: tuple[Tensor, Tensor]):
-    with pytest.raises(UnsupportedModelError, match="Classifier"):
-        rmtkd.compress(model, **parts(points), **OPTIONS)  # type: ignore
+def test_without_sites_its_widths_are_followed(model: Classifier, points: tuple[Tensor, Tensor]):
+    small = rmtkd.compress(model, **parts(points), **OPTIONS)  # type: ignore
+    assert {site.name: site.width for site in small.plan.sites} == {"up": 64, "down": 32}
+    assert small.record["compressed"]["parameters"] < small.record["baseline"]["parameters"]
 
 
 def test_a_data_loader_will_do(model: Classifier, points: tuple[Tensor, Tensor]):

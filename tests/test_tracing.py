@@ -202,6 +202,9 @@ class Head(nn.Module):
 class Frozen(nn.Module):
     """A norm whose statistics and gains are buffers, as detectors have it."""
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, width: int):
         super().__init__()
         self.register_buffer("scale", torch.rand(width) + 0.5)

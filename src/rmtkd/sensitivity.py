@@ -79,7 +79,9 @@ class Sensitivity:
         self.device = next(model.parameters()).device
         self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16) if bf16 else nullcontext
         self.pieces = pieces or Pieces()
-        self.batches = [batching.to(batch, self.device) for batch in gathered(spread(rows, most_rows))]
+        # Never more at once than the caller runs: in how many pieces a batch fits into memory is found for those.
+        most = min(TOGETHER, max(map(batching.rows, rows), default=TOGETHER))
+        self.batches = [batching.to(batch, self.device) for batch in gathered(spread(rows, most_rows), most)]
         self.blocks = blocks_of(sites) if follow_each_other(self.model, self.batches, blocks_of(sites)) else []
         self._bases: dict[str, tuple[int, tuple[tuple[Basis, ...], ...]]] = {}
         self._orders: dict[str, dict[int, Tensor]] = {}

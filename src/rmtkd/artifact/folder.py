@@ -257,6 +257,7 @@ def _write_own(model: nn.Module, folder: Path, sites: Sequence[Site], example: B
         raise ArtifactError("a model of one's own needs an example of its batches, for the self-test. Got none.")
     save_file(weights_of(model), folder / WEIGHTS, metadata={"format": "pt"})
     attributes = {(a.module, a.name) for site in sites for a in site.attributes}
+    written = {axis.parameter for site in sites for stream in site.streams for axis in stream.writers}
     return {
         "library": "own",
         "model_class": f"{type(model).__module__}.{type(model).__qualname__}",
@@ -267,6 +268,7 @@ def _write_own(model: nn.Module, folder: Path, sites: Sequence[Site], example: B
                 if isinstance(module, EmbeddingLevels)
             },
             "factorized": [name for name, module in model.named_modules() if isinstance(module, FactorizedEmbedding)],
+            "buffers": sorted(written & {name for name, _ in model.named_buffers()}),
             "attributes": [[path, name, getattr(model.get_submodule(path), name)] for path, name in sorted(attributes)],
         },
         "labels": {},
@@ -328,7 +330,7 @@ def _own(build: Build, manifest: Mapping[str, Any], stored: Mapping[str, list[in
             set_levels(model, path, counts)
         for path in narrowed["factorized"]:
             factorize_embedding(model, path)
-    resize(model, {name: stored[name] for name in tensors_of(model) if name in stored})
+    resize(model, {name: stored[name] for name in (*manifest["shapes"], *narrowed.get("buffers", ()))})
     for path, name, value in narrowed["attributes"]:
         module = model.get_submodule(path)
         if type(getattr(module, name)) not in (int, float) or type(value) not in (int, float):
