@@ -270,3 +270,21 @@ def test_the_resnet_of_transformers_is_saved_at_any_widths(tmp_path: Path, narro
         assert type(again).__name__ == "Rmtkd" * narrows + "ResNetForImageClassification"
         with torch.no_grad():
             assert torch.equal(again(**batches[0]).logits, model(**batches[0]).logits)
+
+
+@pytest.mark.parametrize("to", ["onnx", "torch-export"])
+def test_a_narrowed_network_is_the_same_exported(digits: Path, tmp_path: Path, to: str) -> None:
+    if to == "onnx":
+        pytest.importorskip("onnxruntime")
+    words = ("--recipe", "digits_cnn", "--out", tmp_path / "out", "--json")
+    record = json.loads(invoke("export", digits / "model", "--to", to, *words))
+    assert record["inputs"] == ["pixel_values"] and record["checked_on"] == "rows"
+    assert all(check["difference"] < 1e-4 and not check["flipped"] for check in record["checks"].values())
+    assert {rows for check in record["checks"].values() for rows, _ in check["shapes"]} >= {1, 7, 150}
+    assert (tmp_path / "out" / "preprocessor_config.json").is_file()
+
+
+def test_eight_bits_of_a_convolutional_network_are_refused(digits: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    result = CliRunner().invoke(app, ["export", str(digits / "model"), "--int8", "--out", str(tmp_path / "out")])
+    assert result.exit_code != 0 and list(tmp_path.iterdir()) == []

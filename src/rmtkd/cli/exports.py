@@ -41,7 +41,7 @@ def export_model(
         if data is not None:
             raise typer.BadParameter("--data needs --recipe NAME, which says what the rows mean.")
         network = load_any_classifier(model)
-        log("checked on random tokens: name a --recipe to check on rows")
+        log("checked on random tokens or images: name a --recipe to check on rows")
         record = exports.export(network, out, to=to, int8=int8, tokenizer=load_tokenizer(model, network))
     else:
         task = recipes.get(recipe, columns=columns, label=label, max_length=max_length)
@@ -55,11 +55,15 @@ def export_model(
             rows=rows.report,
             example=task.example(source.model, rows),
             tokenizer=source.tokenizer,
+            preprocessor=source.preprocessor,
         )
     if as_json:
         sys.stdout.write(json.dumps(record) + "\n")
         return
     out_console.print(exports.table(record))
     rows = "any batch" if record["most_rows"] is None else f"batch up to {record['most_rows']}"
+    if record["inputs"] == ["pixel_values"]:
+        say(f"{out / record['file']}: pixel_values, float32 of shape [batch, channels, height, width]; {rows}")
+        return
     inputs = f"{', '.join(record['inputs'])}, int64 of shape [batch, length]"
     say(f"{out / record['file']}: {inputs}; {rows}, length up to {record['longest']:,}")

@@ -61,7 +61,7 @@ def in_shapes(batches: Iterable[Batch]) -> Iterator[Batch]:
         few = batching.head(batch, FEW)
         yield batch
         yield batching.head(batch, 1)
-        yield batching.map_tensors(few, lambda value, odd=odd: value[:, :odd] if value.ndim > 1 else value)
+        yield batching.map_tensors(few, lambda value, odd=odd: value[:, :odd] if value.ndim == 2 else value)
 
 
 def compare(model: nn.Module, exported: nn.Module, batches: Iterable[Batch]) -> Agreement:

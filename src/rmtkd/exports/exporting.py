@@ -20,10 +20,10 @@ from rmtkd.environment import machine, versions
 from rmtkd.errors import ExportError
 from rmtkd.exports.comparison import TOLERANCE, compare, hold_to, in_shapes, spread
 from rmtkd.exports.formats import Format, find_format, start
-from rmtkd.exports.tracing import OUTPUT, complete, input_names, quiet, told, trace
+from rmtkd.exports.tracing import IMAGES, OUTPUT, complete, input_names, quiet, told, trace
 from rmtkd.measurement import count_disk_bytes, quality, time_forward
 from rmtkd.pretrained import save_tokenizer
-from rmtkd.sites import longest_input
+from rmtkd.sites import longest_input, random_images
 
 FORMAT_VERSION = 1
 RECORD = "export.json"
@@ -44,6 +44,7 @@ def export(
     rows: Iterable[Batch] | None = None,
     example: Batch | None = None,
     tokenizer: Any = None,
+    preprocessor: Mapping[str, Any] | None = None,
     int8: bool = False,
     repeats: int = 20,
 ) -> dict[str, Any]:
@@ -58,6 +59,7 @@ def export(
         rows: rows that it is compared on; random tokens by default.
         example: the batch that is timed, its first 32 rows and its first row; 32 rows of 64 random tokens by default.
         tokenizer: travels with the network.
+        preprocessor: of images, travels with it as `preprocessor_config.json`.
         int8: make weights 8-bit integers, and say what it costs.
         repeats: timed passes.
 
@@ -81,7 +83,12 @@ def export(
     if form.most_tokens is not None:
         longest = min(longest, max(form.most_tokens, *(batching.length(batch) for batch in (timed, *given))))
 
-    program = trace(model, names, longest, form.most_rows)
+    if int8 and names == IMAGES:
+        raise ExportError(
+            "8-bit weights are for networks of matrix products. Got a convolutional one. Leave --int8 out; nothing "
+            "was written."
+        )
+    program = trace(model, names, timed, longest, form.most_rows)
     with new_folder(folder) as partial, tempfile.TemporaryDirectory() as aside:
         full = Path(aside if int8 else partial) / form.file
         with quiet(), told(model, form.describe):
@@ -99,6 +106,8 @@ def export(
             checks[name] = hold_to(compare(model, engines[name], given), int8=True)
         if tokenizer is not None:
             save_tokenizer(tokenizer, partial, names)
+        if preprocessor is not None:
+            write_json(partial / "preprocessor_config.json", dict(preprocessor))
         record = {
             "format_version": FORMAT_VERSION,
             "to": to,
@@ -110,7 +119,7 @@ def export(
             "most_rows": form.most_rows,
             "longest": longest,
             "labels": _labels(model),
-            "checked_on": "random tokens" if rows is None else "rows",
+            "checked_on": f"random {'images' if names == IMAGES else 'tokens'}" if rows is None else "rows",
             "tolerance": TOLERANCE,
             "checks": {name: asdict(check) for name, check in checks.items()},
             "measured": _measure({PYTORCH: model, **engines}, sizes, timed, given if int8 else [], repeats),
@@ -142,7 +151,9 @@ def table(record: Mapping[str, Any]) -> Table:
     on = f"{threads} {'thread' if threads == 1 else 'threads'}"
     title = f"{record['model_class']}, checked on {record['checked_on']}, timed on {on}"
     made = Table(title=title, title_justify="left")
-    columns = ["", "MB", *(f"ms, {at['batch']} x {at['length']} tokens" for at in lines[0]["latency_ms"])]
+    of = "images" if record["inputs"] == list(IMAGES) else "tokens"
+    sizes = [f"{at['batch']} x {at['length']}" if of == "tokens" else at["batch"] for at in lines[0]["latency_ms"]]
+    columns = ["", "MB", *(f"ms, {size} {of}" for size in sizes)]
     for name in [*columns, "difference", "same answers", "accuracy"]:
         made.add_column(name, justify="right" if name else "left")
     for line in lines:
@@ -187,6 +198,8 @@ def _at_most(rows: int | None, batch: Batch) -> list[Batch]:
 
 
 def _random_example(model: nn.Module, length: int) -> Batch:
+    if (images := random_images(model, max(BATCHES))) is not None:
+        return images
     config: Any = model.config
     ids = torch.randint(0, config.vocab_size, (max(BATCHES), length), generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids}

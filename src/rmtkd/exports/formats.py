@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from rmtkd.errors import ExportError, OptionError, check_choice
-from rmtkd.exports.tracing import OUTPUT, quiet
+from rmtkd.exports.tracing import OUTPUT, dynamic, quiet
 
 Call = Callable[[Mapping[str, Tensor]], Tensor]
 """Class scores from the inputs by name."""
@@ -106,7 +106,7 @@ def _write_onnx(program: ExportedProgram, path: Path) -> None:
         kwargs=dict(inputs),
         input_names=names,
         output_names=[OUTPUT],
-        dynamic_shapes={name: {0: "batch", 1: "length"} for name in names},
+        dynamic_shapes=dynamic(inputs, "batch", "length"),
         dynamo=True,
         verbose=False,
     )

@@ -213,7 +213,6 @@ CIFAR10 = Recipe(
     options={
         "target": "39%flops",
         "epochs": 5.0,
-        "multiple_of": 4,
         "calibration_share": 0.04,
         "recovery": Recovery(lr=1e-3, weight_decay=5e-4),
     },
