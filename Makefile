@@ -17,7 +17,7 @@ setup: .venv/ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade 'pip>=25.1'
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[text,demo,onnx]' --group dev
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[text,demo,vision,onnx]' --group dev
 	@touch $@
 
 demo: setup
