@@ -417,7 +417,7 @@ def test_an_altered_model_folder_is_one_message(command: Command, tmp_path: Path
 def test_a_missing_package_is_one_message(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setitem(sys.modules, "transformers", None)
     code, _, log = command("train", "digits", "--out", tmp_path / "out")
-    assert code == 2 and "pip install 'rmtkd[text,demo]'" in log
+    assert code == 2 and "pip install 'rmtkd[text,vision,demo]'" in log
     assert list(tmp_path.iterdir()) == []
 
 

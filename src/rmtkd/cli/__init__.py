@@ -4,7 +4,7 @@ from rmtkd.cli import exports, facts, models, plans, runs
 from rmtkd.cli.console import app, fail, log_console, out_console
 from rmtkd.errors import RmtkdError
 
-EXTRAS = frozenset({"transformers", "datasets", "pyarrow", "sklearn"})
+EXTRAS = frozenset({"transformers", "datasets", "pyarrow", "sklearn", "PIL"})
 """Packages that come with the extras."""
 
 
@@ -19,7 +19,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in EXTRAS:
             raise
-        fail("missing package", f"{error.name} must be installed for this. Run: pip install 'rmtkd[text,demo]'.")
+        fail("missing package", f"{error.name} must be installed for this. Run: pip install 'rmtkd[text,vision,demo]'.")
 
 
 __all__ = ["app", "exports", "facts", "log_console", "main", "models", "out_console", "plans", "runs"]
