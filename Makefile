@@ -29,7 +29,7 @@ test: setup
 
 # What touches transformers, against the oldest that pyproject.toml declares.
 test-oldest: .oldest/ready
-	OMP_NUM_THREADS=1 .oldest/bin/python -m $(PYTEST) $(addprefix tests/test_,$(addsuffix .py,families sites surgery artifact pretrained conformance export))
+	OMP_NUM_THREADS=1 .oldest/bin/python -m $(PYTEST) $(addprefix tests/test_,$(addsuffix .py,families sites surgery artifact pretrained conformance export images))
 
 # Laid over .venv, so that only what differs is fetched: torch is not.
 .oldest/ready: .venv/ready

@@ -89,6 +89,9 @@ class CifarResNetForImageClassification(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
+        own = list(module.parameters(recurse=False))
+        if own and all(getattr(parameter, "_is_hf_initialized", False) for parameter in own):
+            return  # they were loaded: some versions of transformers ask nevertheless
         if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1):
             fill_up(module)
         elif isinstance(module, (nn.Conv2d, nn.Linear)):
