@@ -37,6 +37,7 @@ from rmtkd.cutting import cut_in_order
 from rmtkd.distillation import Recovery, Teacher
 from rmtkd.dry_run import metrics_of
 from rmtkd.environment import has_bf16
+from rmtkd.errors import PlanError
 from rmtkd.levels import in_levels
 from rmtkd.measurement import accuracy, count_parameters, evaluation
 from rmtkd.planning import Plan, retarget, spectra_of
@@ -200,6 +201,8 @@ def widest(work: Work, size: float, widths: Callable[[float], dict[str, int]]) -
         dropped = {site.shares: full[site.shares] - chosen[site.name] for site in work.sites}
         return costs.baseline["params"] + costs.costs.change("params", dropped)  # type: ignore[union-attr]
 
+    if parameters(widths(0.0)) > size * costs.baseline["params"]:
+        raise PlanError(f"{size:.0%} must be within reach. {parameters(widths(0.0)):,} parameters remain at least.")
     low, high = 0.0, 1.0
     for _ in range(30):
         middle = (low + high) / 2
@@ -400,7 +403,11 @@ def main() -> None:
                         chosen.hidden != 0
                     )
                     name = f"{chosen.task}-{method}-{size:g}-seed{seed}-{lr:g}{longer}"
-                    cell(RESULTS / f"{name}.json", partial(run, work, method, size, lr, chosen.epochs, chosen.hidden))
+                    one = partial(run, work, method, size, lr, chosen.epochs, chosen.hidden)
+                    try:
+                        cell(RESULTS / f"{name}.json", one)
+                    except PlanError as error:  # the least that a method can leave is more
+                        print(f"{name}: {error}", flush=True)
 
 
 if __name__ == "__main__":
