@@ -83,8 +83,7 @@ def plan(
             options=chosen,
         )
         return survey.plan(chosen.target), survey.spectrums
-    every = find_sites(model, batching.first(calibration, "calibration")) if sites is None else sites
-    model, sites = in_levels(model, every, calibration if train is None else train, given.embedding_levels)
+    model, sites = _start(model, sites, calibration, train, given.embedding_levels)
     given.check_fits(sites)
     spectrums = spectra_of(_observed(model, sites, calibration, given.rule, chosen, pieces))
     if example is None:
@@ -115,9 +114,7 @@ class Survey:
         pieces: Pieces | None = None,
         options: Options,
     ):
-        every = find_sites(model, batching.first(calibration, "calibration")) if sites is None else sites
-        tokens = calibration if train is None else train
-        self.model, self.sites = in_levels(model, every, tokens, options.embedding_levels)
+        self.model, self.sites = _start(model, sites, calibration, train, options.embedding_levels)
         if options.uniform:
             uniform_sites(self.sites)  # refused before anything takes time
         self.options, self.calibration, self.selection, self.pieces = options, calibration, selection, pieces
@@ -167,6 +164,18 @@ class Survey:
     def _make(self, chosen: Options, curves: Mapping[str, Curve] | None = None) -> Plan:
         made = _make(self.model, self.sites, self.spectrums, self.example, chosen, curves)
         return replace(made, embedding_levels=chosen.embedding_levels)
+
+
+def _start(
+    model: nn.Module,
+    sites: Sequence[Site] | None,
+    calibration: Iterable[Batch],
+    train: Iterable[Batch] | None,
+    levels: int,
+) -> tuple[nn.Module, tuple[Site, ...]]:
+    """What cuts begin from: the model with its embedding in levels, and its sites, found where none are given."""
+    every = find_sites(model, batching.first(calibration, "calibration")) if sites is None else sites
+    return in_levels(model, every, calibration if train is None else train, levels)
 
 
 def is_timed(target: str | None) -> bool:
@@ -242,8 +251,7 @@ def narrow(
         PlanError: if the plan names other sites than the model has.
         SurgeryError: if the result differs from the projected full-width reference.
     """
-    every = find_sites(model, batching.first(calibration, "calibration")) if sites is None else sites
-    model, every = in_levels(model, every, calibration if train is None else train, plan.embedding_levels)
+    model, every = _start(model, sites, calibration, train, plan.embedding_levels)
     cut = narrowed(every, plan)
     metrics = metrics_of(model, cut, calibration, Options(metric=metric))  # type: ignore[arg-type]
     student, bases = cut_in_order(model, cut, plan.widths, calibration, metrics=metrics, blocks=blocks_of(every))
