@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from rmtkd import modeling_rmtkd
-from rmtkd.families import FAMILIES, IMAGE_FAMILIES
+from rmtkd.families import FAMILIES, IMAGE_FAMILIES, EncoderFamily, ImageFamily
 from rmtkd.modeling_rmtkd import PREFIX, EmbeddingLevel, EmbeddingLevels, FactorizedEmbedding
 from rmtkd.sites import Axis, Site, find_family, find_image_family, find_sites, layer_paths
 from rmtkd.surgery import fill, tensors_of
@@ -257,18 +257,23 @@ def register() -> None:
 
 def _register(registry: Any) -> None:
     for family in (*FAMILIES, *IMAGE_FAMILIES):
-        is_ours = family in IMAGE_FAMILIES and family.module != "transformers"  # type: ignore[union-attr]
-        name = family.name if is_ours else f"rmtkd_{family.name}"
-        registry.CONFIG_MAPPING.register(name, _Later(family.config_class, is_ours), exist_ok=True)
+        home = _home(family)
+        name = f"rmtkd_{family.name}" if home == modeling_rmtkd.__name__ else family.name
+        registry.CONFIG_MAPPING.register(name, _Later(family.config_class, home), exist_ok=True)
+
+
+def _home(family: EncoderFamily | ImageFamily) -> str:
+    """The module that has the class of any widths: where the narrowed classes are made, or a family's own."""
+    own = family.module if isinstance(family, ImageFamily) else "transformers"
+    return modeling_rmtkd.__name__ if own == "transformers" else own
 
 
 class _Later:
     """Stands for a narrowed configuration class until transformers, then whole, asks something of it."""
 
-    def __init__(self, stock: str, is_ours: bool):
-        self.__name__ = stock if is_ours else PREFIX + stock
-        home = next((f.module for f in IMAGE_FAMILIES if is_ours and f.config_class == stock), None)
-        self.__module__ = home or modeling_rmtkd.__name__
+    def __init__(self, stock: str, home: str):
+        self.__name__ = PREFIX + stock if home == modeling_rmtkd.__name__ else stock
+        self.__module__ = home
 
     def __getattr__(self, name: str) -> Any:
         _register_classes()
