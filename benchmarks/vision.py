@@ -1,18 +1,22 @@
-"""ResNets of CIFAR-10 at the same number of operations: three ways to choose channels, the same recovery.
+"""ResNets of CIFAR-10 at the same number of operations: four ways to choose channels, the same recovery.
 
     python benchmarks/vision.py run --model resnet56 --data DIR [--flops 0.39] [--methods …] [--epochs 5] [--seeds 0]
+                                    [--optimizer sgd --lr 0.05]
     python benchmarks/vision.py table       # Markdown
 
 | method | widths | channels |
 |---|---|---|
 | rmtkd | residual and inner, a budget divided by measured loss | chosen and reconstructed, Fisher metric |
+| pairs | the same to √share, then the ranks of low-rank pairs | the same |
 | magnitude | inner, the same share of each | largest L1 norm of the filter |
 | group_norm | residual and inner, the same share of each | Torch-Pruning's `GroupNormPruner`, one shot |
 
-Every cell (network, method, share of operations, epochs, seed) is one JSON file in `benchmarks/results/vision/`, and
-one that has its file is not run again. All share the teacher, the rows, the loss and the number of steps. Statistics of
-norms are gathered anew after every cut, for all methods. The teacher has seen the selection rows; report rows are read
-twice a cell, before and after recovery, and steer nothing. For Torch-Pruning: `pip install torch-pruning`.
+Every cell (network, method, share of operations, epochs, seed, optimiser, learning rate) is one JSON file in
+`benchmarks/results/vision/`, and one that has its file is not run again. All share the teacher, the rows, the loss and
+the number of steps. Statistics of norms are gathered anew after every cut, for all methods. The teacher has seen the
+selection rows; report rows are read twice a cell, before and after recovery, and steer nothing.
+
+For Torch-Pruning: `pip install torch-pruning`.
 
 References:
     Li et al., "Pruning Filters for Efficient ConvNets", arXiv 1608.08710. Fang et al., "DepGraph", arXiv 2301.12900.
@@ -21,7 +25,9 @@ References:
 import argparse
 import copy
 import json
+import math
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
@@ -32,22 +38,17 @@ import torch
 from torch import nn
 
 from records import cell, print_event
-from rmtkd import batches as batching
 from rmtkd import compression, recipes
 from rmtkd.bases import Basis
-from rmtkd.cutting import cut_in_order
-from rmtkd.distillation import Recovery, Teacher
-from rmtkd.dry_run import metrics_of, narrowed
+from rmtkd.distillation import OPTIMIZERS, Recovery, Teacher
 from rmtkd.environment import has_bf16
 from rmtkd.measurement import accuracy, count_flops, count_parameters, time_forward
 from rmtkd.norms import batch_norms, gather_statistics
-from rmtkd.schedule import Options
-from rmtkd.sites import Site, blocks_of, find_sites
-from rmtkd.surgery import check_cut, fold
+from rmtkd.sites import Site, find_sites
+from rmtkd.surgery import fold
 from rmtkd.training import Phase
 
 RESULTS = Path(__file__).parent / "results" / "vision"
-RECOVERY = Recovery(lr=1e-3, weight_decay=5e-4)
 CALIBRATION = 0.04
 SHARES = {"resnet56": 0.39, "resnet20": 0.55}
 """Share of the operations that remains, unless another is asked for: 2.56 and 1.82 times fewer."""
@@ -56,14 +57,14 @@ SHARES = {"resnet56": 0.39, "resnet20": 0.55}
 class Work:
     """A network, its teacher and its rows."""
 
-    def __init__(self, model: str, data: Path, seed: int):
+    def __init__(self, model: str, data: Path, seed: int, cache: Path):
         recipe = recipes.get("cifar10")
         source = recipe.load(model, data)
         self.model = source.model
         self.rows = recipe.rows(data, source, seed)
         self.example = recipe.example(self.model, self.rows)
         self.calibration = list(compression.share_of(self.rows.train, CALIBRATION))
-        self.seed = seed
+        self.name, self.seed, self.cache = model, seed, cache
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
@@ -76,24 +77,27 @@ class Work:
 
 def rmtkd(work: Work, share: float, multiple_of: int) -> nn.Module:
     """The library's default."""
-    metrics = metrics_of(work.model, work.sites, work.calibration, Options())
+    return narrowed_to(work, work.model, share * work.operations, multiple_of=multiple_of)
+
+
+def pairs(work: Work, share: float, multiple_of: int) -> nn.Module:
+    """The same to the square root of the share, then low-rank pairs for the rest."""
+    narrower = narrowed_to(work, work.model, math.sqrt(share) * work.operations, multiple_of=multiple_of)
+    return narrowed_to(work, narrower, share * work.operations, multiple_of=multiple_of, low_rank=True)
+
+
+def narrowed_to(work: Work, model: nn.Module, operations: float, **options: Any) -> nn.Module:
+    """The model, or a narrower one, at so many operations."""
     plan, _ = compression.plan(
-        work.model,
+        model,
         calibration=work.calibration,
         selection=work.rows.selection,
         example=work.example,
-        sites=work.sites,
-        metrics=metrics,
-        target=f"{100 * share:g}%flops",
-        multiple_of=multiple_of,
+        target=f"{100 * operations / count_flops(model, work.example):.4f}%flops",
         seed=work.seed,
+        **options,
     )
-    cut = narrowed(work.sites, plan)
-    student, bases = cut_in_order(
-        work.model, cut, plan.widths, work.calibration, metrics=metrics, blocks=blocks_of(work.sites)
-    )
-    check_cut(work.model, student, cut, bases, batching.head(work.calibration[0], 4))
-    return student
+    return compression.narrow(model, plan, calibration=work.calibration)
 
 
 def magnitude(work: Work, share: float, multiple_of: int) -> nn.Module:
@@ -152,22 +156,33 @@ def group_norm(work: Work, share: float, multiple_of: int) -> nn.Module:
     return cut(high)
 
 
-METHODS = {"rmtkd": rmtkd, "magnitude": magnitude, "group_norm": group_norm}
+METHODS = {"rmtkd": rmtkd, "pairs": pairs, "magnitude": magnitude, "group_norm": group_norm}
 
 
-def run(work: Work, method: str, share: float, epochs: float, multiple_of: int) -> dict[str, Any]:
+def start(work: Work, method: str, share: float, multiple_of: int) -> tuple[nn.Module, dict[str, Any]]:
+    """The cut network, made once for all recoveries, and what is known before recovery."""
+    path = work.cache / f"{work.name}-{method}-{share:g}-{multiple_of}-{work.seed}.pt"
+    if not path.exists():
+        torch.manual_seed(work.seed)
+        begin = time.monotonic()
+        student = METHODS[method](work, share, multiple_of)
+        gather_statistics(student, batch_norms(student), work.calibration)
+        facts = {"seconds_cut": time.monotonic() - begin}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save((student, facts | {f"{name}_cut": asdict(accuracy(student, r)) for name, r in _held(work)}), path)
+    return torch.load(path, weights_only=False)
+
+
+def run(work: Work, method: str, share: float, epochs: float, multiple_of: int, recovery: Recovery) -> dict[str, Any]:
     """One cell."""
-    torch.manual_seed(work.seed)
-    student = METHODS[method](work, share, multiple_of)
-    gather_statistics(student, batch_norms(student), work.calibration)
-    cut = {name: asdict(accuracy(student, rows)) for name, rows in _held(work)}
-    print({name: estimate["value"] for name, estimate in cut.items()}, flush=True)
+    student, facts = start(work, method, share, multiple_of)
+    print({name: round(facts[f"{name}_cut"]["value"], 4) for name, _ in _held(work)}, flush=True)
     torch.manual_seed(work.seed)
     Phase(
         student,
         work.rows.train,
         steps=round(epochs * len(work.rows.train)),
-        recovery=RECOVERY,
+        recovery=recovery,
         teacher=Teacher(work.model),
         precision="bf16" if has_bf16("cpu") else "fp32",
     ).run(lambda phase: print_event({"event": "step", "step": len(phase.losses), "loss": phase.losses[-1]}))
@@ -179,7 +194,7 @@ def run(work: Work, method: str, share: float, epochs: float, multiple_of: int) 
         "epochs": epochs,
         "multiple_of": multiple_of,
         "seed": work.seed,
-        "recovery": asdict(RECOVERY),
+        "recovery": asdict(recovery),
         "baseline": {
             "parameters": count_parameters(work.model),
             "flops": work.operations,
@@ -189,7 +204,7 @@ def run(work: Work, method: str, share: float, epochs: float, multiple_of: int) 
         "flops": count_flops(student, work.example),
         "widths": {site.name: site.width for site in find_sites(student)},
         "latency_ms": {rows: [asdict(latency) for latency in pair] for rows, pair in times.items()},
-        **{f"{name}_cut": estimate for name, estimate in cut.items()},
+        **facts,
         **{name: asdict(accuracy(student, rows)) for name, rows in _held(work)},
     }
 
@@ -203,14 +218,18 @@ def table() -> str:
     found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for path in sorted(RESULTS.glob("*.json")):
         record = json.loads(path.read_text())
-        key = (path.name.split("-")[0], record["share"], record["epochs"], record["method"], record["multiple_of"])
+        recovery = f"{record['recovery'].get('optimizer', 'adamw')} {record['recovery']['lr']:g}"
+        cell_of = ("share", "epochs", "method", "multiple_of")
+        key = (path.name.split("-")[0], *(record[name] for name in cell_of), recovery)
         found.setdefault(key, []).append(record)
     lines = [
-        "| network | fewer MACs | epochs | method | seeds | parameters | test, teacher | before recovery | after "
-        "| batch 1 | batch 128 |",
-        "|---|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| network | fewer MACs | epochs | recovery | method | seeds | parameters | test, teacher | before recovery "
+        "| after | batch 1 | batch 128 |",
+        "|---|--:|--:|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for (network, _, epochs, method, _), cells in sorted(found.items(), key=lambda item: tuple(map(str, item[0]))):
+    for (network, _, epochs, method, _, recovery), cells in sorted(
+        found.items(), key=lambda item: tuple(map(str, item[0]))
+    ):
         first = cells[0]
         baseline = first["baseline"]
         fewer = statistics.mean(baseline["flops"] / r["flops"] for r in cells)
@@ -219,7 +238,7 @@ def table() -> str:
             for rows in ("1", "128")
         ]
         lines.append(
-            f"| {network} | {fewer:.2f}× | {epochs:g} | {method} | {len(cells)} "
+            f"| {network} | {fewer:.2f}× | {epochs:g} | {recovery} | {method} | {len(cells)} "
             f"| {first['parameters'] / baseline['parameters']:.0%} | {100 * baseline['accuracy']['value']:.2f} "
             f"| {_spread(cells, 'accuracy_cut')} | {_spread(cells, 'accuracy')} | {faster[0]:.2f}× | {faster[1]:.2f}× |"
         )
@@ -243,17 +262,23 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=5.0)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--multiple-of", type=int, default=4)
+    parser.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--cache", type=Path, default=Path("runs/vision"), help="Cut networks.")
     chosen = parser.parse_args()
     if chosen.part == "table":
         print(table())
         return
     share = chosen.flops or SHARES[chosen.model]
+    recovery = Recovery(optimizer=chosen.optimizer, lr=chosen.lr, weight_decay=5e-4)
     for seed in chosen.seeds:
-        work = Work(chosen.model, chosen.data, seed)
+        work = Work(chosen.model, chosen.data, seed, chosen.cache)
         for method in chosen.methods:
             name = f"{chosen.model}-{method}-{share:g}-{chosen.epochs:g}epochs-seed{seed}"
             name += f"-multiple{chosen.multiple_of}" * (chosen.multiple_of != 4)
-            cell(RESULTS / f"{name}.json", partial(run, work, method, share, chosen.epochs, chosen.multiple_of))
+            name += f"-{recovery.optimizer}-{recovery.lr:g}" * ((recovery.optimizer, recovery.lr) != ("adamw", 1e-3))
+            one = partial(run, work, method, share, chosen.epochs, chosen.multiple_of, recovery)
+            cell(RESULTS / f"{name}.json", one)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from rmtkd.memory import Pieces
 from rmtkd.recipes.rows import TokenRows
 from rmtkd.replicates import Replicates
 from rmtkd.sites import Site, find_sites
-from rmtkd.surgery import factorize_embedding, fill_with_zeros, skeleton
+from rmtkd.surgery import factorize, fill_with_zeros, skeleton
 
 
 def double_bert() -> nn.Module:
@@ -58,7 +58,7 @@ def hooks(model: nn.Module) -> int:
 def test_moments_are_those_of_every_real_token_and_of_no_padding(factorized: bool) -> None:
     model, rows = double_bert(), random_rows(40)
     if factorized:
-        factorize_embedding(model, "bert.embeddings.word_embeddings")
+        factorize(model, "bert.embeddings.word_embeddings")
     sites = find_sites(model)
     assert any((batch["attention_mask"] == 0).any() for batch in rows)
     moments = collect(model, sites, rows)

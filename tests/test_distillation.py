@@ -89,12 +89,13 @@ def test_training_changes_the_student_and_not_the_teacher():
     assert moved == {name for name, _ in student.named_parameters()}
 
 
-def test_training_towards_the_teacher_comes_closer_to_it():
+@pytest.mark.parametrize(("optimizer", "lr"), [("adamw", 1e-2), ("sgd", 3e-2)])
+def test_training_towards_the_teacher_comes_closer_to_it(optimizer: str, lr: float):
     teacher = tiny_bert()
     student = copy.deepcopy(teacher)
     with torch.no_grad():
         student.classifier.weight.mul_(-1)
-    recovery = Recovery(alpha=0.0, lr=1e-2)
+    recovery = Recovery(alpha=0.0, lr=lr, optimizer=optimizer)
     losses = train(student, random_rows(), steps=40, teacher=teacher, recovery=recovery)
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
 

@@ -14,7 +14,7 @@ from rmtkd.measurement import count_flops, count_parameters
 from rmtkd.modules import factorized, level_bounds, randomize, split_embedding
 from rmtkd.planning import CostTable
 from rmtkd.sites import find_sites
-from rmtkd.surgery import check_cut, factorize_embedding
+from rmtkd.surgery import check_cut, factorize
 
 WORDS = "bert.embeddings.word_embeddings"
 
@@ -43,16 +43,16 @@ def test_factorizing_an_embedding_without_memory_takes_none() -> None:
 
 def test_factorizing_twice_is_factorizing_once() -> None:
     model = tiny_bert()
-    factorize_embedding(model, WORDS)
+    factorize(model, WORDS)
     once = model.get_submodule(WORDS)
-    factorize_embedding(model, WORDS)
+    factorize(model, WORDS)
     assert model.get_submodule(WORDS) is once
 
 
 def test_what_transformers_asks_of_its_input_embedding_still_works() -> None:
     model = tiny_bert()
     total = count_parameters(model)
-    factorize_embedding(model, WORDS)
+    factorize(model, WORDS)
     assert model.get_input_embeddings() is model.get_submodule(WORDS)
     assert model.num_parameters() == count_parameters(model) == total + 32 * 32 + 32
     embeddings = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
@@ -65,7 +65,7 @@ def test_what_transformers_asks_of_its_input_embedding_still_works() -> None:
 
 def test_the_vocabulary_of_a_factorised_model_can_grow() -> None:
     model = tiny_bert()
-    factorize_embedding(model, WORDS)
+    factorize(model, WORDS)
     ids = torch.arange(4, 12)[None]
     before = model(ids).logits
     model.resize_token_embeddings(60, mean_resizing=False)

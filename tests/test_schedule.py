@@ -49,6 +49,7 @@ def test_an_option_out_of_range_is_refused_when_made(options: dict, message: str
         {"lr": 0.0},
         {"lr": float("inf")},
         {"clip": -1.0},
+        {"optimizer": "adam"},
     ],
 )
 def test_a_recovery_out_of_range_is_refused_when_made(values: dict):

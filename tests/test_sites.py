@@ -23,7 +23,7 @@ from rmtkd.batches import logits
 from rmtkd.errors import UnsupportedModelError
 from rmtkd.families import FAMILIES
 from rmtkd.sites import Attribute, Quantity, Site, after_cuts, by_width, find_family, find_sites
-from rmtkd.surgery import factorize_embedding, fill_with_zeros, skeleton
+from rmtkd.surgery import factorize, fill_with_zeros, skeleton
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -69,7 +69,7 @@ def test_query_key_and_value_of_a_layer_share_one_width(model: nn.Module) -> Non
 
 def test_every_axis_is_as_long_as_its_width_times_its_groups(model: nn.Module) -> None:
     sites = find_sites(model)
-    factorize_embedding(model, sites[0].factorizes or "")
+    factorize(model, sites[0].factorizes or "")
     for site in sites:
         for stream in site.streams:
             for axis in stream.writers + stream.readers:

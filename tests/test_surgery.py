@@ -22,7 +22,7 @@ from rmtkd.recipes.rows import TokenRows
 from rmtkd.sites import Site, find_sites
 from rmtkd.surgery import (
     check_cut,
-    factorize_embedding,
+    factorize,
     fill_with_zeros,
     fold,
     projected_logits,
@@ -392,7 +392,7 @@ def test_resizing_and_loading_gives_the_narrow_model_back() -> None:
     model = bert()
     student = cut(model, CUTS["all"])
     other = bert(seed=1)
-    factorize_embedding(other, "bert.embeddings.word_embeddings")
+    factorize(other, "bert.embeddings.word_embeddings")
     resize(other, shapes(student))
     assert shapes(other) == shapes(student)
     for site in find_sites(student):

@@ -25,10 +25,10 @@ def phase(student: torch.nn.Module, teacher: torch.nn.Module | None = None, **gi
     )
 
 
-@pytest.mark.parametrize("hidden", [0.0, 0.5])
+@pytest.mark.parametrize(("hidden", "optimizer"), [(0.0, "adamw"), (0.5, "adamw"), (0.0, "sgd")])
 @pytest.mark.parametrize("left_at", [1, 4, 6, 8])
-def test_a_phase_goes_on_where_it_was_left(left_at: int, hidden: float):
-    recovery = Recovery(lr=1e-3, hidden=hidden, average=0.8)
+def test_a_phase_goes_on_where_it_was_left(left_at: int, hidden: float, optimizer: str):
+    recovery = Recovery(lr=1e-3, hidden=hidden, average=0.8, optimizer=optimizer)
     teacher, start = tiny_bert(), tiny_bert(seed=1)
     torch.manual_seed(3)
     whole = copy.deepcopy(start)

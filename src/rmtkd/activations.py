@@ -324,10 +324,12 @@ def readers(model: nn.Module, site: Site) -> tuple[Float[Tensor, "groups _ width
     """The weights that read each of a site's streams, stacked along their outputs, in float64 on the CPU. Every tap of
     a convolution, and every position of a flattened image, is an output of its own.
 
-    Those of an embedding that is not factorised yet are the identity.
+    Where a module is not factorised yet, those of its output are the identity, those of its input its own weights.
     """
-    if site.factorizes:
+    if site.factorizes and site.streams[0].side == "output":
         return (torch.eye(site.width, dtype=torch.float64)[None],)
+    if site.factorizes:
+        return (reader(model, Axis(parameter=f"{site.factorizes}.weight", dim=1))[None],)
     return tuple(
         torch.cat([in_groups(reader(model, axis), site.groups) for axis in stream.readers]).movedim(1, 0)
         for stream in site.streams

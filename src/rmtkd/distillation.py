@@ -16,6 +16,8 @@ from rmtkd.activations import first_output
 from rmtkd.batches import Batch
 from rmtkd.errors import DataError, OptionError, check_kinds
 
+OPTIMIZERS = ("adamw", "sgd")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recovery:
@@ -25,8 +27,9 @@ class Recovery:
         alpha: weight of the labels' cross-entropy; 1 - alpha is the teacher's.
         temperature: of both softmaxes; the divergence is scaled by its square.
         hidden: weight of the difference of hidden states after each block; 0 leaves them free.
-        lr: peak learning rate of AdamW. Linear warm-up, then linear decay to a tenth.
-        weight_decay: on matrices, not on biases and norms.
+        optimizer: `adamw`, or `sgd` with Nesterov's momentum of 0.9.
+        lr: peak learning rate. Linear warm-up, then linear decay to a tenth.
+        weight_decay: on matrices and filters, not on biases and norms.
         warmup: share of the steps of a phase that warm up.
         clip: largest gradient norm.
         freeze_embeddings: leave embedding tables as they are.
@@ -38,6 +41,7 @@ class Recovery:
     alpha: float = 0.3
     temperature: float = 2.0
     hidden: float = 0.0
+    optimizer: str = "adamw"
     lr: float = 2e-4
     weight_decay: float = 0.01
     warmup: float = 0.1
@@ -48,6 +52,8 @@ class Recovery:
 
     def __post_init__(self) -> None:
         check_kinds(self)
+        if self.optimizer not in OPTIMIZERS:
+            raise OptionError(f"optimizer must be {' or '.join(OPTIMIZERS)}. Got {self.optimizer}.")
         for name in ("alpha", "warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise OptionError(f"{name} must be within [0, 1]. Got {getattr(self, name)}.")

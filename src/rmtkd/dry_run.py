@@ -83,7 +83,7 @@ def plan(
             options=chosen,
         )
         return survey.plan(chosen.target), survey.spectrums
-    model, sites = _start(model, sites, calibration, train, given.embedding_levels)
+    model, sites = _start(model, sites, calibration, train, given)
     given.check_fits(sites)
     spectrums = spectra_of(_observed(model, sites, calibration, given.rule, chosen, pieces))
     if example is None:
@@ -114,7 +114,7 @@ class Survey:
         pieces: Pieces | None = None,
         options: Options,
     ):
-        self.model, self.sites = _start(model, sites, calibration, train, options.embedding_levels)
+        self.model, self.sites = _start(model, sites, calibration, train, options)
         if options.uniform:
             uniform_sites(self.sites)  # refused before anything takes time
         self.options, self.calibration, self.selection, self.pieces = options, calibration, selection, pieces
@@ -143,6 +143,10 @@ class Survey:
 
     def plan(self, target: str | None) -> Plan:
         """The plan for this target."""
+        made = self._plan(target)
+        return replace(made, remarks=(*made.remarks, _sides(self.sites))) if made.low_rank else made
+
+    def _plan(self, target: str | None) -> Plan:
         chosen = replace(self.options, target=target)
         if chosen.policy == "paper":
             return self._make(chosen)
@@ -163,7 +167,14 @@ class Survey:
 
     def _make(self, chosen: Options, curves: Mapping[str, Curve] | None = None) -> Plan:
         made = _make(self.model, self.sites, self.spectrums, self.example, chosen, curves)
-        return replace(made, embedding_levels=chosen.embedding_levels)
+        return replace(made, embedding_levels=chosen.embedding_levels, low_rank=chosen.low_rank)
+
+
+def _sides(sites: Sequence[Site]) -> str:
+    """On which side of the others the 1 × 1 convolutions are put."""
+    ahead = [site.name for site in sites if site.streams[0].side == "input"]
+    told = f"; ahead, and cheaper there, in {', '.join(ahead)}" if ahead else ""
+    return f"Each convolution that is cut becomes two: its own of few channels, and 1 × 1 behind it{told}."
 
 
 def _start(
@@ -171,11 +182,12 @@ def _start(
     sites: Sequence[Site] | None,
     calibration: Iterable[Batch],
     train: Iterable[Batch] | None,
-    levels: int,
+    chosen: Options | Plan,
 ) -> tuple[nn.Module, tuple[Site, ...]]:
     """What cuts begin from: the model with its embedding in levels, and its sites, found where none are given."""
-    every = find_sites(model, batching.first(calibration, "calibration")) if sites is None else sites
-    return in_levels(model, every, calibration if train is None else train, levels)
+    if sites is None:
+        sites = find_sites(model, batching.first(calibration, "calibration"), low_rank=chosen.low_rank)
+    return in_levels(model, sites, calibration if train is None else train, chosen.embedding_levels)
 
 
 def is_timed(target: str | None) -> bool:
@@ -251,7 +263,7 @@ def narrow(
         PlanError: if the plan names other sites than the model has.
         SurgeryError: if the result differs from the projected full-width reference.
     """
-    model, every = _start(model, sites, calibration, train, plan.embedding_levels)
+    model, every = _start(model, sites, calibration, train, plan)
     cut = narrowed(every, plan)
     metrics = metrics_of(model, cut, calibration, Options(metric=metric))  # type: ignore[arg-type]
     student, bases = cut_in_order(model, cut, plan.widths, calibration, metrics=metrics, blocks=blocks_of(every))

@@ -71,7 +71,7 @@ def output_metrics(
 
     def see(path: str, only_used: bool, _: nn.Module, __: object, output: Tensor) -> Tensor:
         output = output if output.requires_grad else output.detach().requires_grad_().clone()
-        used = output.detach().any(-1) if only_used else None  # of an embedding
+        used = output.detach().movedim(channel_dim(model.get_submodule(path)), -1).any(-1) if only_used else None
         output.register_hook(partial(add, path, used))
         return output
 
@@ -108,8 +108,8 @@ def output_metrics(
 
 
 def reader_outputs(sites: Iterable[Site]) -> dict[str, bool]:
-    """Paths of the modules whose outputs the sites' readers write; and whether one is an embedding's own output, of
-    which positions that are all zero do not count."""
+    """Paths of the modules whose outputs the sites' readers write; and whether one is to be factorised: positions at
+    which an embedding's own output is all zero do not count."""
     return {
         path: site.factorizes is not None
         for site in sites
@@ -170,9 +170,9 @@ def _in_metrics(
 
 
 def _outputs(site: Site, stream: Stream) -> list[str]:
-    """Paths of the modules whose outputs a stream's readers write; of a whole embedding, itself."""
+    """Paths of the modules whose outputs a stream's readers write; of one that is to be factorised, itself."""
     if site.factorizes is not None:
-        return [stream.module]
+        return [site.factorizes]
     return [axis.parameter.rpartition(".")[0] for axis in stream.readers]
 
 

@@ -11,7 +11,7 @@ Reference:
     He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", arXiv 1512.03385, §4.2 (option A).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
+
+from .modeling_rmtkd import LowRankPair
 
 BatchNorm = nn.BatchNorm2d
 
@@ -31,6 +33,7 @@ class CifarResNetConfig(PretrainedConfig):
         hidden_sizes: channels of the residual stream, by stage; the first stage has the stem's.
         inner_sizes: channels within each block, by stage; one list a stage, of as many entries as it has blocks.
         num_channels: of an image.
+        low_rank: rank and side of every convolution that is two, by its path, see `LowRankPair`.
     """
 
     model_type = "cifar_resnet"
@@ -40,11 +43,13 @@ class CifarResNetConfig(PretrainedConfig):
         hidden_sizes: Sequence[int] = (16, 32, 64),
         inner_sizes: Sequence[Sequence[int]] = ((16,) * 3, (32,) * 3, (64,) * 3),
         num_channels: int = 3,
+        low_rank: Mapping[str, Sequence[Any]] | None = None,
         **options: Any,
     ):
         self.hidden_sizes = list(hidden_sizes)
         self.inner_sizes = [list(sizes) for sizes in inner_sizes]
         self.num_channels = num_channels
+        self.low_rank = {path: list(pair) for path, pair in (low_rank or {}).items()}
         super().__init__(**options)
 
 
@@ -86,13 +91,15 @@ class CifarResNetForImageClassification(PreTrainedModel):
                 blocks.append(Block(sizes[stage - 1] if begins else after, inner, after, 2 if begins else 1))
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
         self.linear = nn.Linear(sizes[-1], int(config.num_labels or 0))
+        for path, (rank, side) in config.low_rank.items():
+            self.set_submodule(path, LowRankPair(self.get_submodule(path), rank, side))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         own = list(module.parameters(recurse=False))
         if own and all(getattr(parameter, "_is_hf_initialized", False) for parameter in own):
             return  # they were loaded: some versions of transformers ask nevertheless
-        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1):
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.stride != (1, 1):
             fill_up(module)
         elif isinstance(module, (nn.Conv2d, nn.Linear)):
             nn.init.kaiming_normal_(module.weight)
@@ -124,10 +131,12 @@ def fill_up(shortcut: nn.Conv2d) -> None:
 
 def config_of(model: CifarResNetForImageClassification) -> CifarResNetConfig:
     """The configuration that says the model's widths."""
+    pairs = {path: module for path, module in model.named_modules() if isinstance(module, LowRankPair)}
     stages: Any = [model.get_submodule(f"layer{i + 1}") for i in range(len(model.config.hidden_sizes))]
     values = model.config.to_dict()
-    values["hidden_sizes"] = [stage[0].conv2.out_channels for stage in stages]
-    values["inner_sizes"] = [[block.conv1.out_channels for block in stage] for stage in stages]
+    values["hidden_sizes"] = [stage[0].bn2.num_features for stage in stages]
+    values["inner_sizes"] = [[block.bn1.num_features for block in stage] for stage in stages]
+    values["low_rank"] = {path: [pair.rank, pair.side] for path, pair in pairs.items()}
     return CifarResNetConfig.from_dict(values)
 
 

@@ -13,10 +13,11 @@ The `config.json` of such a model is a stock configuration with
 - `word_embedding_size`: columns of the embedding table, where it is narrower than the model;
 - `word_embedding_levels`: rows and columns of each table, where tokens have one by how often they occur, first to last;
   tokens of a table without columns are zeros;
-- `narrowed`: of an image classifier `shapes`, the shape of every tensor that is narrower than the stock one; else
-  which parameters have these widths, by path within a layer: the dimension of the parameter, and how many
-  times it holds the width in each of `groups` (attention heads; in a layer that has its own number of what
-  `groups_from` names, as many); which attributes are to be set with them; and what `absent` heads leave, see `NoHeads`.
+- `narrowed`: of an image classifier `shapes`, the shape of every tensor that is narrower than the stock one, and
+  `low_rank`, the rank and side of every convolution that has become two (`LowRankPair`), by its path; else which
+  parameters have these widths, by path within a layer: the dimension of the parameter, and how many times it holds the
+  width in each of `groups` (attention heads; in a layer that has its own number of what `groups_from` names, as many);
+  which attributes are to be set with them; and what `absent` heads leave, see `NoHeads`.
 
 Stock entries of the same names as in `per_layer_config` are the widths of layers that it does not list.
 """
@@ -56,6 +57,38 @@ class FactorizedEmbedding(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """Embed token ids of any shape, in one more dimension of the model's width."""
         return self.projection(super().forward(input))
+
+
+class LowRankPair(nn.Sequential):
+    """Two convolutions, without values of the other's, in place of one: `rank` channels lie between them.
+
+    Args:
+        convolution: of one group.
+        rank: of the pair.
+        side: where the 1 × 1 convolution is: `output`, after the one with all taps; `input`, before it.
+
+    Reference:
+        Zhang, Zou, He, Sun, "Accelerating Very Deep Convolutional Networks", arXiv 1505.06798, §3.1 (`output`).
+    """
+
+    def __init__(self, convolution: Any, rank: int, side: str):
+        kind, has_bias = type(convolution), convolution.bias is not None
+        taps = {name: getattr(convolution, name) for name in ("kernel_size", "stride", "padding", "dilation")}
+        place = {"device": convolution.weight.device, "dtype": convolution.weight.dtype}
+        modes = {"padding_mode": convolution.padding_mode, **place}
+        before, after = convolution.in_channels, convolution.out_channels
+        if side == "output":
+            pair = kind(before, rank, **taps, bias=has_bias, **modes), kind(rank, after, 1, bias=has_bias, **place)
+        else:
+            pair = kind(before, rank, 1, bias=False, **place), kind(rank, after, **taps, bias=has_bias, **modes)
+        super().__init__(*pair)
+        self.side = side
+        self.train(convolution.training)
+
+    @property
+    def rank(self) -> int:
+        """Channels between the two."""
+        return self[0].out_channels  # type: ignore[return-value]
 
 
 class NoHeads(nn.Module):
@@ -156,6 +189,8 @@ def narrow(model: nn.Module, config: Any) -> None:
     """Give the parameters of a stock model, in place, the widths that its configuration says; values are kept as far as
     they fit."""
     narrowed = config.narrowed
+    for path, (rank, side) in narrowed.get("low_rank", {}).items():
+        model.set_submodule(path, LowRankPair(model.get_submodule(path), rank, side))
     for name, shape in narrowed.get("shapes", {}).items():
         _reshape(model, name, shape)
     if "shapes" in narrowed:

@@ -1,4 +1,5 @@
-"""Embeddings in two factors, or in several tables: the modules that `rmtkd` adds to a network; and random starts."""
+"""Embeddings and convolutions in two factors, embeddings in several tables: the modules that `rmtkd` adds to a network;
+and random starts."""
 
 import copy
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from rmtkd.errors import OptionError, UnsupportedModelError
-from rmtkd.modeling_rmtkd import EmbeddingLevel, EmbeddingLevels, FactorizedEmbedding, FactorizedLevel
+from rmtkd.modeling_rmtkd import EmbeddingLevel, EmbeddingLevels, FactorizedEmbedding, FactorizedLevel, LowRankPair
 
 RARE = 0.01
 """Share of all occurrences that the tokens of the last level have together. What is rarer than a level falls from level
@@ -31,6 +32,27 @@ def factorized(embedding: nn.Embedding) -> FactorizedEmbedding:
         if made.projection.bias is not None:
             made.projection.bias.zero_()
     return made
+
+
+def low_rank(convolution: Any, side: str) -> LowRankPair:
+    """The same function as `convolution`, whose weight is not copied: it and the identity, 1 × 1, on one side of it."""
+    width = convolution.out_channels if side == "output" else convolution.in_channels
+    made = LowRankPair(convolution, width, side)
+    taps: Any
+    mixing: Any
+    taps, mixing = made if side == "output" else reversed(made)
+    taps.weight, taps.bias = convolution.weight, convolution.bias
+    with torch.no_grad():
+        mixing.weight.copy_(torch.eye(width, dtype=mixing.weight.dtype).view_as(mixing.weight))
+        if mixing.bias is not None:
+            mixing.bias.zero_()
+    return made
+
+
+def low_rank_pairs(model: nn.Module) -> dict[str, list[Any]]:
+    """Rank and side of every convolution that has become two, by its path."""
+    pairs = {path: module for path, module in model.named_modules() if isinstance(module, LowRankPair)}
+    return {path: [pair.rank, pair.side] for path, pair in pairs.items()}
 
 
 def split_embedding(

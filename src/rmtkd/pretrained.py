@@ -19,6 +19,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from rmtkd import modeling_rmtkd
 from rmtkd.families import FAMILIES, IMAGE_FAMILIES, EncoderFamily, ImageFamily
 from rmtkd.modeling_rmtkd import PREFIX, EmbeddingLevel, EmbeddingLevels, FactorizedEmbedding
+from rmtkd.modules import low_rank_pairs
 from rmtkd.sites import Axis, Site, find_family, find_image_family, find_sites, layer_paths
 from rmtkd.surgery import fill, tensors_of
 
@@ -84,8 +85,9 @@ def _described_image(model: nn.Module) -> tuple[Any, Any]:
     if full == found:
         return stock, plain
     narrowed = getattr(modeling_rmtkd, PREFIX + family.model_class)
-    shapes = {name: shape for name, shape in found.items() if shape != full[name]}
-    return narrowed, narrowed.config_class.from_dict(config | {"narrowed": {"shapes": shapes}})
+    shapes = {name: shape for name, shape in found.items() if shape != full.get(name)}
+    own = {"shapes": shapes, "low_rank": low_rank_pairs(model)}
+    return narrowed, narrowed.config_class.from_dict(config | {"narrowed": own})
 
 
 def class_named(name: str) -> Any:

@@ -47,12 +47,10 @@ from rmtkd.sites import (
     after_cuts,
     blocks_of,
     by_width,
-    check_parameters,
     encoder_of,
-    find_sites,
+    explore,
     is_known,
     share_settings,
-    trace_sites,
 )
 from rmtkd.standing import Standing, kept_widths, shaped
 from rmtkd.surgery import check_cut, tensors_of
@@ -91,12 +89,12 @@ class Run:
         self.encoder = None if self.is_own else encoder_of(model)
         self.model = copy.deepcopy(model).to(options.device).eval()
         self.left_whole: tuple[str, ...] = ()
-        if sites is None and self.is_own:
-            traced = trace_sites(self.model, batching.first(rows.selection, "selection"))
-            check_parameters(self.model, traced.sites)
-            sites = traced.sites
-            self.left_whole = tuple(f"What {path} writes stays whole: {why}." for path, why in traced.whole.items())
-        self.sites = tuple(sites) if sites is not None else find_sites(self.model)
+        if sites is None:
+            found = explore(self.model, batching.first(rows.selection, "selection"), low_rank=options.low_rank)
+            sites = found.sites
+            if self.is_own and not options.low_rank:
+                self.left_whole = tuple(f"What {path} writes stays whole: {why}." for path, why in found.whole.items())
+        self.sites = tuple(sites)
         self.blocks = blocks_of(self.sites)
         self.options, self.with_control = options, control
         rows.check_again()

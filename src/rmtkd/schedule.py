@@ -42,6 +42,7 @@ class Options:
             round, so that the result is a stock model. The smallest such models are larger.
         embedding_levels: tokens have as many embedding tables as this, each with a width of its own, by how often they
             occur in the training rows; 1 is one table for all.
+        low_rank: in place of narrowing widths, make two convolutions of lower rank of one: for what narrowing leaves.
         exclude: sites that stay whole: names, or shell-style patterns such as `layer.*.ffn`.
         keep: sites, or patterns, with the width that they are given; a mapping, or pairs, which it becomes.
         calibration_share: share of the training batches whose activations are seen.
@@ -67,6 +68,7 @@ class Options:
     min_share: float = 0.0
     uniform: bool = False
     embedding_levels: int = 1
+    low_rank: bool = False
     exclude: Sequence[str] = ()
     keep: Mapping[str, int] | Sequence[Sequence[Any]] = ()
     calibration_share: float = 0.1
@@ -99,6 +101,7 @@ class Options:
             ("min_share", 0 <= self.min_share <= 1, "within [0, 1]"),
             ("embedding_levels", self.embedding_levels >= 1, "at least 1"),
             ("embedding_levels", self.embedding_levels == 1 or not self.uniform, "1 in a uniform plan"),
+            ("low_rank", not self.low_rank or (self.embedding_levels == 1 and not self.uniform), "the only change"),
             ("exclude", all(isinstance(name, str) and name for name in self.exclude), "names of sites"),
             ("keep", all(_is_pair(pair) for pair in self.keep), "names of sites with a width from 0 each"),
             ("calibration_share", 0 < self.calibration_share <= 1, "within (0, 1]"),
@@ -130,7 +133,7 @@ class Options:
         """
         names = (
             *("target", "policy", "max_loss", "rule", "tau", "multiple_of", "min_share", "uniform"),
-            "embedding_levels",
+            *("embedding_levels", "low_rank"),
         )
         mine = {name: getattr(self, name) for name in names}
         if self.target is not None:

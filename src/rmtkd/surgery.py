@@ -23,7 +23,7 @@ from rmtkd.batches import Batch
 from rmtkd.errors import PlanError, SurgeryError
 from rmtkd.measurement import evaluation, relative_difference
 from rmtkd.modeling_rmtkd import FactorizedEmbedding, NoHeads
-from rmtkd.modules import factorized
+from rmtkd.modules import factorized, low_rank
 from rmtkd.sites import Axis, Site, Stream, after_cuts
 
 ROUNDINGS = 1000
@@ -120,11 +120,19 @@ def resize(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
             _replace(model, name, tensor.new_zeros(tuple(shape)))
 
 
-def factorize_embedding(model: nn.Module, path: str) -> None:
-    """Replace the embedding at `path`, in place, by the same function in two factors."""
-    embedding = model.get_submodule(path)
-    if isinstance(embedding, nn.Embedding) and not isinstance(embedding, FactorizedEmbedding):
-        model.set_submodule(path, factorized(embedding))
+def factorize(model: nn.Module, path: str, side: str = "output") -> None:
+    """Replace the embedding or convolution at `path`, in place, by the same function in two factors.
+
+    Args:
+        model: that has it. What is factorised already stays as it is.
+        path: of the module.
+        side: of a convolution, on which the identity is put, see `modeling_rmtkd.LowRankPair`.
+    """
+    whole = model.get_submodule(path)
+    if isinstance(whole, _ConvNd):
+        model.set_submodule(path, low_rank(whole, side))
+    elif isinstance(whole, nn.Embedding) and not isinstance(whole, FactorizedEmbedding):
+        model.set_submodule(path, factorized(whole))
 
 
 def check_cut(
@@ -225,7 +233,7 @@ def _check_shared(sites: Sequence[Site], bases: Mapping[str, Sequence[Basis]]) -
 
 def _prepare(model: nn.Module, site: Site) -> None:
     if site.factorizes:
-        factorize_embedding(model, site.factorizes)
+        factorize(model, site.factorizes, site.streams[0].side)
 
 
 def _fold_stream(model: nn.Module, stream: Stream, basis: Basis, *, rescale: bool) -> None:

@@ -22,6 +22,9 @@ Precision = Literal["fp32", "bf16"]
 PRECISIONS = ("auto", "fp32", "bf16")
 """What may be asked for; `auto` is what this machine and model are likely to be faster with."""
 
+OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
+"""What the optimisers remember of each parameter."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseState:
@@ -139,11 +142,10 @@ class Phase:
         for name, value in tensors_of(self.student).items():
             value.copy_(tensors[f"student.{name}"])
         for name, parameter in self.trained.items():
-            found = {key: tensors.get(f"optimizer.{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
-            if found["step"] is not None:
-                self.optimizer.state[parameter] = {
-                    key: value.to(parameter.device, copy=True) for key, value in found.items() if value is not None
-                }
+            found = {key: tensors.get(f"optimizer.{key}.{name}") for key in OPTIMIZER_STATE}
+            self.optimizer.state[parameter] = {
+                key: value.to(parameter.device, copy=True) for key, value in found.items() if value is not None
+            }
         if self.average:
             for name, value in self.average.average.items():
                 value.copy_(tensors[f"average.{name}"])
@@ -263,10 +265,13 @@ def _embedding_tables(model: nn.Module) -> set[int]:
     return {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
 
 
-def _optimizer(parameters: Iterable[nn.Parameter], recovery: Recovery) -> torch.optim.AdamW:
+def _optimizer(parameters: Iterable[nn.Parameter], recovery: Recovery) -> torch.optim.Optimizer:
     parameters = list(parameters)
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": recovery.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=recovery.lr, fused=True)
+    groups = [group for group in groups if group["params"]]
+    if recovery.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=recovery.lr, momentum=0.9, nesterov=True, fused=True)
+    return torch.optim.AdamW(groups, lr=recovery.lr, fused=True)

@@ -22,10 +22,10 @@ from rmtkd.environment import check_device, versions
 from rmtkd.errors import ArtifactError
 from rmtkd.families import FAMILIES, IMAGE_FAMILIES, EncoderFamily, ImageFamily
 from rmtkd.modeling_rmtkd import PREFIX, EmbeddingLevels, FactorizedEmbedding
-from rmtkd.modules import set_levels
+from rmtkd.modules import low_rank_pairs, set_levels
 from rmtkd.pretrained import OURS, class_named, described, on_meta, presented, quietly, shapes_of, without_values
 from rmtkd.sites import Site
-from rmtkd.surgery import factorize_embedding, fill, resize, tensors_of
+from rmtkd.surgery import factorize, fill, resize, tensors_of
 
 CONFIG = "config.json"
 CARD = "README.md"
@@ -267,6 +267,7 @@ def _write_own(model: nn.Module, folder: Path, sites: Sequence[Site], example: B
                 for name, module in model.named_modules()
                 if isinstance(module, EmbeddingLevels)
             },
+            "low_rank": low_rank_pairs(model),
             "factorized": [name for name, module in model.named_modules() if isinstance(module, FactorizedEmbedding)],
             "buffers": sorted(written & {name for name, _ in model.named_buffers()}),
             "attributes": [[path, name, getattr(model.get_submodule(path), name)] for path, name in sorted(attributes)],
@@ -329,7 +330,9 @@ def _own(build: Build, manifest: Mapping[str, Any], stored: Mapping[str, list[in
         for path, counts in narrowed.get("levels", {}).items():
             set_levels(model, path, counts)
         for path in narrowed["factorized"]:
-            factorize_embedding(model, path)
+            factorize(model, path)
+        for path, (_, side) in narrowed.get("low_rank", {}).items():
+            factorize(model, path, side)
     resize(model, {name: stored[name] for name in (*manifest["shapes"], *narrowed.get("buffers", ()))})
     for path, name, value in narrowed["attributes"]:
         module = model.get_submodule(path)

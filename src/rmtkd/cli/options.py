@@ -85,6 +85,13 @@ TrimVocabulary = Annotated[
         help="First drop tokens that no training row holds; other words are spelled by smaller pieces.",
     ),
 ]
+LowRank = Annotated[
+    bool,
+    typer.Option(
+        "--low-rank",
+        help="In place of narrowing widths, make two convolutions of lower rank of one: for what narrowing leaves.",
+    ),
+]
 Exclude = Annotated[
     list[str] | None,
     typer.Option(
@@ -115,6 +122,7 @@ def plan_options(
     min_share: float | None,
     uniform: bool,
     embedding_levels: int | None,
+    low_rank: bool,
     exclude: list[str] | None,
     keep: list[str] | None,
 ) -> dict[str, Any]:
@@ -131,6 +139,7 @@ def plan_options(
         "min_share": min_share,
         "uniform": uniform or None,
         "embedding_levels": embedding_levels,
+        "low_rank": low_rank or None,
         "exclude": tuple(exclude) if exclude else None,
         "keep": parse_keep(keep) if keep else None,
     }

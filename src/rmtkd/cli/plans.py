@@ -19,6 +19,7 @@ from rmtkd.cli.options import (
     Exclude,
     Keep,
     Label,
+    LowRank,
     MaxLength,
     MaxLoss,
     Metric,
@@ -73,6 +74,7 @@ def plan(
     uniform: Uniform = False,
     embedding_levels: EmbeddingLevels = None,
     trim_vocabulary: TrimVocabulary = False,
+    low_rank: LowRank = False,
     exclude: Exclude = None,
     keep: Keep = None,
     calibration_share: Calibration = None,
@@ -93,6 +95,7 @@ def plan(
     rmtkd plan runs/sst2 --target 20%params --keep layer.0.ffn=160
     rmtkd plan runs/sst2 --out runs/published --policy paper
     """
+    from rmtkd import batches as batching
     from rmtkd import compression, recipes
     from rmtkd.checkpoint import RunFolder
     from rmtkd.environment import has_bf16
@@ -104,7 +107,7 @@ def plan(
     from rmtkd.sites import find_sites
 
     shape = plan_options(
-        target, policy, max_loss, rule, tau, multiple_of, min_share, uniform, embedding_levels, exclude, keep
+        target, policy, max_loss, rule, tau, multiple_of, min_share, uniform, embedding_levels, low_rank, exclude, keep
     )
     if recipe not in recipes.names() and Path(recipe).is_dir():
         unused = {
@@ -117,6 +120,7 @@ def plan(
             "--epochs": epochs,
             "--metric": metric,
             "--embedding-levels": shape.pop("embedding_levels", None),
+            "--low-rank": shape.pop("low_rank", None),
             "--trim-vocabulary": trim_vocabulary or None,
         }
         _plan_anew(Path(recipe), out, shape, [name for name, value in unused.items() if value is not None], as_json)
@@ -144,7 +148,7 @@ def plan(
     tell_timing(chosen.target)
     began, model_on_device = time.monotonic(), source.model.to(device)
     calibration = compression.share_of(rows.train, chosen.calibration_share)
-    sites = find_sites(model_on_device)
+    sites = find_sites(model_on_device, batching.first(rows.selection, "selection"), low_rank=chosen.low_rank)
     model_on_device, sites = in_levels(model_on_device, sites, rows.train, chosen.embedding_levels)
     made, spectrums = compression.plan(
         model_on_device,

@@ -23,6 +23,7 @@ from rmtkd.cli.options import (
     Exclude,
     Keep,
     Label,
+    LowRank,
     MaxLength,
     MaxLoss,
     Metric,
@@ -81,6 +82,9 @@ def compress(
         str | None, typer.Option(help="What is cut between recoveries: site, layer or round.")
     ] = None,
     epochs: Annotated[float | None, typer.Option(help="Recovery of the whole run, in epochs; 0 cuts only.")] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(help="Of recovery: adamw, or sgd (with momentum; wants a larger --lr, such as 0.05).")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate of recovery.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Weight of the labels against the teacher.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Of both softmaxes.")] = None,
@@ -99,6 +103,7 @@ def compress(
     uniform: Uniform = False,
     embedding_levels: EmbeddingLevels = None,
     trim_vocabulary: TrimVocabulary = False,
+    low_rank: LowRank = False,
     exclude: Exclude = None,
     keep: Keep = None,
     calibration_share: Calibration = None,
@@ -117,6 +122,7 @@ def compress(
     rmtkd compress digits --out runs/digits   (trains its own teacher first)
     rmtkd compress text --model MY_CHECKPOINT --data rows.csv --columns text --label label --out runs/mine
     """
+    from rmtkd import batches as batching
     from rmtkd import compression, recipes
     from rmtkd.checkpoint import RunFolder
     from rmtkd.errors import OptionError
@@ -130,7 +136,7 @@ def compress(
     task = recipes.get(recipe, columns=columns, label=label, max_length=max_length)
     target, several = (targets or [None])[0], len(targets or ()) > 1
     shape = plan_options(
-        target, policy, max_loss, rule, tau, multiple_of, min_share, uniform, embedding_levels, exclude, keep
+        target, policy, max_loss, rule, tau, multiple_of, min_share, uniform, embedding_levels, low_rank, exclude, keep
     )
     schedule = {
         "metric": metric,
@@ -141,7 +147,14 @@ def compress(
         "tolerance": tolerance,
         "max_rounds": max_rounds,
     }
-    steps = {"lr": lr, "alpha": alpha, "temperature": temperature, "hidden": hidden, "average": average}
+    steps = {
+        "optimizer": optimizer,
+        "lr": lr,
+        "alpha": alpha,
+        "temperature": temperature,
+        "hidden": hidden,
+        "average": average,
+    }
     options: dict[str, Any] = {
         **task.options,
         **shape,
@@ -205,7 +218,10 @@ def compress(
             )
             show_sizes(sizes, out, given_to_run["extra_files"], as_json=as_json)
             return
-        made = None if plan_file is None else Plan.read(plan_file, sites=find_sites(given_to_run["model"]))
+        made = None
+        if plan_file is not None:
+            example = batching.first(given_to_run["selection"], "selection")
+            made = Plan.read(plan_file, sites=find_sites(given_to_run["model"], example))
         result = compression.compress(
             **given_to_run, plan=made, control=control, out=out, command=command, on_event=on_event, **options
         )

@@ -188,7 +188,7 @@ def retarget(
         )
     fixed |= fixed_widths(sites, exclude, keep, uniform=plan.uniform)
     made = desk.plan(plan.model, aim, fixed, plan.costs)
-    return replace(made, embedding_levels=plan.embedding_levels)
+    return replace(made, embedding_levels=plan.embedding_levels, low_rank=plan.low_rank)
 
 
 def settle(
@@ -231,7 +231,7 @@ def settle(
     planned = {site.name: site.planned for site in plan.sites}
     loss = plan.loss if plan.widths == planned else None
     made = desk.write(type(model).__name__, target, plan.fixed, costs, plan.multiplier, plan.widths, planned, loss)
-    return replace(made, embedding_levels=plan.embedding_levels)
+    return replace(made, embedding_levels=plan.embedding_levels, low_rank=plan.low_rank)
 
 
 def _by_table(costs: CostTable, baseline: Cost, sites: Sequence[Site]) -> Count:

@@ -13,7 +13,7 @@ from rmtkd.planning.lines import Problems, brief, check, parse
 from rmtkd.planning.review import misfits, review
 from rmtkd.sites import Site, share_settings
 
-FORMAT = 4
+FORMAT = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +107,7 @@ class Plan:
     Attributes:
         uniform: whether only widths are narrowed that a stock configuration gives, each for all layers at once.
         embedding_levels: in how many levels tokens are, see `Options`.
+        low_rank: whether its widths are those between two convolutions that one becomes, see `Options`.
         fixed: by name of a shared width: what `exclude`, `keep` and `uniform` asked for; planning again leaves it
             alone.
         multiplier: common factor on all edges, the smallest that meets the target.
@@ -132,6 +133,7 @@ class Plan:
     policy: str = "paper"
     max_loss: float
     embedding_levels: int = 1
+    low_rank: bool = False
     fixed: dict[str, int]
     multiplier: float
     sites: tuple[SitePlan, ...]

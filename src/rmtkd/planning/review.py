@@ -28,8 +28,8 @@ def review(root: Placed, fields: Mapping[str, Any], sites: Sequence[Site] | None
     """
     if "sites" in fields:
         uniform = fields.get("uniform") is True
-        if fields.get("embedding_levels", 1) != 1:
-            sites = None  # they are known when tokens are counted, and held against the plan then
+        if fields.get("embedding_levels", 1) != 1 or fields.get("low_rank") is True:
+            sites = None  # other ones than those of the model as it is: they are held against the plan later
         if uniform and sites is not None:
             sites = share_settings(sites)
         _review_sites(root.value["sites"], fields["sites"], sites, problems, uniform=uniform)

@@ -13,7 +13,7 @@ from rmtkd.families import FAMILIES, IMAGE_FAMILIES, Attention, EncoderFamily, F
 from rmtkd.modeling_rmtkd import PREFIX, NoHeads
 from rmtkd.sites.parts import attention_sites, embedding_sites, expect, feed_forward_site, linear
 from rmtkd.sites.site import Absent, Quantity, Site
-from rmtkd.sites.tracing import trace_sites
+from rmtkd.sites.tracing import Traced, trace_sites
 
 
 def find_family(model: nn.Module) -> EncoderFamily:
@@ -77,25 +77,39 @@ def random_images(model: nn.Module, rows: int, *, seed: int = 0) -> dict[str, Te
     return {"pixel_values": torch.randn(rows, *family.image_shape(model.config), generator=generator)}
 
 
-def find_sites(model: nn.Module, example: Batch | None = None) -> tuple[Site, ...]:
-    """Every width of the model that may be narrowed, shallow to deep.
+def find_sites(model: nn.Module, example: Batch | None = None, *, low_rank: bool = False) -> tuple[Site, ...]:
+    """Every width of the model that may be narrowed, shallow to deep: the sites of `explore`."""
+    return explore(model, example, low_rank=low_rank).sites
+
+
+def explore(model: nn.Module, example: Batch | None = None, *, low_rank: bool = False) -> Traced:
+    """Every width of the model that may be narrowed, and what of a network that was followed stays whole.
 
     Args:
         model: a supported model, also one that was compressed before; or, with an example, any that is built from
             convolutions, linear maps, norms by batch statistics, and what acts channel by channel.
         example: a batch that the model can be called with. A model of a supported family needs none.
+        low_rank: instead, the width between the two convolutions that every single one may become.
 
     Raises:
-        UnsupportedModelError: naming the class, the head, the part or the precision that is not understood.
+        UnsupportedModelError: naming the class, the head, the part or the precision that is not understood; or if there
+            is no convolution that may become two.
     """
-    if not is_known(model) and example is not None:
-        sites = trace_sites(model, example).sites
-    elif (images := random_images(model, 2)) is not None:
-        sites = trace_sites(model, images).sites
+    images = random_images(model, 2)
+    batch = images if images is not None else example
+    if images is None and (batch is None or is_known(model)):
+        found = Traced(sites=tuple(site for _, describe in search(model) for site in describe()), whole={})
     else:
-        sites = tuple(site for _, describe in search(model) for site in describe())
-    check_parameters(model, sites)
-    return sites
+        found = trace_sites(model, batch)  # type: ignore[arg-type]
+    if low_rank:
+        found = replace(found, sites=found.ranks)
+    if not found.sites:
+        raise UnsupportedModelError(
+            f"a model must have convolutions, of one group each, to make low-rank pairs of. {type(model).__name__} has "
+            "none. Leave low_rank out; nothing was changed."
+        )
+    check_parameters(model, found.sites)
+    return found
 
 
 def longest_input(model: nn.Module) -> int | None:

@@ -95,7 +95,8 @@ class Site:
         shares: name of the width that it has in common with other sites.
         scope: path of the module whose call computes the block; None outside the stack of blocks, or where a module
             is called more than once in a forward pass.
-        factorizes: path of an embedding that must first become table × projection for this width to exist.
+        factorizes: path of an embedding that must first become table × projection for this width to exist, or of a
+            convolution that must become two, on the stream's side of which the added one is 1 × 1.
         attributes: plain attributes to be set together with the width.
         setting: entry of a stock configuration that gives this width, one for all sites that name it; None where no
             stock configuration can say the width.

@@ -38,6 +38,8 @@ JOINING = frozenset(["add", "sub", "mul", "maximum", "minimum"])
 """Operators of two activations, channel by channel."""
 RESHAPING = frozenset(["flatten", "view", "reshape", "squeeze", "mean", "unsqueeze"])
 """Operators that a width comes through where channels stay what they are."""
+RANK = ".rank"
+"""After the path of a convolution, the name of the width between the two that it may become."""
 ENDS = ("it is the input of the network", "it is the output of the network")
 
 
@@ -55,6 +57,8 @@ class _Width:
     """Paths of the convolutions and linear maps that write it."""
     whole: str | None = None
     """Why it must stay as it is."""
+    rotates: bool = True
+    """Whether nothing but maps has been seen to touch it, which a rotation goes through."""
     same_as: "_Width | None" = None
 
 
@@ -84,10 +88,12 @@ class Traced:
     Attributes:
         sites: the widths that may be narrowed, shallow to deep.
         whole: the others but input and output, by what writes them, and why each stays whole.
+        ranks: the convolutions that may become two of lower rank, shallow to deep: of each the width between the two.
     """
 
     sites: tuple[Site, ...]
     whole: Mapping[str, str]
+    ranks: tuple[Site, ...] = ()
 
 
 def trace_sites(model: nn.Module, example: Batch) -> Traced:
@@ -122,7 +128,7 @@ def trace_sites(model: nn.Module, example: Batch) -> Traced:
             f"a model must have a width between two convolutions or linear maps that may be narrowed. {name} has none: "
             f"{reasons}. Nothing was changed."
         )
-    return Traced(sites=sites, whole=whole)
+    return Traced(sites=sites, whole=whole, ranks=tracer.ranks(sites))
 
 
 class _Tracer:
@@ -136,6 +142,8 @@ class _Tracer:
         self.widths: list[_Width] = []
         self.sides: dict[tuple[str, str], _Width] = {}
         """Of each parameter, the widths of its two sides: a module that is called twice has the same at each call."""
+        self.convolutions: dict[str, list[Node]] = {}
+        """By path, where each is called."""
         self.order = 0
 
     def follow(self) -> None:
@@ -163,6 +171,53 @@ class _Tracer:
             for width in sorted(self._roots(), key=lambda width: width.order)
             if width.writing and width.whole and width.whole not in ENDS
         }
+
+    def ranks(self, sites: Sequence[Site]) -> tuple[Site, ...]:
+        """The width between the two convolutions that every single one may become. One that is half of such a pair
+        already has a width of its own."""
+        scopes = sorted({site.scope for site in sites if site.scope}, key=len)
+        halves = {
+            path
+            for width in self._roots()
+            if width.rotates and width.writing and width.readers
+            for path in (*width.writing, *(reader.module for reader in width.readers))
+        }
+        made = []
+        for path, nodes in self.convolutions.items():
+            module: Any = self.model.get_submodule(path)
+            if len(nodes) > 1 or path in halves or module.groups > 1 or module.transposed:
+                continue
+            scope = next((scope for scope in reversed(scopes) if path.startswith(f"{scope}.")), None)
+            made.append(self._rank(nodes[0], path, module, scope))
+        return tuple(made)
+
+    def _rank(self, node: Node, path: str, module: Any, scope: str | None) -> Site:
+        """A pair of rank r costs `r · (taps · in + out)` where the second is 1 × 1, and `r · (in + taps · out)` where
+        the first is; each at the positions of what it writes."""
+        before, after = (_count((_shape(end) or ())[2:]) for end in (node.args[0], node))
+        taps = _count(module.kernel_size)
+        behind = after * (taps * module.in_channels + module.out_channels)
+        ahead = before * module.in_channels + after * taps * module.out_channels
+        is_ahead = ahead < behind
+        plain = not any(_numbers(module.padding)) or not is_ahead
+        stream = Stream(
+            module=path,
+            side="input" if is_ahead else "output",
+            writers=_parameters(f"{path}.0", has_bias=module.bias is not None and not is_ahead),
+            readers=(Axis(parameter=f"{path}.1.weight", dim=1),),
+            intercept=f"{path}.1.bias" if module.bias is not None and plain else None,
+            norm=self._norm_after(node),
+        )
+        return Site(
+            name=f"{path}{RANK}",
+            kind="linear",
+            block=scope or path,
+            width=module.in_channels if is_ahead else module.out_channels,
+            streams=(stream if stream.intercept is None else replace(stream, norm=None),),
+            shares=f"{path}{RANK}",
+            scope=scope,
+            factorizes=path,
+        )
 
     # ------------------------------------------------------------------ operators
 
@@ -195,6 +250,8 @@ class _Tracer:
             return
         channels = self.found[source]  # type: ignore[index]
         module: Any = self.model.get_submodule(path)
+        if not is_linear:
+            self.convolutions.setdefault(path, []).append(node)
         groups = 1 if is_linear else module.groups
         if channels.dim != (len(_shape(source) or ()) - 1 if is_linear else 1):
             self._give_up(node, f"{path} reads another dimension than that of the channels")
@@ -220,6 +277,7 @@ class _Tracer:
         width = channels.width
         if groups == width_of(width).size == _shape(node)[1]:  # type: ignore[index]  # one filter a channel
             width = self._side(written[0].parameter, "written", width)
+            width.rotates = False
             width.writers += [axis for axis in written if axis not in width.writers]
             width.attributes.append(Attribute(module=path, name="groups", quantity="width"))
             self.found[node] = _Channels(width, 1, channels.positions)
@@ -259,12 +317,13 @@ class _Tracer:
             self._give_up(node, f"{_operator(node)} at {_place(node)} joins other numbers of channels")
             return
         deeper = a if _rank(parts[0]) >= _rank(parts[1]) else b
-        self._unite(a.width, b.width)
+        self._unite(a.width, b.width).rotates = False
         self.found[node] = deeper
 
     def _reshape(self, node: Node, source: Node) -> None:
         """Whether channels stay apart is seen by the shapes: with examples of unequal numbers nothing else fits."""
         channels, before, after = self.found[source], _shape(source), _shape(node)
+        width_of(channels.width).rotates = False
         assert before is not None and after is not None
         if _operator(node) == "mean":
             named = _numbers(node.args[1]) if len(node.args) > 1 else range(len(before))
@@ -301,6 +360,7 @@ class _Tracer:
 
     def _pass_on(self, node: Node, source: Node) -> None:
         self.found[node] = self.found[source]
+        width_of(self.found[node].width).rotates = False
 
     def _side(self, name: str, side: str, width: _Width) -> _Width:
         """The width of one side of a parameter."""
@@ -314,6 +374,7 @@ class _Tracer:
                 mine = getattr(a, name)
                 mine += [part for part in getattr(b, name) if part not in mine]
             a.whole = a.whole or b.whole
+            a.rotates = a.rotates and b.rotates
         return a
 
     def _stay_whole(self, width: _Width, why: str) -> None:
@@ -373,7 +434,7 @@ class _Tracer:
         )
         return Site(
             name=name,
-            kind="pointwise",
+            kind="linear" if width.rotates and len(streams) == 1 else "pointwise",
             block=scope or name,
             width=width.size,
             streams=streams,
@@ -388,6 +449,11 @@ def width_of(width: _Width) -> _Width:
     while width.same_as is not None:
         width = width.same_as
     return width
+
+
+def _parameters(path: str, *, has_bias: bool) -> tuple[Axis, ...]:
+    """The axes by which a convolution writes its output."""
+    return tuple(Axis(parameter=f"{path}.{name}", dim=0) for name in ("weight", "bias")[: 1 + has_bias])
 
 
 def _common_ancestor(paths: Sequence[str]) -> str | None:
