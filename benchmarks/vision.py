@@ -11,6 +11,8 @@
 | magnitude | inner, the same share of each | largest L1 norm of the filter |
 | group_norm | residual and inner, the same share of each | Torch-Pruning's `GroupNormPruner`, one shot |
 
+The students of `hints.py` start from nothing, with one share of all widths, and have as many parameters as *rmtkd*.
+
 Every cell (network, method, share of operations, epochs, seed, optimiser, learning rate) is one JSON file in
 `benchmarks/results/vision/`, and one that has its file is not run again. All share the teacher, the rows, the loss and
 the number of steps. Statistics of norms are gathered anew after every cut, for all methods. The teacher has seen the
@@ -28,7 +30,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
@@ -37,6 +39,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hints import HINTS, Taught, TaughtPhase
 from records import cell, print_event
 from rmtkd import compression, recipes
 from rmtkd.bases import Basis
@@ -50,6 +53,7 @@ from rmtkd.training import Phase
 
 RESULTS = Path(__file__).parent / "results" / "vision"
 CALIBRATION = 0.04
+STAGES = ("layer1", "layer2", "layer3")
 SHARES = {"resnet56": 0.39, "resnet20": 0.55}
 """Share of the operations that remains, unless another is asked for: 2.56 and 1.82 times fewer."""
 
@@ -108,12 +112,7 @@ def magnitude(work: Work, share: float, multiple_of: int) -> nn.Module:
         bases = {site.name: (_largest(work.model, site, max(1, round(part * site.width))),) for site in inner}
         return fold(work.model, inner, bases)
 
-    low, high = 0.0, 1.0
-    for _ in range(12):
-        middle = (low + high) / 2
-        fits = count_flops(cut(middle), work.example) <= share * work.operations
-        low, high = (middle, high) if fits else (low, middle)
-    return cut(low)
+    return cut(largest(lambda part: count_flops(cut(part), work.example) <= share * work.operations))
 
 
 def _largest(model: nn.Module, site: Site, keep: int) -> Basis:
@@ -148,15 +147,35 @@ def group_norm(work: Work, share: float, multiple_of: int) -> nn.Module:
         pruner.step()
         return model.eval()
 
-    low, high = 0.0, 0.99
-    for _ in range(10):
+    return cut(1 - largest(lambda kept: count_flops(cut(1 - kept), work.example) <= share * work.operations))
+
+
+def student(work: Work, share: float, multiple_of: int) -> nn.Module:
+    """A random start with the same share of every width, and no more parameters than the library's default."""
+    most = count_parameters(start(work, "rmtkd", share, multiple_of)[0])
+    whole: Any = work.model.config
+
+    def of(part: float) -> nn.Module:
+        config = copy.deepcopy(whole)
+        config.hidden_sizes = [max(1, round(part * size)) for size in whole.hidden_sizes]
+        config.inner_sizes = [[max(1, round(part * size)) for size in sizes] for sizes in whole.inner_sizes]
+        return type(work.model)(config).eval()  # type: ignore[call-arg]
+
+    return of(largest(lambda part: count_parameters(of(part)) <= most))
+
+
+def largest(fits: Callable[[float], bool]) -> float:
+    """The largest share that fits, by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(12):
         middle = (low + high) / 2
-        fits = count_flops(cut(middle), work.example) <= share * work.operations
-        low, high = (low, middle) if fits else (middle, high)
-    return cut(high)
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
-METHODS = {"rmtkd": rmtkd, "pairs": pairs, "magnitude": magnitude, "group_norm": group_norm}
+METHODS = {"rmtkd": rmtkd, "pairs": pairs, "magnitude": magnitude, "group_norm": group_norm} | dict.fromkeys(
+    HINTS, student
+)
 
 
 def start(work: Work, method: str, share: float, multiple_of: int) -> tuple[nn.Module, dict[str, Any]]:
@@ -178,14 +197,18 @@ def run(work: Work, method: str, share: float, epochs: float, multiple_of: int, 
     student, facts = start(work, method, share, multiple_of)
     print({name: round(facts[f"{name}_cut"]["value"], 4) for name, _ in _held(work)}, flush=True)
     torch.manual_seed(work.seed)
-    Phase(
-        student,
-        work.rows.train,
-        steps=round(epochs * len(work.rows.train)),
-        recovery=recovery,
-        teacher=Teacher(work.model),
-        precision="bf16" if has_bf16("cpu") else "fp32",
-    ).run(lambda phase: print_event({"event": "step", "step": len(phase.losses), "loss": phase.losses[-1]}))
+    phase: dict[str, Any] = {
+        "steps": round(epochs * len(work.rows.train)),
+        "recovery": recovery,
+        "teacher": Teacher(work.model),
+        "precision": "bf16" if has_bf16("cpu") else "fp32",
+    }
+    if HINTS.get(method):
+        taught = Taught(student, work.model, STAGES, method, work.example)
+        training: Phase = TaughtPhase(taught, work.rows.train, stages=STAGES, **phase)
+    else:
+        training = Phase(student, work.rows.train, **phase)
+    training.run(lambda phase: print_event({"event": "step", "step": len(phase.losses), "loss": phase.losses[-1]}))
     batches = {rows: {"pixel_values": work.example["pixel_values"].repeat(4, 1, 1, 1)[:rows]} for rows in (1, 128)}
     times = {rows: time_forward([work.model, student], batch, repeats=30) for rows, batch in batches.items()}
     return {

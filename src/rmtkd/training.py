@@ -273,5 +273,5 @@ def _optimizer(parameters: Iterable[nn.Parameter], recovery: Recovery) -> torch.
     ]
     groups = [group for group in groups if group["params"]]
     if recovery.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=recovery.lr, momentum=0.9, nesterov=True, fused=True)
+        return torch.optim.SGD(groups, lr=recovery.lr, momentum=0.9, nesterov=True)
     return torch.optim.AdamW(groups, lr=recovery.lr, fused=True)
