@@ -559,3 +559,21 @@ def test_a_plan_tells_what_the_run_will_take(sentiment: Sentiment, command: Comm
 def test_a_plan_from_a_folder_that_is_not_there_says_so(command: Command, tmp_path: Path):
     code, _, log = command("plan", tmp_path / "typo", "--target", "20%params")
     assert code == 2 and "There is no folder" in log
+
+
+def test_benchmarks_are_listed_and_run_with_words_of_their_own(command: Command) -> None:
+    code, told, _ = command("bench")
+    assert code == 0 and "vision" in told and "plan-cost" in told and "records" not in told
+    done = subprocess.run([sys.executable, "-m", "rmtkd", "bench", "vision", "table"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("| network")
+    failed = subprocess.run([sys.executable, "-m", "rmtkd", "bench", "vision", "dance"], capture_output=True, text=True)
+    assert failed.returncode == 2 and "invalid choice" in failed.stderr
+
+
+def test_a_benchmark_that_is_not_there_is_refused(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, _, error = command("bench", "visions")
+    assert code == 2 and "vision" in error
+    monkeypatch.setattr(cli.benchmarks, "__file__", "/nowhere/site-packages/rmtkd/cli/benchmarks.py")
+    monkeypatch.chdir("/")
+    code, _, error = command("bench")
+    assert code == 2 and "must be run from a clone" in error

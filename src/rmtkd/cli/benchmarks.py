@@ -1,0 +1,52 @@
+"""The command that runs the benchmarks of the source repository: bench."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rmtkd.cli.console import app, say
+from rmtkd.errors import RunError, check_choice
+
+
+@app.command(
+    context_settings={"ignore_unknown_options": True, "help_option_names": []},
+    options_metavar="",
+)
+def bench(
+    words: Annotated[list[str] | None, typer.Argument(metavar="[NAME [ITS WORDS]...]", show_default=False)] = None,
+) -> None:
+    """Run a benchmark of a clone of the source repository; what follows its name is its own: `rmtkd bench NAME --help`.
+
+    \b
+    rmtkd bench
+    rmtkd bench vision run --model resnet56 --data DIR
+    """
+    found = scripts()
+    name, *its_own = words or ["--help"]
+    if name == "--help":
+        for known, script in found.items():
+            said = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
+            say(f"{known:12} {said.partition(chr(10))[0]}")
+        return
+    check_choice("a benchmark", name, found)
+    sys.exit(subprocess.run([sys.executable, found[name], *its_own]).returncode)
+
+
+def scripts() -> dict[str, Path]:
+    """The benchmarks by name: those of the clone that we are in, or that this package lies in.
+
+    Raises:
+        RunError: if there is none.
+    """
+    for root in (Path.cwd(), Path(__file__).parents[3]):
+        if (root / "src" / "rmtkd").is_dir() and (root / "benchmarks").is_dir():
+            paths = sorted((root / "benchmarks").glob("*.py"))
+            return {p.stem.replace("_", "-"): p for p in paths if "__main__" in p.read_text(encoding="utf-8")}
+    raise RunError(
+        "benchmarks must be run from a clone of the source repository: they are not in the package. None is here. "
+        "Clone it, and run there."
+    )
