@@ -1,4 +1,4 @@
-# make demo   set everything up, train a small BERT on handwritten digits, compress it, print the table
+# make demo   set everything up, train a small BERT and a small ResNet on handwritten digits, compress them, print the tables
 # make test   set everything up and run the tests
 PYTHON ?= python3
 # A file's tests go to one worker, so that what they share is made once, in the order of their names.
@@ -21,8 +21,9 @@ setup: .venv/ready
 	@touch $@
 
 demo: setup
-	rm -rf runs/digits runs/digits-teacher
+	rm -rf runs/digits runs/digits-teacher runs/digits-images runs/digits-images-teacher
 	$(BIN)/rmtkd compress digits --out runs/digits --control
+	$(BIN)/rmtkd compress digits_cnn --out runs/digits-images
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST)

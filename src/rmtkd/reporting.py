@@ -165,7 +165,7 @@ def summary_rows(record: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
             ratio(before["flops"], after["flops"]),
         ),
         (
-            f"latency, batch {slow['batch']} × {slow['length']}, {slow['threads']} threads",
+            f"latency, batch {_batch_of(slow)}",
             f"{slow['median']:.1f} ms (IQR {slow['iqr']:.1f})",
             f"{fast['median']:.1f} ms (IQR {fast['iqr']:.1f})",
             f"{slow['median'] / fast['median']:.2f}× faster",
@@ -256,7 +256,7 @@ def sizes_table(records: Sequence[Mapping[str, Any]]) -> Table:
         "",
         "MFLOPs",
         "on disk",
-        f"latency, {slow['batch']} × {slow['length']}, {slow['threads']} threads",
+        f"latency, {_batch_of(slow)}",
         f"{measure}, {role} rows (n = {first['baseline'][key]['n']})",
         "",
     ):
@@ -356,3 +356,9 @@ def _vocabulary_card(facts: Mapping[str, Any]) -> str:
         "figures above are of models with this tokenizer, before and after. Use the tokenizer files beside this card; "
         "`vocabulary.json` lists the tokens that stayed."
     )
+
+
+def _batch_of(latency: Mapping[str, Any]) -> str:
+    """The batch that was timed: rows, positions where rows have several, and threads."""
+    positions = f" × {latency['length']}" if latency["length"] > 1 else ""
+    return f"{latency['batch']}{positions}, {latency['threads']} threads"

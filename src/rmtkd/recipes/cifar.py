@@ -214,6 +214,6 @@ CIFAR10 = Recipe(
         "target": "39%flops",
         "epochs": 5.0,
         "calibration_share": 0.04,
-        "recovery": Recovery(lr=1e-3, weight_decay=5e-4),
+        "recovery": Recovery(optimizer="sgd", lr=0.05, weight_decay=5e-4),
     },
 )
