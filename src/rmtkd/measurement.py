@@ -156,7 +156,7 @@ def time_calls(
         for call, record in zip(calls, times, strict=True):
             start = clock()
             call()
-            _wait(device)
+            wait(device)
             if i >= warm_up:
                 record.append((clock() - start) * 1e3)
     return times
@@ -310,7 +310,7 @@ def chance_level(labels: Int[Tensor, " rows"]) -> float:
     return float(labels.bincount().max() / len(labels))
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
     """Return once the device has done what it was given: accelerators work on while Python goes on."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

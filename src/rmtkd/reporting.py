@@ -132,7 +132,7 @@ def summary_rows(record: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """Lines of the result: name, before, after, ratio."""
     before, after = record["baseline"], record["compressed"]
 
-    def ratio(a: int, b: int) -> str:
+    def ratio(a: int | float, b: int | float) -> str:
         return f"{b / a:.1%}"
 
     def accuracy(cost: Mapping[str, Any], key: str) -> str:
@@ -177,6 +177,10 @@ def summary_rows(record: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
             ratio(before["disk_bytes"], after["disk_bytes"]),
         ),
     ]
+    if (more := before.get("energy", {}).get("joules")) and (less := after["energy"]["joules"]):
+        rows.append(
+            (f"energy a batch ({before['energy']['source']})", f"{more:.3g} J", f"{less:.3g} J", ratio(more, less))
+        )
     for key, role in (("accuracy", "report"), ("f1", "report"), ("accuracy_selection", "selection")):
         by_teacher = record["measured_against"].get(role) == "teacher"
         if before[key] is not None and not (key == "f1" and by_teacher):

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from rmtkd.checkpoint import RunFolder, checksum
 from rmtkd.cutting import cut_in_order
 from rmtkd.distillation import Teacher
 from rmtkd.dry_run import CHECK_ROWS, Survey, metrics_of, narrowed, plan
+from rmtkd.energy import measure_energy
 from rmtkd.environment import has_bf16, versions
 from rmtkd.errors import ArtifactError, RunError
 from rmtkd.fisher import Metrics, fit
@@ -483,6 +485,11 @@ class Run:
         """The record: what both models cost and how well they do, and how the run went."""
         rows = {"": self.report if report else None, "_selection": self.selection}
         costs = compare(self.model, standing.student, self.example, rows, encoder=self.encoder, pieces=self.pieces)
+        calls = [partial(batching.logits, model, self.example) for model in (self.model, standing.student)]
+        with evaluation(self.model, standing.student):
+            energies = measure_energy(calls, torch.device(self.options.device)) if report else []
+        for found, energy in zip(costs.values(), energies, strict=False):
+            found["energy"] = energy.to_dict()
         return {
             **costs,
             "rounds": [asdict(done) for done in standing.rounds],
