@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from records import cell, print_event
+from records import cell, print_event, publish
 from rmtkd import compression, recipes
 from rmtkd.activations import observe
 from rmtkd.cutting import cut_in_order
@@ -385,7 +385,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=float, default=0.0)
     chosen = parser.parse_args()
     if chosen.part == "table":
-        print(table())
+        publish("curve", table())
         return
     if chosen.part == "figure":
         FIGURE.write_text(figure())

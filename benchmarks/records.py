@@ -38,3 +38,17 @@ def print_event(event: Mapping[str, Any]) -> None:
     """Rounds, and every 200th step."""
     if event["event"] != "step" or event["step"] % 200 == 0:
         print({k: v for k, v in event.items() if k not in ("widths", "sites", "options")}, flush=True)
+
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "results.md"
+
+
+def publish(name: str, markdown: str, document: Path = DOCUMENT) -> None:
+    """Print a table, and put it in place of the one of this name in the document, between `<!-- name -->` and
+    `<!-- /name -->`, if it has one."""
+    print(markdown)
+    begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+    text = document.read_text(encoding="utf-8")
+    before, is_there, rest = text.partition(begin)
+    if is_there and end in rest:
+        document.write_text(before + begin + markdown + end + rest.partition(end)[2], encoding="utf-8")

@@ -1,0 +1,394 @@
+"""What the tables of the published evaluation share: train a model as published, compress it, measure both, resume.
+
+A table is a list of entries (network, task, start) and of settings. Of every entry the teacher is trained once, epoch
+by epoch until selection rows pass its threshold; of every setting one run of `rmtkd.compress` is made, which goes on
+where it was left; and every measurement is one JSON file in `benchmarks/results/NAME/`. Folders of models and runs are
+in `--cache`.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import rmtkd
+from records import cell, print_event, publish
+from rmtkd import batches as batching
+from rmtkd import recipes
+from rmtkd.distillation import Recovery
+from rmtkd.energy import Counter, Metered, measure_energy
+from rmtkd.environment import has_bf16
+from rmtkd.measurement import evaluation, measure, quality, time_forward
+from rmtkd.memory import held_bytes
+from rmtkd.modules import randomize
+from rmtkd.recipes.checkpoints import save_classifier
+from rmtkd.recipes.recipe import Source
+from rmtkd.sites import encoder_of
+from rmtkd.surgery import tensors_of
+from rmtkd.training import Phase
+
+RESULTS = Path(__file__).parent / "results"
+BATCH = 32
+"""Rows at which throughput, memory and energy are measured, beside latency at one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A network and a task.
+
+    Attributes:
+        name: of the network.
+        task: a recipe.
+        start: makes it, untrained, from the data folder; None where `pretrained` names a checkpoint to fine-tune.
+        published: what the source says of it: parameters, and of each setting of the table what it reports.
+        threshold: selection accuracy at which the teacher is trained enough.
+        epochs: of its training, at most.
+        training: how; with a checkpoint, the recipe's own way.
+        recovery: epochs after the cut.
+        options: of all its runs.
+        passes: at which latency is measured.
+    """
+
+    name: str
+    task: str
+    start: Callable[[Path | None, int], Source] | None = None
+    published: Mapping[str, Any] = field(default_factory=dict)
+    threshold: float = 1.0
+    epochs: int = 5
+    training: Recovery | None = None
+    recovery: float = 3.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    passes: int = 1000
+
+    @property
+    def key(self) -> str:
+        """Its name among files."""
+        return f"{self.name}-{self.task}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """One table at one scale.
+
+    Attributes:
+        name: of the table.
+        settings: options of `rmtkd.compress` by name; the target may be a function of the entry.
+    """
+
+    name: str
+    scale: str
+    settings: Mapping[str, Callable[[Entry], Mapping[str, Any]]]
+    data: Path | None
+    cache: Path
+    results: Path
+    seed: int
+    device: str
+    pretrained: str | None = None
+    meter: Counter | None = None
+
+    def run(self, entry: Entry) -> None:
+        """All cells of an entry."""
+        work = Work(bench=self, entry=entry)
+        self._cell(entry, "teacher", partial(train, work))
+        for setting in self.settings:
+            self._cell(entry, setting, partial(compress, work, setting))
+
+    def _cell(self, entry: Entry, part: str, run: Callable[[], dict[str, Any]]) -> None:
+        def described() -> dict[str, Any]:
+            facts = {"network": entry.name, "task": entry.task, "part": part, "scale": self.scale, "seed": self.seed}
+            return {**facts, "command": " ".join(["rmtkd bench", self.name, "--scale", self.scale]), **run()}
+
+        cell(self.results / f"{self.scale}-{entry.key}-{part}-seed{self.seed}.json", described)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """An entry with its rows and folders."""
+
+    bench: Bench
+    entry: Entry
+
+    @property
+    def recipe(self) -> Any:
+        """The task."""
+        return recipes.get(self.entry.task)
+
+    @property
+    def folder(self) -> Path:
+        """Where its models are."""
+        return self.bench.cache / f"{self.bench.scale}-{self.entry.key}-seed{self.bench.seed}"
+
+    @cached_property
+    def teacher(self) -> Source:
+        """The trained network."""
+        return self.recipe.load(str(self.folder / "teacher"), self.bench.data)
+
+    def rows(self, source: Source) -> Any:
+        """The rows by role."""
+        return self.recipe.rows(self.bench.data, source, self.bench.seed)
+
+
+class Passed(Exception):
+    """Training ends here."""
+
+
+def train(work: Work) -> dict[str, Any]:
+    """The teacher: from its start until selection rows pass the threshold, or the epochs are over."""
+    entry, bench = work.entry, work.bench
+    if entry.start is None:
+        source = work.recipe.start(bench.pretrained, bench.seed, bench.data)
+    else:
+        source = entry.start(bench.data, bench.seed)
+    rows, recovery = work.rows(source), entry.training or work.recipe.training
+    student, passes, seen = source.model.to(bench.device), len(rows.train), []
+
+    def between(phase: Phase) -> None:
+        step = len(phase.losses)
+        print_event({"event": "step", "step": step, "loss": phase.losses[-1]})
+        if step % passes == 0 and step < phase.steps:
+            with evaluation(student):
+                seen.append(quality(student, rows.selection)["accuracy"].value)
+            print(f"epoch {step // passes}: {seen[-1]:.4f} of selection rows", flush=True)
+            student.train()
+            if seen[-1] >= entry.threshold:
+                raise Passed
+
+    torch.manual_seed(bench.seed)
+    phase = Phase(
+        student,
+        rows.train,
+        steps=entry.epochs * passes,
+        recovery=recovery,
+        precision="bf16" if has_bf16(bench.device) else "fp32",
+    )
+    try:
+        phase.run(between)
+    except Passed:
+        if phase.average:
+            phase.average.apply()
+    if not (work.folder / "teacher").exists():
+        work.folder.mkdir(parents=True, exist_ok=True)
+        save_classifier(source, work.folder / "teacher")
+    return {
+        "start": "random" if entry.start else "pretrained",
+        "training": asdict(recovery),
+        "epochs": len(phase.losses) / passes,
+        "threshold": entry.threshold,
+        "selection_by_epoch": seen,
+        "rows": rows.note,
+        "losses": phase.losses[:: max(1, len(phase.losses) // 200)],
+        **measures(work, source.model, rows, work.folder / "teacher"),
+    }
+
+
+def compress(work: Work, setting: str) -> dict[str, Any]:
+    """One run of the library, and what came of it."""
+    bench, source = work.bench, work.teacher
+    rows, out = work.rows(source), work.folder / setting
+    asked = dict(bench.settings[setting](work.entry))
+    recovery = Recovery(**{**asdict(work.recipe.options.get("recovery", Recovery())), **asked.pop("recovery", {})})
+    given = {"train": rows.train, "selection": rows.selection, "report": rows.report}
+    given["example"] = work.recipe.example(source.model, rows)
+    options = {"epochs": work.entry.recovery, "seed": bench.seed, "device": bench.device, "recovery": recovery}
+    if (out / "config.json").exists():
+        result = rmtkd.resume(out, source.model, **given, on_event=print_event)
+    else:
+        options |= {**work.entry.options, **asked}
+        result = rmtkd.compress(source.model, **given, **options, out=out, on_event=print_event)
+    record = result.record
+    return {
+        "options": record["config"],
+        "stop_reason": record["stop_reason"],
+        "rounds": len(record["rounds"]),
+        "before_recovery": record["rounds"][0]["accuracy_cut"] if record["rounds"] else None,
+        "baseline": record["baseline"],
+        "widths": result.plan.widths,
+        **measures(work, result.model.to(bench.device), rows, out / "model"),
+    }
+
+
+def measures(work: Work, model: nn.Module, rows: Any, folder: Path) -> dict[str, Any]:
+    """What a model costs and how well it does, on report rows."""
+    bench = work.bench
+    example = batching.to(work.recipe.example(model, rows), bench.device)
+    one, many = batching.head(example, 1), batching.head(example, BATCH)
+    (single,) = time_forward([model], one, repeats=work.entry.passes)
+    (whole,) = time_forward([model], many, repeats=min(work.entry.passes, 50))
+    calls = [partial(batching.logits, model, batch) for batch in (one, many)]
+    with evaluation(model):
+        energies = measure_energy(calls, torch.device(bench.device), counter=bench.meter)
+    footprint = measure(model, example, encoder=encoder_of(model), latency=whole)
+    held = quality(model, rows.report)
+    return {
+        "cost": footprint.to_dict(),
+        "latency_at_1_ms": asdict(single),
+        "rows_per_second": {
+            "median": 1e3 * batching.rows(many) / whole.median,
+            "iqr": 1e3 * batching.rows(many) / whole.median * whole.iqr / whole.median,
+        },
+        "energy_at_1": energies[0].to_dict(),
+        f"energy_at_{batching.rows(many)}": energies[1].to_dict(),
+        "memory_bytes": memory_of(work, folder),
+        **{name: asdict(estimate) for name, estimate in held.items()},
+    }
+
+
+def memory_of(work: Work, folder: Path) -> int | None:
+    """Weights, and the most memory that one batch takes beyond them, in a process of its own; None where the system
+    does not say."""
+    words = [__file__, str(folder), work.entry.task, work.bench.device, str(work.bench.data or "")]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    return int(done.stdout.split()[-1]) if done.returncode == 0 else None
+
+
+def _memory(folder: str, task: str, device: str, data: str) -> None:
+    recipe: Any = recipes.get(task)
+    model = recipe.load(folder, Path(data) if data else None).model.to(device)
+    example = batching.head(batching.to(recipe.example(model, None), device), BATCH)
+    torch.nn.Linear(8, 8)(torch.ones(8, 8))  # what any first product takes
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        weights = before = 0
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew; Linux alone can
+        weights, before = sum(tensor.nbytes for tensor in tensors_of(model).values()), held_bytes()
+    with evaluation(model):
+        batching.logits(model, example)
+    print(weights + (_peak() if device == "cpu" else torch.cuda.max_memory_allocated()) - before)
+
+
+def _peak() -> int:
+    """The most memory that this process held since the peak began anew; what `getrusage` says includes its parent's."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return 1024 * int(line.split()[1])
+
+
+def table(results: Path, published: Mapping[str, Mapping[str, Any]], reasons: Mapping[str, str]) -> str:
+    """Published against measured, row by row, as Markdown.
+
+    Args:
+        results: folder of the records.
+        published: by network: its parameters, accuracy against its own baseline, speed-up.
+        reasons: why a row differs, by `network-part`, or by network.
+    """
+    lines = [
+        "| scale | network | task | part | parameters, of all (encoder) | published | report accuracy | F1 | against "
+        "teacher | published | latency at 1 | speed-up | published | rows a second | memory | energy at 1 | reason |",
+        "|---|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|",
+    ]
+    found = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    teachers = {(r["scale"], r["network"], r["task"], r["seed"]): r for r in found if r["part"] == "teacher"}
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for record in found:
+        groups.setdefault((record["scale"], record["network"], record["task"], record["part"]), []).append(record)
+    order = sorted(groups.items(), key=lambda item: (*item[0][:3], item[0][3] != "teacher", item[0][3]))
+    for (scale, network, task, part), cells in order:
+        paired = [(record, teachers.get((scale, network, task, record["seed"]))) for record in cells]
+        lines.append("| " + " | ".join(_line(scale, network, task, part, paired, published, reasons)) + " |")
+    return "\n".join(lines)
+
+
+def _line(
+    scale: str, network: str, task: str, part: str, paired: Sequence[Any], published: Any, reasons: Any
+) -> list[str]:
+    said = published.get(network, {})
+    first = paired[0][0]
+    is_teacher = part == "teacher"
+
+    def mean(of: Callable[[Any, Any], float | None], form: str) -> str:
+        values = [value for pair in paired if pair[1] is not None and (value := of(*pair)) is not None]
+        if not values:
+            return "–"
+        spread = f" ± {statistics.stdev(values):{form.replace('+', '')}}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):{form}}{spread}"
+
+    share = mean(lambda r, t: 100 * (r["cost"]["parameters"] / t["cost"]["parameters"] - 1), "+.1f")
+    encoder = first["cost"]["parameters_encoder"]
+    counted = f"{first['cost']['parameters']:,}" + (f" ({encoder:,})" if encoder else "")
+    energy = first["energy_at_1"]
+    return [
+        scale,
+        network,
+        task,
+        part + (f" ({len(paired)} seeds)" if len(paired) > 1 else ""),
+        counted if is_teacher else f"{counted}: {share} %",
+        str(said.get("parameters", "")) if is_teacher else str(said.get("reduction", "")),
+        mean(lambda r, t: 100 * r["accuracy"]["value"], ".2f") + " %",
+        mean(lambda r, t: 100 * r["f1"]["value"], ".2f") + " %",
+        "" if is_teacher else mean(lambda r, t: 100 * (r["accuracy"]["value"] - t["accuracy"]["value"]), "+.2f"),
+        "" if is_teacher else str(said.get("accuracy", "")),
+        mean(lambda r, t: r["latency_at_1_ms"]["median"], ".2f") + f" ms (IQR {first['latency_at_1_ms']['iqr']:.2f})",
+        ""
+        if is_teacher
+        else mean(lambda r, t: t["latency_at_1_ms"]["median"] / r["latency_at_1_ms"]["median"], ".2f") + "×",
+        "" if is_teacher else str(said.get("speed_up", "")),
+        mean(lambda r, t: r["rows_per_second"]["median"], ",.0f"),
+        "–" if first["memory_bytes"] is None else f"{first['memory_bytes'] / 1e6:,.0f} MB",
+        f"{energy['joules']:.3g} J" if energy["joules"] else f"none: {energy['reason']}",
+        reasons.get(f"{network}-{part}", reasons.get(network, "")),
+    ]
+
+
+def main(
+    name: str,
+    describe: str | None,
+    scales: Mapping[str, Sequence[Entry]],
+    settings: Mapping[str, Any],
+    published: Mapping[str, Mapping[str, Any]],
+    reasons: Mapping[str, str],
+) -> None:
+    """The command line of a table."""
+    parser = argparse.ArgumentParser(description=describe, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=list(scales), default="tiny")
+    parser.add_argument("--only", nargs="+", help="Names of entries, such as bert-tiny-sst2.")
+    parser.add_argument("--settings", nargs="+", default=list(settings), choices=list(settings))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--pretrained", help="A checkpoint to fine-tune, of the entries that start from one.")
+    parser.add_argument("--cache", type=Path, default=Path("runs") / name)
+    parser.add_argument("--results", type=Path, help="Folder of the records; those of the repository by default.")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--meter", type=Path, help="CSV of a meter of power: columns seconds (Unix time) and watts.")
+    parser.add_argument("--table", action="store_true", help="Only write the table.")
+    chosen = parser.parse_args()
+    results = chosen.results or RESULTS / name
+    for seed in () if chosen.table else chosen.seeds:
+        bench = Bench(
+            name=name,
+            scale=chosen.scale,
+            settings={key: settings[key] for key in chosen.settings},
+            data=chosen.data,
+            cache=chosen.cache,
+            results=results,
+            seed=seed,
+            device=chosen.device,
+            pretrained=chosen.pretrained,
+            meter=None if chosen.meter is None else Metered(chosen.meter),
+        )
+        for entry in scales[chosen.scale]:
+            if chosen.only is None or entry.key in chosen.only:
+                bench.run(entry)
+    made = table(results, published, reasons)
+    if chosen.results is None:
+        publish(name, made)
+    else:
+        print(made)
+
+
+def from_random(model: nn.Module, seed: int, **companions: Any) -> Source:
+    """A network with the published start: Xavier."""
+    randomize(model, seed=seed)
+    return Source(model=model.eval(), **companions)
+
+
+if __name__ == "__main__":
+    _memory(*sys.argv[1:])
