@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from typer.testing import CliRunner
 
 import rmtkd
 from conftest import random_rows, tiny_bert
+from rmtkd import artifact
 from rmtkd.activations import collect
 from rmtkd.bases import linear_basis
 from rmtkd.cli import app
 from rmtkd.cutting import cut_in_order
-from rmtkd.errors import OptionError, UnsupportedModelError
+from rmtkd.errors import ArtifactError, OptionError, UnsupportedModelError
 from rmtkd.measurement import count_flops, count_parameters
+from rmtkd.modeling_cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
 from rmtkd.modeling_rmtkd import LowRankPair
 from rmtkd.modules import low_rank
 from rmtkd.planning import Plan
@@ -25,6 +28,7 @@ from rmtkd.planning.costs import CostTable, predict_cost
 from rmtkd.recipes.cifar import small_network
 from rmtkd.sites import find_sites
 from rmtkd.surgery import check_cut, fold
+from test_artifact import reseal
 from test_tracing import Everything, batches, labelled, trained
 
 
@@ -160,6 +164,16 @@ def test_a_model_of_ones_own_goes_to_a_folder_and_back(plain: tuple[Any, list[An
     assert count_parameters(twice) < count_parameters(again)
 
 
+@pytest.fixture(scope="module")
+def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a network with one pair."""
+    config = CifarResNetConfig(low_rank={"layer1.0.conv1": [3, "output"]}, id2label=dict(enumerate("abcd")))
+    folder = tmp_path_factory.mktemp("cifar") / "model"
+    rmtkd.save(CifarResNetForImageClassification(config).eval(), folder)
+    assert rmtkd.load(folder).config.low_rank == {"layer1.0.conv1": [3, "output"]}
+    return folder
+
+
 @pytest.mark.parametrize("family", ["cifar", "transformers"])
 def test_a_known_network_goes_to_a_folder_and_back(family: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -178,6 +192,34 @@ def test_a_known_network_goes_to_a_folder_and_back(family: str, tmp_path: Path) 
     with torch.no_grad():
         assert torch.equal(again(**rows[0]).logits, student(**rows[0]).logits)
     assert any(isinstance(module, LowRankPair) for module in again.modules())
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [{"nowhere": [3, "output"]}, {"": [3, "input"]}, {"layer1.0.conv1": [10**12, "output"]}, {}, None, 5]
+    + [{"layer1.0.conv1": pair} for pair in (3, [3, "behind"], [3, {}], ["x", "input"], [-1, "input"], [3.5, "input"])],
+)
+def test_a_folder_that_tells_of_other_pairs_is_refused(strange: object, cifar: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(cifar, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"low_rank": strange}))
+    reseal(folder)
+    with pytest.raises(ArtifactError):
+        rmtkd.load(folder)
+
+
+@pytest.mark.parametrize("strange", [{"nowhere": "output"}, {"wide": "behind"}, {"wide": 3}, {"norm": "input"}, {}, 5])
+def test_a_folder_of_ones_own_that_tells_of_other_pairs_is_refused(
+    strange: object, plain: tuple[Any, list[Any]], tmp_path: Path
+) -> None:
+    model, rows = plain
+    sites = find_sites(model, rows[0], low_rank=True)[:1]
+    student, _ = cut_in_order(model, sites, {site.name: 4 for site in sites}, rows)
+    artifact.save(student, tmp_path / "model", sites=sites, example=rows[0])
+    assert type(rmtkd.load(tmp_path / "model", Plain)) is Plain
+    reseal(tmp_path / "model", lambda manifest: manifest["narrowed"].update(low_rank=strange))
+    with pytest.raises(ArtifactError):
+        rmtkd.load(tmp_path / "model", Plain)
 
 
 def test_from_the_command_line_after_widths(tmp_path: Path) -> None:

@@ -72,6 +72,8 @@ class LowRankPair(nn.Sequential):
     """
 
     def __init__(self, convolution: Any, rank: int, side: str):
+        if side not in ("input", "output"):
+            raise ValueError(f"the side of a pair must be input or output, not {side}")
         kind, has_bias = type(convolution), convolution.bias is not None
         taps = {name: getattr(convolution, name) for name in ("kernel_size", "stride", "padding", "dilation")}
         place = {"device": convolution.weight.device, "dtype": convolution.weight.dtype}

@@ -267,7 +267,7 @@ def _write_own(model: nn.Module, folder: Path, sites: Sequence[Site], example: B
                 for name, module in model.named_modules()
                 if isinstance(module, EmbeddingLevels)
             },
-            "low_rank": low_rank_pairs(model),
+            "low_rank": {path: side for path, (_, side) in low_rank_pairs(model).items()},
             "factorized": [name for name, module in model.named_modules() if isinstance(module, FactorizedEmbedding)],
             "buffers": sorted(written & {name for name, _ in model.named_buffers()}),
             "attributes": [[path, name, getattr(model.get_submodule(path), name)] for path, name in sorted(attributes)],
@@ -331,7 +331,7 @@ def _own(build: Build, manifest: Mapping[str, Any], stored: Mapping[str, list[in
             set_levels(model, path, counts)
         for path in narrowed["factorized"]:
             factorize(model, path)
-        for path, (_, side) in narrowed.get("low_rank", {}).items():
+        for path, side in narrowed.get("low_rank", {}).items():
             factorize(model, path, side)
     resize(model, {name: stored[name] for name in (*manifest["shapes"], *narrowed.get("buffers", ()))})
     for path, name, value in narrowed["attributes"]:
