@@ -23,6 +23,7 @@ ORDER = [
     "batches",
     "memory",
     "measurement",
+    "energy",
     "modeling_rmtkd",
     "modeling_cifar_resnet",
     "modules",
@@ -94,8 +95,9 @@ def imported(path: Path, modules: dict[str, Path]) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path} has a relative import"
-            source = node.module or ""
+            travels = path.name.startswith("modeling_")  # transformers takes along what such a file imports beside it
+            assert node.level == 0 or travels, f"{path} has a relative import"
+            source = f"rmtkd.{node.module}" if node.level else node.module or ""
             # `from rmtkd import spectra` imports a module, `from rmtkd.errors import DataError` a name.
             names |= {full if (full := f"{source}.{alias.name}") in modules else source for alias in node.names}
     return names & set(modules)
