@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from figures import BEFORE, Panel, chart
 from records import cell, print_event, publish
 from rmtkd import compression, recipes
 from rmtkd.activations import observe
@@ -314,53 +315,24 @@ def table() -> str:
     return "\n".join(lines)
 
 
-PANEL = {"width": 380, "height": 300, "left": 56, "top": 34, "gap": 40}
-COLOURS = {"guarded": "#1b7837", "published": "#762a83", "energy": "#2166ac", "magnitude": "#b2182b"}
-
-
 def figure() -> str:
     """Report accuracy against the share of the parameters, a panel a task: solid after one epoch, dashed before."""
-    found = records()
-    names = list(dict.fromkeys(r["task"] for r in found))
-    w, h, left, top, gap = PANEL.values()
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + len(names) * (w + gap)} {h + 2 * top + 20}" '
-        'font-family="sans-serif" font-size="12">',
-        '<rect width="100%" height="100%" fill="#fff"/>',
-    ]
-    for i, task in enumerate(names):
-        mine, x0 = [r for r in found if r["task"] == task], left + i * (w + gap)
-        low = 5 * math.floor(min(100 * r["accuracy_cut"]["value"] for r in mine) / 5)
-
-        def at(share: float, accuracy: float, x0: int = x0, low: int = low) -> str:
-            x = x0 + w * math.log(share / 0.04) / math.log(0.6 / 0.04)
-            return f"{x:.1f},{top + h * (95 - accuracy) / (95 - low):.1f}"
-
-        parts.append(f'<text x="{x0}" y="{top - 12}" font-weight="bold">{task}</text>')
-        for percent in range(low, 96, 5):
-            a, b = at(0.04, percent).split(","), at(0.6, percent).split(",")
-            parts.append(f'<line x1="{a[0]}" y1="{a[1]}" x2="{b[0]}" y2="{b[1]}" stroke="#ddd"/>')
-            parts.append(f'<text x="{x0 - 6}" y="{float(a[1]) + 4}" text-anchor="end">{percent}</text>')
-        for size in sorted({r["size"] for r in mine}):
-            x = at(size, low).split(",")[0]
-            parts.append(f'<text x="{x}" y="{top + h + 18}" text-anchor="middle">{size:.0%}</text>')
-        for method, colour in COLOURS.items():
+    found, panels = records(), []
+    for task in dict.fromkeys(r["task"] for r in found):
+        mine = [r for r in found if r["task"] == task]
+        series: dict[str, list[tuple[float, float]]] = {}
+        for method in METHODS:
             lr = chosen_rate(mine, task, method)
-            for key, dashes in (("accuracy", ""), ("accuracy_cut", ' stroke-dasharray="5 4"')):
-                points = []
+            for key, end in (("accuracy", ""), ("accuracy_cut", BEFORE)):
                 for size in sorted({r["size"] for r in mine}):
                     cells = [r for r in mine if (r["method"], r["size"], r["lr"]) == (method, size, lr)]
                     if cells:
                         share = statistics.mean(r["parameters"] / r["baseline_parameters"] for r in cells)
-                        points.append(at(share, 100 * statistics.mean(r[key]["value"] for r in cells)))
-                line = f'fill="none" stroke="{colour}" stroke-width="2"{dashes}'
-                parts.append(f'<polyline points="{" ".join(points)}" {line}/>')
-                parts += [
-                    f'<circle cx="{p.split(",")[0]}" cy="{p.split(",")[1]}" r="3" fill="{colour}"/>' for p in points
-                ]
-    for j, (method, colour) in enumerate(COLOURS.items()):
-        parts.append(f'<text x="{left + 95 * j}" y="{h + 2 * top + 12}" fill="{colour}">{method}</text>')
-    return "\n".join([*parts, "</svg>", ""])
+                        point = share, 100 * statistics.mean(r[key]["value"] for r in cells)
+                        series.setdefault(method + end, []).append(point)
+        ticks = [(size, f"{size:.0%}") for size in SIZES]
+        panels.append(Panel(title=task, series=series, ticks=ticks, log=True))
+    return chart(panels)
 
 
 def spread(cells: Sequence[Mapping[str, Any]], key: str) -> str:
