@@ -33,3 +33,17 @@ def test_a_table_is_made_from_nothing_and_goes_on_where_it_was_left(name: str, t
     assert record["machine"] and record["versions"]["torch"] and "--scale tiny" in record["command"]
     lines = [line for line in told.splitlines() if line.startswith("| tiny")]
     assert [line.split(" | ")[3] for line in lines] == ["teacher", "published", "same-size"]
+
+
+def test_the_ablation_changes_one_thing_at_a_time(tmp_path: Path) -> None:
+    words = ["--scale", "tiny", "--kinds", "threshold", "causal", "--cache", tmp_path / "cache"]
+    command = [sys.executable, BENCHMARKS / "ablation.py", *words, "--results", tmp_path / "results"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    records = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "results").iterdir()}
+    low, high = (records[f"threshold-{tau}-seed0"] for tau in ("0.02", "0.1"))
+    assert high["parameters"] < low["parameters"] < 1  # a larger τ cuts more
+    dropped, kept = records["causal-dropped-seed0"], records["causal-as_many_of_the_kept-weakest-seed0"]
+    each = [record["divergence"] / record["directions"] for record in (dropped, kept)]
+    assert 0 < 2 * each[0] < each[1]  # even the weakest of the kept directions are worth more than those that go
+    assert "| causal: projected out |" in done.stdout and "| threshold | seeds |" in done.stdout
