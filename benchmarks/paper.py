@@ -8,6 +8,7 @@ in `--cache`.
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import rmtkd
 from records import cell, print_event, publish
 from rmtkd import batches as batching
 from rmtkd import recipes
+from rmtkd.checkpoint import new_folder
 from rmtkd.distillation import Recovery
 from rmtkd.energy import Counter, Metered, measure_energy
 from rmtkd.environment import has_bf16
@@ -37,6 +39,8 @@ from rmtkd.surgery import tensors_of
 from rmtkd.training import Phase
 
 RESULTS = Path(__file__).parent / "results"
+COMPARABLE = ("teacher", "published", "same-size")
+"""Parts of a table that something published stands beside."""
 BATCH = 32
 """Rows at which throughput, memory and energy are measured, beside latency at one."""
 
@@ -175,9 +179,10 @@ def train(work: Work) -> dict[str, Any]:
     except Passed:
         if phase.average:
             phase.average.apply()
-    if not (work.folder / "teacher").exists():
-        work.folder.mkdir(parents=True, exist_ok=True)
-        save_classifier(source, work.folder / "teacher")
+    shutil.rmtree(work.folder, ignore_errors=True)  # runs of an earlier teacher, or one half written
+    work.folder.mkdir(parents=True)
+    with new_folder(work.folder / "teacher") as partial_folder:
+        save_classifier(source, partial_folder)
     return {
         "start": "random" if entry.start else "pretrained",
         "training": asdict(recovery),
@@ -205,6 +210,8 @@ def compress(work: Work, setting: str) -> dict[str, Any]:
         options |= {**work.entry.options, **asked}
         result = rmtkd.compress(source.model, **given, **options, out=out, on_event=print_event)
     record = result.record
+    if not record["finished"]:
+        raise KeyboardInterrupt  # the run goes on next time
     return {
         "options": record["config"],
         "stop_reason": record["stop_reason"],
@@ -245,12 +252,14 @@ def measures(work: Work, model: nn.Module, rows: Any, folder: Path) -> dict[str,
 def memory_of(work: Work, folder: Path) -> int | None:
     """Weights, and the most memory that one batch takes beyond them, in a process of its own; None where the system
     does not say."""
-    words = [__file__, str(folder), work.entry.task, work.bench.device, str(work.bench.data or "")]
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    data = "" if work.bench.data is None else str(work.bench.data.resolve())
+    code = "import sys, paper; paper.print_memory(*sys.argv[1:])"
+    words = [sys.executable, "-c", code, str(folder.resolve()), work.entry.task, work.bench.device, data]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parent)
     return int(done.stdout.split()[-1]) if done.returncode == 0 else None
 
 
-def _memory(folder: str, task: str, device: str, data: str) -> None:
+def print_memory(folder: str, task: str, device: str, data: str) -> None:
     recipe: Any = recipes.get(task)
     model = recipe.load(folder, Path(data) if data else None).model.to(device)
     example = batching.head(batching.to(recipe.example(model, None), device), BATCH)
@@ -300,7 +309,7 @@ def table(results: Path, published: Mapping[str, Mapping[str, Any]], reasons: Ma
 def _line(
     scale: str, network: str, task: str, part: str, paired: Sequence[Any], published: Any, reasons: Any
 ) -> list[str]:
-    said = published.get(network, {})
+    said = published.get(network, {}) if part in COMPARABLE else {}
     first = paired[0][0]
     is_teacher = part == "teacher"
 
@@ -388,7 +397,3 @@ def from_random(model: nn.Module, seed: int, **companions: Any) -> Source:
     """A network with the published start: Xavier."""
     randomize(model, seed=seed)
     return Source(model=model.eval(), **companions)
-
-
-if __name__ == "__main__":
-    _memory(*sys.argv[1:])

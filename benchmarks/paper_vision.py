@@ -68,7 +68,7 @@ SETTINGS = {
         "policy": "paper",
         "metric": "output",
         "target": None,
-        "recovery": {"alpha": 0.7, "temperature": 1.0},
+        "recovery": {"optimizer": "adamw", "lr": 1e-3, "alpha": 0.7, "temperature": 1.0, "weight_decay": 5e-4},
     },
     "same-size": lambda entry: {"target": "52.3%params"},
     "seventy": lambda entry: {"target": "30%params"},

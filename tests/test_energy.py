@@ -115,6 +115,8 @@ def test_a_meters_file_is_integrated_over_the_time_of_the_work(tmp_path: Path) -
     assert counter.joules(101.25, 101.75) == pytest.approx(0.5 * 15.0)
     with pytest.raises(DataError, match="from before the work to after it"):
         counter.joules(99.0, 103.0)
+    path.write_text(path.read_text() + "106,")  # the meter is writing
+    assert Metered(path, wait=0.0).joules(101.0, 103.0) == pytest.approx(40.0)
     path.write_text("seconds,power\n1,2\n")
     with pytest.raises(DataError, match="columns seconds and watts"):
         counter.joules(1.0, 2.0)

@@ -23,7 +23,7 @@ from rmtkd.measurement import count_flops, count_parameters
 from rmtkd.modeling_cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
 from rmtkd.modeling_rmtkd import LowRankPair
 from rmtkd.modules import low_rank
-from rmtkd.planning import Plan
+from rmtkd.planning import Plan, retarget
 from rmtkd.planning.costs import CostTable, predict_cost
 from rmtkd.recipes.cifar import small_network
 from rmtkd.sites import find_sites
@@ -239,6 +239,86 @@ def test_from_the_command_line_after_widths(tmp_path: Path) -> None:
     invoke("compress", "digits_cnn", *words[:2], *applied)
     record = json.loads((tmp_path / "pairs" / "summary.json").read_text())
     assert record["compressed"]["flops"] <= 0.8 * record["baseline"]["flops"]
+
+
+def test_a_model_narrowed_first_and_then_given_pairs_goes_to_a_folder_and_back(tmp_path: Path) -> None:
+    """The second run's sites know nothing of norms and depthwise filters that the first one has narrowed."""
+    rows = batches()
+    torch.manual_seed(0)
+    model = trained(Everything(), rows)
+    widths, _ = rmtkd.plan(model, calibration=rows, target="60%flops", multiple_of=1, policy="paper")
+    narrower = rmtkd.narrow(model, widths, calibration=rows)
+    ranks, _ = rmtkd.plan(narrower, calibration=rows, target="85%flops", multiple_of=1, policy="paper", low_rank=True)
+    student = rmtkd.narrow(narrower, ranks, calibration=rows)
+    sites = find_sites(narrower, rows[0], low_rank=True)
+    artifact.save(student, tmp_path / "model", sites=sites, example=rows[0])
+    again = rmtkd.load(tmp_path / "model", Everything)
+    with torch.no_grad():
+        assert torch.equal(again(rows[0][0]), student(rows[0][0]))
+
+
+class Normed(nn.Module):
+    """Norms over groups of channels: no width can be narrowed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.norm = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.GroupNorm(4, 16)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.a(x.to(self.a.weight.dtype))))
+        x = torch.relu(self.norm(self.b(x))).mean((2, 3))
+        return self.head(x.view(-1, self.b.out_channels))
+
+
+def test_where_no_width_can_be_narrowed_convolutions_may_still_become_two() -> None:
+    """Also where a forward asks its convolutions for their shapes."""
+    rows = batches(side=9)
+    model = Normed().eval()
+    with pytest.raises(UnsupportedModelError, match="group_norm"):
+        find_sites(model, rows[0])
+    plan, _ = rmtkd.plan(model, calibration=rows, target="70%flops", low_rank=True, multiple_of=1, policy="paper")
+    student = rmtkd.narrow(model, plan, calibration=rows)
+    assert count_flops(student, rows[0]) <= 0.7 * count_flops(model, rows[0])
+
+
+class Branches(nn.Module):
+    """Convolutions behind one another that are no pairs: widths with several readers, or joined with others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(16, 8, 1)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self.a(x)
+        v = torch.cat([self.b(u), torch.relu(self.c(u))], 1)
+        return self.head(torch.relu(self.d(v)).mean((2, 3)))
+
+
+def test_convolutions_that_only_look_like_halves_of_a_pair_may_become_two() -> None:
+    found = {site.name for site in find_sites(Branches().eval(), batches()[0], low_rank=True)}
+    assert found == {"a.rank", "b.rank", "c.rank", "d.rank"}
+
+
+def test_a_convolution_under_two_names_is_refused() -> None:
+    model = Normed().eval()
+    model.other = model.b
+    with pytest.raises(UnsupportedModelError, match="are the same"):
+        find_sites(model, batches(side=9)[0], low_rank=True)
+
+
+def test_other_sites_than_ranks_are_refused(plain: tuple[Any, list[Any]]) -> None:
+    model, rows = plain
+    with pytest.raises(OptionError, match="must be those of find_sites"):
+        rmtkd.plan(model, calibration=rows, sites=find_sites(model, rows[0]), low_rank=True)
+
+
+def test_a_plan_made_anew_tells_the_sides_too(plain: tuple[Any, list[Any]]) -> None:
+    model, rows = plain
+    made, spectrums = rmtkd.plan(model, calibration=rows, target="80%flops", low_rank=True, multiple_of=1)
+    anew = retarget(made, spectrums, target="70%flops")
+    assert anew.low_rank and any("ahead, and cheaper there, in narrow.rank" in remark for remark in anew.remarks)
 
 
 def test_where_there_is_no_convolution_pairs_are_refused() -> None:

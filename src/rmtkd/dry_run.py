@@ -30,7 +30,7 @@ from rmtkd.planning import (
 )
 from rmtkd.schedule import Options
 from rmtkd.sensitivity import Sensitivity
-from rmtkd.sites import Site, blocks_of, find_sites
+from rmtkd.sites import Site, blocks_of, check_ranks, find_sites
 from rmtkd.spectra import RULES
 from rmtkd.surgery import check_cut
 
@@ -143,10 +143,6 @@ class Survey:
 
     def plan(self, target: str | None) -> Plan:
         """The plan for this target."""
-        made = self._plan(target)
-        return replace(made, remarks=(*made.remarks, _sides(self.sites))) if made.low_rank else made
-
-    def _plan(self, target: str | None) -> Plan:
         chosen = replace(self.options, target=target)
         if chosen.policy == "paper":
             return self._make(chosen)
@@ -170,13 +166,6 @@ class Survey:
         return replace(made, embedding_levels=chosen.embedding_levels, low_rank=chosen.low_rank)
 
 
-def _sides(sites: Sequence[Site]) -> str:
-    """On which side of the others the 1 × 1 convolutions are put."""
-    ahead = [site.name for site in sites if site.streams[0].side == "input"]
-    told = f"; ahead, and cheaper there, in {', '.join(ahead)}" if ahead else ""
-    return f"Each convolution that is cut becomes two: its own of few channels, and 1 × 1 behind it{told}."
-
-
 def _start(
     model: nn.Module,
     sites: Sequence[Site] | None,
@@ -187,6 +176,8 @@ def _start(
     """What cuts begin from: the model with its embedding in levels, and its sites, found where none are given."""
     if sites is None:
         sites = find_sites(model, batching.first(calibration, "calibration"), low_rank=chosen.low_rank)
+    if chosen.low_rank:
+        check_ranks(sites)
     return in_levels(model, sites, calibration if train is None else train, chosen.embedding_levels)
 
 

@@ -121,11 +121,18 @@ class Nvml:
             # By its own name: torch may see some of the boards, in another order.
             properties = torch.cuda.get_device_properties(device)
             handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
-            self.read: Callable[[], int] = lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-            self.read()
         except pynvml.NVMLError as error:
             raise DataError(f"the GPU has no counter of energy that can be read ({error})") from None
+        self._nvml, self._handle = pynvml, handle
+        self.read()
         self.source = f"NVML: {properties.name}, the whole board"
+
+    def read(self) -> int:
+        """Millijoules."""
+        try:
+            return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
+        except self._nvml.NVMLError as error:
+            raise DataError(f"the GPU has no counter of energy that can be read ({error})") from None
 
     def joules(self, start: int, end: int) -> float:
         """From millijoules."""
@@ -158,8 +165,9 @@ class Metered:
         """The integral of the power over this time, by the trapezoidal rule between readings."""
         time.sleep(max(0.0, end + self.wait - time.time()))
         try:
-            with self.path.open(newline="") as file:
-                rows = sorted((float(row["seconds"]), float(row["watts"])) for row in csv.DictReader(file))
+            text = self.path.read_text(encoding="utf-8")
+            whole = text[: text.rfind("\n") + 1].splitlines()  # the meter may be writing the last line
+            rows = sorted((float(row["seconds"]), float(row["watts"])) for row in csv.DictReader(whole))
         except (KeyError, TypeError, ValueError, csv.Error) as error:
             raise DataError(f"{self.path} must have numbers in columns seconds and watts. Got {error!r}") from None
         if len(rows) < 2 or not rows[0][0] <= start < end <= rows[-1][0]:
@@ -182,6 +190,8 @@ def counter_of(device: torch.device) -> Counter:
     Raises:
         DataError: saying why there is none.
     """
+    if device.type not in ("cpu", "cuda"):
+        raise DataError(f"no counter of energy is known for a device of type {device.type}")
     return Nvml(device) if device.type == "cuda" else Rapl()
 
 
@@ -204,14 +214,17 @@ def measure_energy(
         For each call an `Energy`; without a number, and with the reason, where there is no counter or the work does not
         rise above rest.
     """
+    return [_measured(call, device, counter, seconds) for call in calls]
+
+
+def _measured(call: Callable[[], object], device: torch.device, counter: Counter | None, seconds: float) -> Energy:
     try:
-        counter = counter or counter_of(device)
-        return [_measured(call, device, counter, seconds) for call in calls]
+        return _above_rest(call, device, counter or counter_of(device), seconds)
     except DataError as error:
-        return [Energy(reason=str(error))] * len(calls)
+        return Energy(reason=str(error))
 
 
-def _measured(call: Callable[[], object], device: torch.device, counter: Counter, seconds: float) -> Energy:
+def _above_rest(call: Callable[[], object], device: torch.device, counter: Counter, seconds: float) -> Energy:
     call()
     wait(device)
     rest = _watch(counter, lambda: time.sleep(seconds))[0] / seconds

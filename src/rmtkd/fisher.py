@@ -71,7 +71,7 @@ def output_metrics(
 
     def see(path: str, only_used: bool, _: nn.Module, __: object, output: Tensor) -> Tensor:
         output = output if output.requires_grad else output.detach().requires_grad_().clone()
-        used = output.detach().movedim(channel_dim(model.get_submodule(path)), -1).any(-1) if only_used else None
+        used = output.detach().any(-1) if only_used else None  # of an embedding
         output.register_hook(partial(add, path, used))
         return output
 
@@ -108,10 +108,10 @@ def output_metrics(
 
 
 def reader_outputs(sites: Iterable[Site]) -> dict[str, bool]:
-    """Paths of the modules whose outputs the sites' readers write; and whether one is to be factorised: positions at
-    which an embedding's own output is all zero do not count."""
+    """Paths of the modules whose outputs the sites' readers write; and whether one is an embedding's own output, of
+    which positions that are all zero do not count."""
     return {
-        path: site.factorizes is not None
+        path: site.factorizes is not None and stream.writers[0].parameter == f"{site.factorizes}.weight"
         for site in sites
         for stream in site.streams
         for path in _outputs(site, stream)

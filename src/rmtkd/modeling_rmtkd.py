@@ -85,7 +85,15 @@ class LowRankPair(nn.Sequential):
             pair = kind(before, rank, 1, bias=False, **place), kind(rank, after, **taps, bias=has_bias, **modes)
         super().__init__(*pair)
         self.side = side
+        self.in_channels, self.out_channels, self.groups = before, after, 1
         self.train(convolution.training)
+
+    def __getattr__(self, name: str) -> Any:
+        """What a forward may ask of the convolution that was here: shape of its window, and type and place of a
+        weight."""
+        if name in ("kernel_size", "stride", "padding", "dilation", "padding_mode"):
+            return getattr(self[0] if self.side == "output" else self[1], name)
+        return self[1].weight if name == "weight" else super().__getattr__(name)
 
     @property
     def rank(self) -> int:

@@ -49,6 +49,7 @@ from rmtkd.sites import (
     after_cuts,
     blocks_of,
     by_width,
+    check_ranks,
     encoder_of,
     explore,
     is_known,
@@ -96,6 +97,8 @@ class Run:
             sites = found.sites
             if self.is_own and not options.low_rank:
                 self.left_whole = tuple(f"What {path} writes stays whole: {why}." for path, why in found.whole.items())
+        elif options.low_rank:
+            check_ranks(sites)
         self.sites = tuple(sites)
         self.blocks = blocks_of(self.sites)
         self.options, self.with_control = options, control

@@ -163,7 +163,13 @@ def compress(
         "seed": seed,
         "device": device,
     }
-    options["recovery"] = replace(options.get("recovery", Options().recovery), **given(steps))
+    usual = options.get("recovery", Options().recovery)
+    if optimizer not in (None, usual.optimizer) and lr is None:
+        raise OptionError(
+            f"--optimizer {optimizer} must come with a learning rate of its own: that of {usual.optimizer} is "
+            f"{usual.lr:g} here. Add --lr, such as 0.001 for adamw or 0.05 for sgd."
+        )
+    options["recovery"] = replace(usual, **given(steps))
     if plan_file is not None:
         if shape:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in given(shape))

@@ -11,7 +11,7 @@ from rmtkd.covariance import eigenvalues_of
 from rmtkd.errors import PlanError, check_choice
 from rmtkd.planning.budget import POLICIES, Curve
 from rmtkd.planning.costs import COSTS, LATENCY, Amount, Cost, CostTable, Target
-from rmtkd.planning.desk import MAX_LOSS, Count, Desk
+from rmtkd.planning.desk import MAX_LOSS, PAIRS, Count, Desk
 from rmtkd.planning.latency import LatencyTable
 from rmtkd.planning.pins import fixed_widths, uniform_sites
 from rmtkd.planning.plan import Plan
@@ -188,7 +188,10 @@ def retarget(
         )
     fixed |= fixed_widths(sites, exclude, keep, uniform=plan.uniform)
     made = desk.plan(plan.model, aim, fixed, plan.costs)
-    return replace(made, embedding_levels=plan.embedding_levels, low_rank=plan.low_rank)
+    pairs = tuple(remark for remark in plan.remarks if remark.startswith(PAIRS))  # what only the model's sites tell
+    return replace(
+        made, remarks=(*made.remarks, *pairs), embedding_levels=plan.embedding_levels, low_rank=plan.low_rank
+    )
 
 
 def settle(

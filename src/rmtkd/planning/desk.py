@@ -13,7 +13,7 @@ from rmtkd.planning.budget import Curve, allocate
 from rmtkd.planning.costs import LATENCY, Amount, Cost, CostTable, Target, shown, word
 from rmtkd.planning.latency import LatencyTable
 from rmtkd.planning.plan import Plan, SitePlan
-from rmtkd.sites import Site, by_width
+from rmtkd.sites import RANK, Site, by_width
 from rmtkd.spectra import NoiseEdge, Spectrum
 
 Count = Callable[[str, Mapping[str, int]], Amount]
@@ -22,6 +22,8 @@ Count = Callable[[str, Mapping[str, int]], Amount]
 
 MAX_LOSS = 0.05
 """Sum of held-out losses, in nats, up to which a guarded plan without a target narrows."""
+PAIRS = "Each convolution that is cut becomes two"
+"""How the remark begins that says on which side of them the 1 × 1 is."""
 FINENESS = 1 / 16
 """Between two widths that a budget considers, relative to the smaller one."""
 
@@ -247,6 +249,10 @@ class Desk:
                 f"With --uniform, which narrows {self._settings()} alone, a plan goes down to "
                 f"{_share(least, cost, self.baseline)}; with widths per layer, lower."
             )
+        if ranks := [site for site in self.sites if site.streams and site.name.endswith(RANK)]:
+            ahead = [site.name for site in ranks if site.streams[0].side == "input"]
+            told = f"; ahead, and cheaper there, in {', '.join(ahead)}" if ahead else ""
+            yield f"{PAIRS}: its own of few channels, and 1 × 1 behind it{told}."
         if self.latency is not None:
             after, before = shown(LATENCY, predicted[LATENCY]), shown(LATENCY, self.baseline[LATENCY])
             yield f"Latency is predicted: {after} of {before}, from times of the real shapes {self.latency.words}."

@@ -19,6 +19,7 @@ attention kernel survive) carry the same `shares`.
 from rmtkd.sites.parts import attention_sites, embedding_site, embedding_sites, feed_forward_site, linear_site
 from rmtkd.sites.search import (
     check_parameters,
+    check_ranks,
     encoder_of,
     explore,
     find_family,
@@ -43,9 +44,10 @@ from rmtkd.sites.site import (
     by_width,
     share_settings,
 )
-from rmtkd.sites.tracing import Traced, trace_sites
+from rmtkd.sites.tracing import RANK, Traced, trace_sites
 
 __all__ = [
+    "RANK",
     "Absent",
     "Attribute",
     "Axis",
@@ -59,6 +61,7 @@ __all__ = [
     "blocks_of",
     "by_width",
     "check_parameters",
+    "check_ranks",
     "embedding_site",
     "embedding_sites",
     "encoder_of",

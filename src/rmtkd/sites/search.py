@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from rmtkd.batches import Batch
-from rmtkd.errors import UnsupportedModelError
+from rmtkd.errors import OptionError, UnsupportedModelError
 from rmtkd.families import FAMILIES, IMAGE_FAMILIES, Attention, EncoderFamily, FeedForward, ImageFamily
 from rmtkd.modeling_rmtkd import PREFIX, NoHeads
 from rmtkd.sites.parts import attention_sites, embedding_sites, expect, feed_forward_site, linear
 from rmtkd.sites.site import Absent, Quantity, Site
-from rmtkd.sites.tracing import Traced, trace_sites
+from rmtkd.sites.tracing import RANK, Traced, nothing_to_narrow, trace_sites
 
 
 def find_family(model: nn.Module) -> EncoderFamily:
@@ -101,15 +101,27 @@ def explore(model: nn.Module, example: Batch | None = None, *, low_rank: bool = 
         found = Traced(sites=tuple(site for _, describe in search(model) for site in describe()), whole={})
     else:
         found = trace_sites(model, batch)  # type: ignore[arg-type]
+    if low_rank and not found.ranks:
+        raise UnsupportedModelError(
+            "a model must have convolutions to make low-rank pairs of: of one group each, called once, and no halves "
+            f"of a pair already. {type(model).__name__} has none. Leave low_rank out; nothing was changed."
+        )
     if low_rank:
         found = replace(found, sites=found.ranks)
     if not found.sites:
-        raise UnsupportedModelError(
-            f"a model must have convolutions, of one group each, to make low-rank pairs of. {type(model).__name__} has "
-            "none. Leave low_rank out; nothing was changed."
-        )
+        raise nothing_to_narrow(model, found.whole)
     check_parameters(model, found.sites)
     return found
+
+
+def check_ranks(sites: Iterable[Site]) -> None:
+    """Raise `OptionError` for sites that are given together with `low_rank`, and are others."""
+    others = [site.name for site in sites if not site.name.endswith(RANK)]
+    if others:
+        raise OptionError(
+            f"with low_rank the sites must be those of find_sites(model, example, low_rank=True). Got {others[0]}. "
+            "Leave sites out."
+        )
 
 
 def longest_input(model: nn.Module) -> int | None:
@@ -248,7 +260,9 @@ def _check_untied(model: nn.Module, sites: Iterable[Site]) -> None:
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
+    sites = list(sites)
     touched = {axis.parameter for site in sites for stream in site.streams for axis in stream.writers + stream.readers}
+    touched |= {f"{site.factorizes}.{name}" for site in sites if site.factorizes for name in ("weight", "bias")}
     for tied in names.values():
         if len(tied) > 1 and touched.intersection(tied):
             raise UnsupportedModelError(

@@ -20,6 +20,7 @@ from rmtkd import batches as batching
 from rmtkd.batches import Batch
 from rmtkd.errors import UnsupportedModelError
 from rmtkd.measurement import evaluation
+from rmtkd.modeling_rmtkd import LowRankPair
 from rmtkd.sites.site import Attribute, Axis, Site, Stream
 
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
@@ -121,14 +122,20 @@ def trace_sites(model: nn.Module, example: Batch) -> Traced:
         ) from error
     tracer = _Tracer(model, program)
     tracer.follow()
-    sites, whole = tracer.sites(), tracer.whole()
-    if not sites:
-        reasons = "; ".join(f"{path}: {why}" for path, why in whole.items()) or "it has no convolution or linear map"
-        raise UnsupportedModelError(
-            f"a model must have a width between two convolutions or linear maps that may be narrowed. {name} has none: "
-            f"{reasons}. Nothing was changed."
-        )
-    return Traced(sites=sites, whole=whole, ranks=tracer.ranks(sites))
+    sites = tracer.sites()
+    found = Traced(sites=sites, whole=tracer.whole(), ranks=tracer.ranks(sites))
+    if not sites and not found.ranks:
+        raise nothing_to_narrow(model, found.whole)
+    return found
+
+
+def nothing_to_narrow(model: nn.Module, whole: Mapping[str, str]) -> UnsupportedModelError:
+    """The error that says why every width stays as it is."""
+    reasons = "; ".join(f"{path}: {why}" for path, why in whole.items()) or "it has no convolution or linear map"
+    return UnsupportedModelError(
+        "a model must have a width between two convolutions or linear maps that may be narrowed. "
+        f"{type(model).__name__} has none: {reasons}. Nothing was changed."
+    )
 
 
 class _Tracer:
@@ -179,13 +186,15 @@ class _Tracer:
         halves = {
             path
             for width in self._roots()
-            if width.rotates and width.writing and width.readers
+            if width.rotates and width.whole is None and len(width.writing) == len(width.readers) == 1
             for path in (*width.writing, *(reader.module for reader in width.readers))
         }
         made = []
         for path, nodes in self.convolutions.items():
             module: Any = self.model.get_submodule(path)
-            if len(nodes) > 1 or path in halves or module.groups > 1 or module.transposed:
+            owner = self.model.get_submodule(path.rpartition(".")[0])
+            is_half = path in halves or isinstance(owner, LowRankPair)
+            if len(nodes) > 1 or is_half or module.groups > 1 or module.transposed:
                 continue
             scope = next((scope for scope in reversed(scopes) if path.startswith(f"{scope}.")), None)
             made.append(self._rank(nodes[0], path, module, scope))
