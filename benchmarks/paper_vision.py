@@ -29,7 +29,19 @@ def start(task: str, model: str | None, data: Path | None, seed: int) -> Source:
     return recipes.get(task).start(model, seed, data)
 
 
-OPTIONS = {"calibration_share": 0.04}
+def resnet50(epochs: int, recovery: float, passes: int) -> Entry:
+    """The published network, trained for at most so long."""
+    return Entry(
+        name="resnet50",
+        task="cifar10",
+        start=partial(start, "cifar10", "resnet50"),
+        epochs=epochs,
+        recovery=recovery,
+        passes=passes,
+        options={"calibration_share": 0.04},
+    )
+
+
 SCALES = {
     "tiny": [
         Entry(
@@ -41,27 +53,8 @@ SCALES = {
             passes=20,
         )
     ],
-    "cpu": [
-        Entry(
-            name="resnet50",
-            task="cifar10",
-            start=partial(start, "cifar10", "resnet50"),
-            epochs=8,
-            recovery=3.0,
-            passes=200,
-            options=OPTIONS,
-        )
-    ],
-    "full": [
-        Entry(
-            name="resnet50",
-            task="cifar10",
-            start=partial(start, "cifar10", "resnet50"),
-            epochs=100,
-            recovery=30.0,
-            options=OPTIONS,
-        )
-    ],
+    "cpu": [resnet50(epochs=8, recovery=3.0, passes=200)],
+    "full": [resnet50(epochs=100, recovery=30.0, passes=1000)],
 }
 SETTINGS = {
     "published": lambda entry: {
