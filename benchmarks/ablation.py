@@ -56,9 +56,7 @@ TARGET = "13%params"
 TAUS = (0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.98)
 PAPER: Mapping[str, Any] = {"policy": "paper", "metric": "output", "target": None}
 KINDS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
-    "threshold": {
-        f"{tau:g}": {**PAPER, "tau": tau} for tau in (0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.98)
-    },
+    "threshold": {f"{tau:g}": {**PAPER, "tau": tau} for tau in TAUS},
     "rule": {rule: {**PAPER, "rule": rule} for rule in RULES if rule not in ("energy", "fixed")},
     "policy": {
         "guarded, fisher": {},
@@ -116,7 +114,7 @@ class Work:
 
     @cached_property
     def plan(self) -> Plan:
-        """The published rule at a quarter of the parameters."""
+        """The published rule at the target of the reference."""
         made, _ = compression.plan(
             self.teacher,
             calibration=self.calibration,

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
-from .modeling_rmtkd import LowRankPair
+from .modeling_rmtkd import low_rank_pairs, set_low_rank_pairs
 
 BatchNorm = nn.BatchNorm2d
 
@@ -91,8 +91,7 @@ class CifarResNetForImageClassification(PreTrainedModel):
                 blocks.append(Block(sizes[stage - 1] if begins else after, inner, after, 2 if begins else 1))
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
         self.linear = nn.Linear(sizes[-1], int(config.num_labels or 0))
-        for path, (rank, side) in config.low_rank.items():
-            self.set_submodule(path, LowRankPair(self.get_submodule(path), rank, side))
+        set_low_rank_pairs(self, config.low_rank)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -131,12 +130,11 @@ def fill_up(shortcut: nn.Conv2d) -> None:
 
 def config_of(model: CifarResNetForImageClassification) -> CifarResNetConfig:
     """The configuration that says the model's widths."""
-    pairs = {path: module for path, module in model.named_modules() if isinstance(module, LowRankPair)}
     stages: Any = [model.get_submodule(f"layer{i + 1}") for i in range(len(model.config.hidden_sizes))]
     values = model.config.to_dict()
     values["hidden_sizes"] = [stage[0].bn2.num_features for stage in stages]
     values["inner_sizes"] = [[block.bn1.num_features for block in stage] for stage in stages]
-    values["low_rank"] = {path: [pair.rank, pair.side] for path, pair in pairs.items()}
+    values["low_rank"] = low_rank_pairs(model)
     return CifarResNetConfig.from_dict(values)
 
 

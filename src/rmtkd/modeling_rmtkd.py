@@ -23,7 +23,7 @@ Stock entries of the same names as in `per_layer_config` are the widths of layer
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -99,6 +99,18 @@ class LowRankPair(nn.Sequential):
     def rank(self) -> int:
         """Channels between the two."""
         return self[0].out_channels  # type: ignore[return-value]
+
+
+def low_rank_pairs(model: nn.Module) -> dict[str, list[Any]]:
+    """Rank and side of every convolution that has become two, by its path."""
+    pairs = {path: module for path, module in model.named_modules() if isinstance(module, LowRankPair)}
+    return {path: [pair.rank, pair.side] for path, pair in pairs.items()}
+
+
+def set_low_rank_pairs(model: nn.Module, pairs: Mapping[str, Sequence[Any]]) -> None:
+    """Put pairs of this rank and side, without values, in place of the convolutions at these paths."""
+    for path, (rank, side) in pairs.items():
+        model.set_submodule(path, LowRankPair(model.get_submodule(path), rank, side))
 
 
 class NoHeads(nn.Module):
@@ -199,8 +211,7 @@ def narrow(model: nn.Module, config: Any) -> None:
     """Give the parameters of a stock model, in place, the widths that its configuration says; values are kept as far as
     they fit."""
     narrowed = config.narrowed
-    for path, (rank, side) in narrowed.get("low_rank", {}).items():
-        model.set_submodule(path, LowRankPair(model.get_submodule(path), rank, side))
+    set_low_rank_pairs(model, narrowed.get("low_rank", {}))
     for name, shape in narrowed.get("shapes", {}).items():
         _reshape(model, name, shape)
     if "shapes" in narrowed:

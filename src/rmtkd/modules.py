@@ -49,12 +49,6 @@ def low_rank(convolution: Any, side: str) -> LowRankPair:
     return made
 
 
-def low_rank_pairs(model: nn.Module) -> dict[str, list[Any]]:
-    """Rank and side of every convolution that has become two, by its path."""
-    pairs = {path: module for path, module in model.named_modules() if isinstance(module, LowRankPair)}
-    return {path: [pair.rank, pair.side] for path, pair in pairs.items()}
-
-
 def split_embedding(
     model: nn.Module, path: str, counts: Num[Tensor, " vocabulary"], levels: int | Sequence[int]
 ) -> nn.Module:

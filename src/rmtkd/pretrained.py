@@ -18,8 +18,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from rmtkd import modeling_rmtkd
 from rmtkd.families import FAMILIES, IMAGE_FAMILIES, EncoderFamily, ImageFamily
-from rmtkd.modeling_rmtkd import PREFIX, EmbeddingLevel, EmbeddingLevels, FactorizedEmbedding
-from rmtkd.modules import low_rank_pairs
+from rmtkd.modeling_rmtkd import PREFIX, EmbeddingLevel, EmbeddingLevels, FactorizedEmbedding, low_rank_pairs
 from rmtkd.sites import Axis, Site, find_family, find_image_family, find_sites, layer_paths
 from rmtkd.surgery import fill, tensors_of
 

@@ -21,8 +21,8 @@ from rmtkd.checkpoint import new_folder, write_atomically
 from rmtkd.environment import check_device, versions
 from rmtkd.errors import ArtifactError
 from rmtkd.families import FAMILIES, IMAGE_FAMILIES, EncoderFamily, ImageFamily
-from rmtkd.modeling_rmtkd import PREFIX, EmbeddingLevels, FactorizedEmbedding
-from rmtkd.modules import low_rank_pairs, set_levels
+from rmtkd.modeling_rmtkd import PREFIX, EmbeddingLevels, FactorizedEmbedding, low_rank_pairs
+from rmtkd.modules import set_levels
 from rmtkd.pretrained import OURS, class_named, described, on_meta, presented, quietly, shapes_of, without_values
 from rmtkd.sites import RANK, Site, trace_sites
 from rmtkd.surgery import factorize, fill, resize, tensors_of
