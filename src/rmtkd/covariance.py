@@ -24,6 +24,7 @@ from torch import Tensor
 from rmtkd.errors import DataError, OptionError
 
 _ROWS = 1024  # of one float32 product: short sums keep its error near one rounding
+_COLUMNS = 256  # of a block: what lies left of the diagonal's blocks is the mirror of the right and not computed
 _LARGEST = 1e17  # magnitude at which the sum of that many squares still fits float32
 
 
@@ -61,6 +62,7 @@ class Covariance:
         self._shift = shift
         self._sum = torch.zeros(groups, width, dtype=torch.float64)
         self._scatter = torch.zeros(groups, width, width, dtype=torch.float64)
+        """Right above; below the diagonal it holds what blocks happen to cover."""
 
     @property
     def width(self) -> int:
@@ -112,7 +114,10 @@ class Covariance:
             for rows in vectors.split(_ROWS):
                 centred = rows.to(dtype) - shift
                 self._sum += centred.sum(dim=0, dtype=torch.float64)
-                self._scatter += torch.einsum("ngi,ngj->gij", centred, centred)
+                for i in range(0, self.width, _COLUMNS):
+                    block = slice(i, i + _COLUMNS)
+                    products = torch.einsum("ngi,ngj->gij", centred[..., block], centred[..., i:])
+                    self._scatter[:, block, i:] += products
         self.count += len(vectors)
 
     def merge(self, other: "Covariance") -> "Covariance":
@@ -187,7 +192,7 @@ class Covariance:
             `shift` before the first vector if none was given. With a common shift, the other three add over
             workers.
         """
-        state = {"count": torch.tensor(self.count), "sum": self._sum, "scatter": self._scatter}
+        state = {"count": torch.tensor(self.count), "sum": self._sum, "scatter": _mirrored(self._scatter)}
         if self._shift is not None:
             state["shift"] = self._shift
         return {name: value.detach().to("cpu", copy=True) for name, value in state.items()}
@@ -228,7 +233,7 @@ class Covariance:
         """The shift, and mean and second moment about it, on the CPU."""
         if self.count == 0 or self._shift is None:
             raise DataError("A covariance needs at least one vector — got none — update it with vectors first.")
-        return self._shift.cpu(), (self._sum / self.count).cpu(), (self._scatter / self.count).cpu()
+        return self._shift.cpu(), (self._sum / self.count).cpu(), _mirrored(self._scatter / self.count).cpu()
 
 
 def eigenvalues_of(covariance: Float64[Tensor, "groups width width"]) -> Float64[Tensor, "groups width"]:
@@ -260,6 +265,11 @@ def _as_shift(mean: Tensor) -> Tensor:
 
 def _outer(x: Tensor, y: Tensor) -> Tensor:
     return x.unsqueeze(-1) * y.unsqueeze(-2)
+
+
+def _mirrored(upper: Tensor) -> Tensor:
+    """The symmetric matrices of these upper triangles; what lies below is not looked at."""
+    return upper.triu() + upper.triu(1).mT
 
 
 def _symmetric(matrices: Tensor) -> Tensor:
