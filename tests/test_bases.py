@@ -287,6 +287,14 @@ def test_bilinear_bases_reach_the_eckart_young_bound(width: int, seed: int, data
     torch.testing.assert_close(error / total, tail(root(first) @ root(second), keep) / total, rtol=1e-4, atol=1e-6)
 
 
+def test_a_moment_that_rounding_took_below_zero_gives_a_pair_of_usual_size() -> None:
+    first, second = covariance_of("rank-deficient", 2, 12, 0), covariance_of("plain", 2, 12, 1)
+    below = first - 1e-5 * first.diagonal(dim1=-2, dim2=-1).mean() * torch.eye(12, dtype=DOUBLE)
+    for basis, expected in zip(bilinear_bases(below, second, 8), bilinear_bases(first, second, 8), strict=True):
+        assert float(basis.reduce.abs().max()) < 10 * float(expected.reduce.abs().max())
+        assert basis.lift.isfinite().all()
+
+
 def test_no_other_pair_does_better() -> None:
     first, second = covariance_of("plain", 1, 9, 0), covariance_of("plain", 1, 9, 1)
     best = product_error(bilinear_bases(first, second, 3)[0].projector, first, second)

@@ -245,7 +245,8 @@ def _ridge(matrix: Float[Tensor, "*groups width width"]) -> Float[Tensor, "*grou
 def _roots(
     matrix: Float[Tensor, "groups width width"],
 ) -> tuple[Float[Tensor, "groups width width"], Float[Tensor, "groups width width"]]:
-    """Square root of the regularised matrix, and its inverse."""
+    """Square root of the regularised matrix, and its inverse. What lies below the ridge is rounding: moments are summed
+    in products of float32, which may take a direction without variance further below zero than the ridge lifts it."""
     values, vectors = torch.linalg.eigh(_regularized(matrix))
-    root = values.clamp_min(torch.finfo(values.dtype).tiny).sqrt()
+    root = torch.maximum(values, _ridge(matrix)[..., None]).sqrt()
     return (vectors * root[:, None]) @ vectors.mT, (vectors / root[:, None]) @ vectors.mT
