@@ -24,7 +24,7 @@ from rmtkd.families import FAMILIES, IMAGE_FAMILIES, EncoderFamily, ImageFamily
 from rmtkd.modeling_rmtkd import PREFIX, EmbeddingLevels, FactorizedEmbedding, low_rank_pairs
 from rmtkd.modules import set_levels
 from rmtkd.pretrained import OURS, class_named, described, on_meta, presented, quietly, shapes_of, without_values
-from rmtkd.sites import RANK, Site, trace_sites
+from rmtkd.sites import Site, trace_sites
 from rmtkd.surgery import factorize, fill, resize, tensors_of
 
 CONFIG = "config.json"
@@ -256,7 +256,7 @@ def _write_own(model: nn.Module, folder: Path, sites: Sequence[Site], example: B
     if example is None:
         raise ArtifactError("a model of one's own needs an example of its batches, for the self-test. Got none.")
     save_file(weights_of(model), folder / WEIGHTS, metadata={"format": "pt"})
-    if any(site.name.endswith(RANK) for site in sites):  # an earlier run may have narrowed what these know nothing of
+    if any(site.is_rank for site in sites):  # an earlier run may have narrowed what these know nothing of
         sites = [*sites, *trace_sites(model, example).sites]
     attributes = {(a.module, a.name) for site in sites for a in site.attributes}
     written = {axis.parameter for site in sites for stream in site.streams for axis in stream.writers}

@@ -13,7 +13,7 @@ from rmtkd.planning.budget import Curve, allocate
 from rmtkd.planning.costs import LATENCY, Amount, Cost, CostTable, Target, shown, word
 from rmtkd.planning.latency import LatencyTable
 from rmtkd.planning.plan import Plan, SitePlan
-from rmtkd.sites import RANK, Site, by_width
+from rmtkd.sites import Site, by_width
 from rmtkd.spectra import NoiseEdge, Spectrum
 
 Count = Callable[[str, Mapping[str, int]], Amount]
@@ -249,7 +249,7 @@ class Desk:
                 f"With --uniform, which narrows {self._settings()} alone, a plan goes down to "
                 f"{_share(least, cost, self.baseline)}; with widths per layer, lower."
             )
-        if ranks := [site for site in self.sites if site.streams and site.name.endswith(RANK)]:
+        if ranks := [site for site in self.sites if site.streams and site.is_rank]:
             ahead = [site.name for site in ranks if site.streams[0].side == "input"]
             told = f"; ahead, and cheaper there, in {', '.join(ahead)}" if ahead else ""
             yield f"{PAIRS}: its own of few channels, and 1 × 1 behind it{told}."

@@ -44,10 +44,9 @@ from rmtkd.sites.site import (
     by_width,
     share_settings,
 )
-from rmtkd.sites.tracing import RANK, Traced, trace_sites
+from rmtkd.sites.tracing import Traced, trace_sites
 
 __all__ = [
-    "RANK",
     "Absent",
     "Attribute",
     "Axis",

@@ -13,7 +13,7 @@ from rmtkd.families import FAMILIES, IMAGE_FAMILIES, Attention, EncoderFamily, F
 from rmtkd.modeling_rmtkd import PREFIX, NoHeads
 from rmtkd.sites.parts import attention_sites, embedding_sites, expect, feed_forward_site, linear
 from rmtkd.sites.site import Absent, Quantity, Site
-from rmtkd.sites.tracing import RANK, Traced, nothing_to_narrow, trace_sites
+from rmtkd.sites.tracing import Traced, nothing_to_narrow, trace_sites
 
 
 def find_family(model: nn.Module) -> EncoderFamily:
@@ -116,7 +116,7 @@ def explore(model: nn.Module, example: Batch | None = None, *, low_rank: bool = 
 
 def check_ranks(sites: Iterable[Site]) -> None:
     """Raise `OptionError` for sites that are given together with `low_rank`, and are others."""
-    others = [site.name for site in sites if not site.name.endswith(RANK)]
+    others = [site.name for site in sites if not site.is_rank]
     if others:
         raise OptionError(
             f"with low_rank the sites must be those of find_sites(model, example, low_rank=True). Got {others[0]}. "

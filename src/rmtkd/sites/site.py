@@ -6,6 +6,8 @@ from typing import Literal
 
 Kind = Literal["linear", "pointwise", "bilinear", "heads"]
 Quantity = Literal["width", "total", "scaling", "groups"]
+RANK = ".rank"
+"""After the path of a convolution, the name of the width between the two that it may become."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +127,11 @@ class Site:
     def size(self) -> int:
         """Coordinates of a group."""
         return self.width * self.each
+
+    @property
+    def is_rank(self) -> bool:
+        """Whether it is the width between the two convolutions that one may become."""
+        return self.name.endswith(RANK)
 
     @property
     def projected(self) -> tuple[Stream, ...]:

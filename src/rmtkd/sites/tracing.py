@@ -21,7 +21,7 @@ from rmtkd.batches import Batch
 from rmtkd.errors import UnsupportedModelError
 from rmtkd.measurement import evaluation
 from rmtkd.modeling_rmtkd import LowRankPair
-from rmtkd.sites.site import Attribute, Axis, Site, Stream
+from rmtkd.sites.site import RANK, Attribute, Axis, Site, Stream
 
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 CHANNEL_BY_CHANNEL = frozenset(
@@ -39,8 +39,6 @@ JOINING = frozenset(["add", "sub", "mul", "maximum", "minimum"])
 """Operators of two activations, channel by channel."""
 RESHAPING = frozenset(["flatten", "view", "reshape", "squeeze", "mean", "unsqueeze"])
 """Operators that a width comes through where channels stay what they are."""
-RANK = ".rank"
-"""After the path of a convolution, the name of the width between the two that it may become."""
 ENDS = ("it is the input of the network", "it is the output of the network")
 
 
@@ -197,10 +195,10 @@ class _Tracer:
             if len(nodes) > 1 or is_half or module.groups > 1 or module.transposed:
                 continue
             scope = next((scope for scope in reversed(scopes) if path.startswith(f"{scope}.")), None)
-            made.append(self._rank(nodes[0], path, module, scope))
+            made.append(self._rank_of(nodes[0], path, module, scope))
         return tuple(made)
 
-    def _rank(self, node: Node, path: str, module: Any, scope: str | None) -> Site:
+    def _rank_of(self, node: Node, path: str, module: Any, scope: str | None) -> Site:
         """A pair of rank r costs `r · (taps · in + out)` where the second is 1 × 1, and `r · (in + taps · out)` where
         the first is; each at the positions of what it writes."""
         before, after = (_count((_shape(end) or ())[2:]) for end in (node.args[0], node))
