@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 import rmtkd
 from figures import BEFORE, Panel, chart
-from records import cell, publish
+from records import cell, percent, publish, spread
 from rmtkd import compression, recipes
 from rmtkd.activations import attach, collect
 from rmtkd.bases import Basis, linear_basis
@@ -313,25 +313,19 @@ def table(results: Path) -> str:
         for name, cells in mine.items():
             if cells and kind == "causal":
                 shares = f"{cells[0]['directions']:,} of {cells[0]['of']:,}"
-                numbers = (_spread(cells, "divergence", 1, ".3f"), _spread(cells, "agreement"), _spread(cells, "after"))
+                caused = spread([r["divergence"] for r in cells], ".3f")
+                numbers = (caused, _percent(cells, "agreement"), _percent(cells, "after"))
                 lines.append(f"| {name} | {shares} | {len(cells)} | " + " | ".join(numbers) + " |")
             elif cells:
                 losses = [100 * (r["after"] - r["teacher"]) for r in cells]
                 against = f"{statistics.mean(losses):+.2f}"
-                numbers = [_spread(cells, key) for key in ("parameters", "flops", "before", "after")]
+                numbers = [_percent(cells, key) for key in ("parameters", "flops", "before", "after")]
                 lines.append(f"| {name} | {len(cells)} | " + " | ".join([*numbers, against]) + " |")
     return "\n".join(lines).strip()
 
 
-def _spread(cells: Sequence[Mapping[str, Any]], key: str, scale: float = 100, form: str = ".2f") -> str:
-    """Mean over seeds, and their standard deviation; in percent."""
-    values = [scale * r[key] for r in cells]
-    sign = " %" if scale == 100 else ""
-    return (
-        f"{statistics.mean(values):{form}}"
-        + (f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else "")
-        + sign
-    )
+def _percent(cells: Sequence[Mapping[str, Any]], key: str) -> str:
+    return spread(percent(cells, key)) + " %"
 
 
 def figure(results: Path) -> str:

@@ -31,7 +31,7 @@ import torch
 from torch import nn
 
 from figures import BEFORE, Panel, chart
-from records import cell, print_event, publish
+from records import cell, percent, print_event, publish, spread
 from rmtkd import compression, recipes
 from rmtkd.activations import observe
 from rmtkd.cutting import cut_in_order
@@ -300,8 +300,8 @@ def table() -> str:
                     share = statistics.mean(r["parameters"] for r in cells) / n
                     lines.append(
                         f"| {method} | {size:.0%} | {share:.1%} | {len(cells)} | {lr:g} "
-                        f"| {spread(cells, 'accuracy_cut')} | {spread(cells, 'accuracy')} "
-                        f"| {spread(cells, 'accuracy_selection')} |"
+                        f"| {spread(percent(cells, 'accuracy_cut'))} | {spread(percent(cells, 'accuracy'))} "
+                        f"| {spread(percent(cells, 'accuracy_selection'))} |"
                     )
         lines.append("")
     others = [r for r in every_record() if r["epochs"] != 1 or r.get("hidden")]
@@ -310,7 +310,7 @@ def table() -> str:
         lines.append("|---|--:|--:|--:|--:|--:|--:|--:|")
     for r in others:
         setting = f"{r['size']:.0%} | {r['seed']} | {r['epochs']:g} | {r.get('hidden', 0):g} | {r['lr']:g}"
-        found_there = f"{spread([r], 'accuracy')} | {spread([r], 'accuracy_selection')}"
+        found_there = f"{spread(percent([r], 'accuracy'))} | {spread(percent([r], 'accuracy_selection'))}"
         lines.append(f"| {r['task']} {r['method']} | {setting} | {found_there} |")
     return "\n".join(lines)
 
@@ -328,17 +328,11 @@ def figure() -> str:
                     cells = [r for r in mine if (r["method"], r["size"], r["lr"]) == (method, size, lr)]
                     if cells:
                         share = statistics.mean(r["parameters"] / r["baseline_parameters"] for r in cells)
-                        point = share, 100 * statistics.mean(r[key]["value"] for r in cells)
+                        point = share, statistics.mean(percent(cells, key))
                         series.setdefault(method + end, []).append(point)
         ticks = [(size, f"{size:.0%}") for size in SIZES]
         panels.append(Panel(title=task, series=series, ticks=ticks, log=True))
     return chart(panels)
-
-
-def spread(cells: Sequence[Mapping[str, Any]], key: str) -> str:
-    """Mean over seeds, and their standard deviation."""
-    values = [100 * r[key]["value"] for r in cells]
-    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from rmtkd import batches as batching
 from rmtkd.batches import Batch
-from rmtkd.distillation import distillation_loss, outputs_of
+from rmtkd.distillation import outputs_of
 from rmtkd.training import Phase
 
 
@@ -124,18 +124,11 @@ class TaughtPhase(Phase):
 
     def __init__(self, student: Taught, *phase: Any, stages: Sequence[str], **options: Any):
         super().__init__(student, *phase, **options)
-        self.taught, self.stages = student, stages
+        self.hint, self.mine, self.theirs = student.hint, tuple(f"student.{path}" for path in stages), tuple(stages)
 
-    def _loss(self, batch: Batch) -> Tensor:
-        assert self.teacher is not None and self.taught.hint is not None
-        hint = self.taught.hint
-        with self.autocast, torch.no_grad(), outputs_of(self.teacher.model, self.stages) as teachers:
-            guide = batching.logits(self.teacher.model, batch).float()
-        with self.autocast, outputs_of(self.taught.student, self.stages) as students:
-            scores = batching.logits(self.student, batch).float()
-        extra = hint.weight * hint([s.float() for s in students], [t.float() for t in teachers])
-        if len(self.losses) < hint.alone * self.steps:
+    def with_hidden(self, known: Tensor, mine: list[Tensor], theirs: list[Tensor], mask: Tensor | None) -> Tensor:
+        assert self.hint is not None
+        extra = self.hint.weight * self.hint([s.float() for s in mine], [t.float() for t in theirs])
+        if len(self.losses) < self.hint.alone * self.steps:
             return extra
-        alpha, temperature = self.recovery.alpha, self.recovery.temperature
-        known = distillation_loss(scores, guide, batching.labels(batch), alpha=alpha, temperature=temperature)
-        return known + (0.0 if hint.alone else extra)
+        return known + (0.0 if self.hint.alone else extra)

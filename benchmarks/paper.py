@@ -9,7 +9,6 @@ in `--cache`.
 import argparse
 import json
 import shutil
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,7 @@ import torch
 from torch import nn
 
 import rmtkd
-from records import cell, print_event, publish
+from records import cell, print_event, publish, spread
 from rmtkd import batches as batching
 from rmtkd import recipes
 from rmtkd.checkpoint import new_folder
@@ -315,10 +314,7 @@ def _line(
 
     def mean(of: Callable[[Any, Any], float | None], form: str) -> str:
         values = [value for pair in paired if pair[1] is not None and (value := of(*pair)) is not None]
-        if not values:
-            return "–"
-        spread = f" ± {statistics.stdev(values):{form.replace('+', '')}}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):{form}}{spread}"
+        return spread(values, form) if values else "–"
 
     share = mean(lambda r, t: 100 * (r["cost"]["parameters"] / t["cost"]["parameters"] - 1), "+.1f")
     encoder = first["cost"]["parameters_encoder"]

@@ -38,10 +38,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from curve import Work, energy, guarded, magnitude
-from records import cell, print_event, publish
-from rmtkd import batches as batching
-from rmtkd.batches import Batch
-from rmtkd.distillation import Recovery, Teacher, distillation_loss, outputs_of
+from records import cell, percent, print_event, publish, spread
+from rmtkd.distillation import Recovery, Teacher
 from rmtkd.environment import has_bf16
 from rmtkd.measurement import accuracy, count_parameters
 from rmtkd.modules import randomize
@@ -86,19 +84,10 @@ class HiddenPhase(Phase):
     def __init__(self, *phase: Any, mine: Sequence[int], theirs: Sequence[int], extra: Any, **options: Any):
         super().__init__(*phase, **options)
         self.extra = extra
-        self.mine, self.theirs = ([f"{LAYERS}.{i}" for i in numbers] for numbers in (mine, theirs))
+        self.mine, self.theirs = (tuple(f"{LAYERS}.{i}" for i in numbers) for numbers in (mine, theirs))
 
-    def _loss(self, batch: Batch) -> Tensor:
-        assert self.teacher is not None
-        with self.autocast, torch.no_grad(), outputs_of(self.teacher.model, self.theirs) as theirs:
-            guide = batching.logits(self.teacher.model, batch).float()
-        with self.autocast, outputs_of(self.student, self.mine) as mine:
-            scores = batching.logits(self.student, batch).float()
-        alpha, temperature = self.recovery.alpha, self.recovery.temperature
-        known = distillation_loss(scores, guide, batching.labels(batch), alpha=alpha, temperature=temperature)
-        return known + self.extra(
-            [h.float() for h in mine], [h.float() for h in theirs], batching.real_positions(batch)
-        )
+    def with_hidden(self, known: Tensor, mine: list[Tensor], theirs: list[Tensor], mask: Tensor | None) -> Tensor:
+        return known + self.extra([h.float() for h in mine], [h.float() for h in theirs], mask)
 
 
 def cosine(mine: Sequence[Tensor], theirs: Sequence[Tensor], mask: Tensor | None) -> Tensor:
@@ -287,17 +276,16 @@ def table(results: Path) -> str:
             if by_rate:
                 lr, cells = max(by_rate.items(), key=lambda item: _mean(item[1], "accuracy_selection"))
                 share = statistics.mean(r["parameters"] / r["baseline_parameters"] for r in cells)
-                values = [100 * r["accuracy"]["value"] for r in cells]
-                spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-                against = statistics.mean(values) - 100 * _mean(cells, "teacher")
-                selection = 100 * _mean(cells, "accuracy_selection")
-                facts = f"{len(cells)} | {share:.1%} | {lr:g} | {statistics.mean(values):.2f}{spread} | {against:+.2f}"
+                reached = percent(cells, "accuracy")
+                against = statistics.mean(reached) - _mean(cells, "teacher")
+                selection = _mean(cells, "accuracy_selection")
+                facts = f"{len(cells)} | {share:.1%} | {lr:g} | {spread(reached)} | {against:+.2f}"
                 lines.append(f"| {task} | {peer} | {facts} | {selection:.2f} |")
     return "\n".join(lines)
 
 
 def _mean(cells: Sequence[Mapping[str, Any]], key: str) -> float:
-    return statistics.mean(r[key]["value"] for r in cells)
+    return statistics.mean(percent(cells, key))
 
 
 def main() -> None:

@@ -2,8 +2,9 @@
 goes on where it stopped."""
 
 import json
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,20 @@ def cell(path: Path, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 def headline(record: Mapping[str, Any]) -> str:
     """The accuracies of a record in one line."""
     after = record.get("compressed", record)
-    found = {key: after.get(key) for key in ("accuracy", "accuracy_selection")}
-    return ", ".join(
-        f"{key} {100 * (value['value'] if isinstance(value, Mapping) else value):.2f}"
-        for key, value in found.items()
-        if value is not None
-    )
+    known = [key for key in ("accuracy", "accuracy_selection") if after.get(key) is not None]
+    return ", ".join(f"{key} {spread(percent([after], key))}" for key in known)
+
+
+def percent(cells: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+    """Of each cell a proportion in percent: a number, or an estimate with its `value`."""
+    values = [cell[key] for cell in cells]
+    return [100 * (value["value"] if isinstance(value, Mapping) else value) for value in values]
+
+
+def spread(values: Sequence[float], form: str = ".2f") -> str:
+    """Mean over seeds, and their standard deviation where there are several."""
+    deviation = f" ± {statistics.stdev(values):{form.replace('+', '')}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{deviation}"
 
 
 def print_event(event: Mapping[str, Any]) -> None:

@@ -30,7 +30,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
@@ -40,7 +40,7 @@ import torch
 from torch import nn
 
 from hints import HINTS, Taught, TaughtPhase
-from records import cell, print_event
+from records import cell, percent, print_event, spread
 from rmtkd import compression, recipes
 from rmtkd.bases import Basis
 from rmtkd.distillation import OPTIMIZERS, Recovery, Teacher
@@ -263,15 +263,10 @@ def table() -> str:
         lines.append(
             f"| {network} | {fewer:.2f}× | {epochs:g} | {recovery} | {method} | {len(cells)} "
             f"| {first['parameters'] / baseline['parameters']:.0%} | {100 * baseline['accuracy']['value']:.2f} "
-            f"| {_spread(cells, 'accuracy_cut')} | {_spread(cells, 'accuracy')} | {faster[0]:.2f}× | {faster[1]:.2f}× |"
+            f"| {spread(percent(cells, 'accuracy_cut'))} | {spread(percent(cells, 'accuracy'))} "
+            f"| {faster[0]:.2f}× | {faster[1]:.2f}× |"
         )
     return "\n".join(lines)
-
-
-def _spread(cells: Sequence[Mapping[str, Any]], key: str) -> str:
-    """Mean over seeds, and their standard deviation."""
-    values = [100 * r[key]["value"] for r in cells]
-    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
 def main() -> None:

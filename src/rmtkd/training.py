@@ -65,7 +65,8 @@ class Phase:
     ):
         self.student, self.rows, self.steps, self.recovery = student, rows, steps, recovery
         self.teacher = teacher
-        self.blocks = tuple(blocks) if teacher is not None and recovery.hidden else ()
+        self.mine = self.theirs = tuple(blocks) if teacher is not None and recovery.hidden else ()
+        """Paths of the modules whose outputs `with_hidden` compares, in the student and in the teacher."""
         self.pieces = pieces or Pieces()
         self.device = next(student.parameters()).device
         bf16 = torch.autocast(self.device.type, torch.bfloat16, cache_enabled=True)
@@ -191,19 +192,27 @@ class Phase:
         labels = batching.labels(batch)
         guide, recovery = None, self.recovery
         with self.autocast:
-            if self.teacher is not None and not self.blocks:
+            if self.teacher is not None and not self.theirs:
                 guide = self.teacher.logits(batch)
             elif self.teacher is not None:  # an answer that was kept has no hidden states
-                with torch.no_grad(), outputs_of(self.teacher.model, self.blocks) as teachers:
+                with torch.no_grad(), outputs_of(self.teacher.model, self.theirs) as theirs:
                     guide = batching.logits(self.teacher.model, batch).float()
-            with outputs_of(self.student, self.blocks) as students:
+            with outputs_of(self.student, self.mine) as mine:
                 scores = batching.logits(self.student, batch).float()
         if labels is not None:  # on a GPU the loss itself would end the process
             check_labels(labels, scores.shape[1], "training labels")
-        loss = distillation_loss(scores, guide, labels, alpha=recovery.alpha, temperature=recovery.temperature)
-        if self.blocks:
-            loss = loss + recovery.hidden * hidden_loss(students, teachers, batching.real_positions(batch))
-        return loss
+        known = distillation_loss(scores, guide, labels, alpha=recovery.alpha, temperature=recovery.temperature)
+        return self.with_hidden(known, mine, theirs, batching.real_positions(batch)) if self.theirs else known
+
+    def with_hidden(self, known: Tensor, mine: list[Tensor], theirs: list[Tensor], mask: Tensor | None) -> Tensor:
+        """The loss of labels and answers, and beside it that of hidden states.
+
+        Args:
+            known: the loss without.
+            mine, theirs: outputs of the student's and of the teacher's modules.
+            mask: which positions are real; None if all are.
+        """
+        return known + self.recovery.hidden * hidden_loss(mine, theirs, mask)
 
     def _batches(self) -> Iterator[Batch]:
         """Batches without end, from where the phase stands."""
