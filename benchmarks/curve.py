@@ -124,6 +124,11 @@ class Work:
         )
         return made, spectrums, model, sites, metrics
 
+    @cached_property
+    def own(self) -> dict[str, Any]:
+        """How well the teacher itself does on report rows."""
+        return asdict(accuracy(self.model, self.rows.report))
+
     def taught(self) -> Teacher:
         """The teacher with its answers to all training rows, which are computed once for all cells."""
         teacher = Teacher(self.model, cache=True)
@@ -258,6 +263,7 @@ def run(work: Work, method: str, size: float, lr: float, epochs: float, hidden: 
         "hidden": hidden,
         "steps": steps,
         "baseline_parameters": count_parameters(work.model),
+        "teacher": work.own,
         **facts,
         "accuracy_selection": asdict(accuracy(student, work.rows.selection)),
         "accuracy": asdict(accuracy(student, work.rows.report)),
