@@ -25,11 +25,23 @@ from safetensors import safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from rmtkd.errors import RunError
-from rmtkd.planning import Plan, Spectrum
+from rmtkd.errors import OptionError, RunError
+from rmtkd.planning import Plan, Spectrum, Target
 
-PLAN_FILES = re.compile(r"(plan|spectra)(\.\d+)?\.(json|npz)")
-"""What `rmtkd plan` writes, earlier plans with a number. A folder that holds only these is not a run."""
+REPORT = "report.html"
+"""The page that tells what a folder holds, made from the rest at any time."""
+PLAN_FILES = re.compile(rf"(plan|spectra)(\.\d+)?\.(json|npz)|{re.escape(REPORT)}")
+"""What `rmtkd plan` writes, earlier plans with a number, and the page about it. A folder that holds only these is not a
+run."""
+
+
+def is_size(folder: Path) -> bool:
+    """Whether this is the folder of one of several sizes: it has the name of a target."""
+    try:
+        Target.parse(folder.name)
+    except OptionError:
+        return False
+    return folder.is_dir()
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -109,7 +121,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 class RunFolder:
-    """`config.json · record.jsonl · plan.json · spectra.npz · last/ · summary.json · model/`."""
+    """`config.json · record.jsonl · plan.json · spectra.npz · last/ · summary.json · model/ · report.html`."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -203,6 +215,15 @@ class RunFolder:
     def summary(self) -> dict[str, Any] | None:
         """The record of a finished run; None while it is not finished."""
         return self._read_json("summary.json", "") if (self.path / "summary.json").is_file() else None
+
+    def events(self) -> list[dict[str, Any]]:
+        """What the record tells, in order; a line that is being written is left out."""
+        path = self.path / "record.jsonl"
+        try:
+            lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+            return [json.loads(line) for line in lines]
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path} must be as it was written. Reading it gave: {error}. Restore it.") from None
 
     def plan(self) -> Plan | None:
         """The plan of the run; None while it has none."""

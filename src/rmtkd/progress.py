@@ -72,6 +72,8 @@ def describe(event: Mapping[str, Any]) -> str | None:
             return f"this run is finished: {event['stop_reason']}"
         case "rows":
             return event["note"]
+        case "unreported":
+            return f"no report.html: {event['reason']} To try again: rmtkd report {event['folder']}"
         case "measure":
             return "measuring both models"
         case "done":

@@ -37,6 +37,10 @@ class Compressed:
         """The result as a table of plain text."""
         return reporting.summary_table(self.record)
 
+    def _repr_html_(self) -> str:
+        """The same in a notebook, with the widths as a picture."""
+        return reporting.summary_html(self.record, self.plan, self.rounds)
+
     def save(self, folder: str | Path, *, extra_files: Iterable[Path] = ()) -> None:
         """Write the model folder that `rmtkd.load` reads: weights, shapes, checksums, self-test, model card."""
         extra_files = list(extra_files)

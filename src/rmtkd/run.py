@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rmtkd import artifact, progress
+from rmtkd import artifact, progress, reporting
 from rmtkd import batches as batching
 from rmtkd.batches import Batch
 from rmtkd.checkpoint import RunFolder, checksum
@@ -24,7 +24,7 @@ from rmtkd.cutting import cut_in_order
 from rmtkd.distillation import Teacher
 from rmtkd.dry_run import CHECK_ROWS, Survey, metrics_of, narrowed, plan
 from rmtkd.energy import measure_energy
-from rmtkd.environment import has_bf16, versions
+from rmtkd.environment import has_bf16, machine, versions
 from rmtkd.errors import ArtifactError, RunError
 from rmtkd.fisher import Metrics, fit
 from rmtkd.forecast import Forecast, forecast
@@ -36,6 +36,7 @@ from rmtkd.measurement import (
     compare,
     count_parameters,
     evaluation,
+    time_forward,
 )
 from rmtkd.memory import Pieces, peak_bytes
 from rmtkd.modules import randomize
@@ -43,7 +44,7 @@ from rmtkd.planning import Plan, Spectrum
 from rmtkd.pretrained import presented
 from rmtkd.result import Compressed
 from rmtkd.roles import Answered, Roles, check_report, check_teacher, fingerprint, share_of
-from rmtkd.schedule import History, Options, Round, stop_reason, too_much_lost
+from rmtkd.schedule import History, Options, Round, kept_widths, stop_reason, thinned, too_much_lost
 from rmtkd.sites import (
     Site,
     after_cuts,
@@ -55,12 +56,15 @@ from rmtkd.sites import (
     is_known,
     share_settings,
 )
-from rmtkd.standing import Standing, kept_widths, shaped
+from rmtkd.standing import Standing, shaped
 from rmtkd.surgery import check_cut, tensors_of
 from rmtkd.training import Phase, PhaseState, Precision
 
 Planned = tuple[Plan, Mapping[str, tuple[Spectrum, ...]]]
 """A plan, and by site the spectra that it was made from."""
+
+ROUND_REPEATS = 10
+"""Timed passes of each model after a round; the result is timed longer."""
 
 CONTROL = 0
 """The number under which the control's training goes; rounds begin at 1."""
@@ -272,13 +276,14 @@ class Run:
         return standing
 
     def finish(self, folder: RunFolder, compressed: Compressed, extra_files: Iterable[Path]) -> None:
-        """Write the result. A run is finished when its summary is there."""
+        """Write the result, and the page about it. A run is finished when its summary is there."""
         for name in ("model", "model-so-far"):
             if (folder.path / name).exists():  # of a session that ended before its summary
                 shutil.rmtree(folder.path / name)
         compressed.save(folder.path / "model", extra_files=extra_files)
         folder.save_json("summary.json", compressed.record)
         folder.drop_state()
+        report_on(folder.path, self.emit)
 
     def finished(self, folder: RunFolder, record: dict[str, Any]) -> Compressed:
         """What a finished run returned."""
@@ -356,6 +361,7 @@ class Run:
         teacher = self.model if self.options.teacher == "original" else before
         losses, seconds = self.recover(student, teacher, number, steps, facts, saved)
         after = accuracy(student, self.selection, pieces=self.pieces).value if losses else facts["accuracy_cut"]
+        untouched, latency = time_forward([self.model, student], self.example, repeats=ROUND_REPEATS)
         return student, Round(
             number=number,
             sites=tuple(site.name for site in sites),
@@ -369,6 +375,9 @@ class Run:
             loss_last=losses[-1] if losses else None,
             seconds_cut=facts["seconds_cut"],
             seconds_recovery=seconds,
+            losses=thinned(losses),
+            latency_ms=latency,
+            latency_ms_untouched=untouched,
         )
 
     def recover(
@@ -505,6 +514,7 @@ class Run:
             "peak_memory_bytes": peak_bytes(self.options.device),
             "seed": self.options.seed,
             "versions": versions(),
+            "machine": machine(),
         }
 
     def classes(self) -> int:
@@ -525,6 +535,14 @@ class Run:
         self.fingerprints[f"{role} rows"], has_labels = fingerprint(rows, role)
         self.measured_against[role] = "labels" if has_labels else "teacher"
         return rows if has_labels else Answered(rows, self.model, self.pieces)
+
+
+def report_on(folder: Path, emit: progress.Emitter) -> None:
+    """Write the page of a folder. If that fails, say so: what the folder holds is there and whole."""
+    try:
+        reporting.write_report(folder)
+    except Exception as error:  # whatever a page may fail of
+        emit("unreported", folder=str(folder), reason=str(error) or type(error).__name__)
 
 
 def made_with() -> dict[str, str]:

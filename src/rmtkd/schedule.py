@@ -9,6 +9,7 @@ from rmtkd.distillation import Recovery
 from rmtkd.environment import check_device
 from rmtkd.errors import OptionError, check_choice, check_kinds
 from rmtkd.fisher import METRICS
+from rmtkd.measurement import Latency
 from rmtkd.planning import LATENCY, MAX_LOSS, POLICIES, Plan, Target, fixed_widths
 from rmtkd.spectra import RULES
 from rmtkd.training import PRECISIONS
@@ -191,12 +192,38 @@ class Round:
     seconds_cut: float
     seconds_recovery: float
     rolled_back: bool = False
+    losses: tuple[tuple[int, float], ...] = ()
+    """The loss of recovery over steps, see `thinned`."""
+    latency_ms: Latency | None = None
+    """Of the model that the round left."""
+    latency_ms_untouched: Latency | None = None
+    """Of the untouched model, measured in turns with it."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Round":
-        """The round that `asdict` gave, also through JSON."""
-        widths = {name: tuple(pair) for name, pair in values["widths"].items()}
-        return cls(**{**values, "sites": tuple(values["sites"]), "widths": widths})
+        """The round that `asdict` gave, also through JSON, or an earlier version, which knew less."""
+        made: dict[str, Any] = {
+            "sites": tuple(values["sites"]),
+            "widths": {name: tuple(pair) for name, pair in values["widths"].items()},
+            "losses": tuple((step, loss) for step, loss in values.get("losses", ())),
+        }
+        for name in ("latency_ms", "latency_ms_untouched"):
+            found = values.get(name)
+            made[name] = found and Latency(**found)
+        return cls(**{**values, **made})
+
+
+def kept_widths(rounds: Iterable[Round]) -> dict[str, int]:
+    """The widths that these rounds have cut, by site name."""
+    return {name: after for done in rounds if not done.rolled_back for name, (_, after) in done.widths.items()}
+
+
+def thinned(losses: Sequence[float], most: int = 100) -> tuple[tuple[int, float], ...]:
+    """Losses by step as at most so many points: the last step of each stretch, and the mean loss over it."""
+    ends = [len(losses) * (i + 1) // most for i in range(most)] if len(losses) > most else range(1, len(losses) + 1)
+    starts = [0, *ends][:-1]
+    means = (sum(losses[start:end]) / (end - start) for start, end in zip(starts, ends, strict=True))
+    return tuple((end, float(f"{mean:.4g}")) for end, mean in zip(ends, means, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)

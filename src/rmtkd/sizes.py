@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from rmtkd import artifact, progress, reporting
 from rmtkd.batches import Forward
-from rmtkd.checkpoint import RunFolder
+from rmtkd.checkpoint import REPORT, RunFolder, is_size
 from rmtkd.errors import OptionError, RmtkdError, RunError
 from rmtkd.planning import Target
 from rmtkd.result import Compressed
 from rmtkd.roles import Roles
-from rmtkd.run import Planned, Run, seeded
+from rmtkd.run import Planned, Run, report_on, seeded
 from rmtkd.schedule import Options
 from rmtkd.sites import Site
 from rmtkd.standing import Standing, device_of
@@ -28,6 +28,10 @@ class Sizes(dict[str, Compressed]):
     def summary(self) -> str:
         """All sizes in one table of plain text."""
         return reporting.sizes_text([result.record for result in self.values()])
+
+    def _repr_html_(self) -> str:
+        """The same in a notebook."""
+        return reporting.sizes_html([result.record for result in self.values()])
 
 
 def compress_sizes(
@@ -95,6 +99,8 @@ def compress_sizes(
             done[name] = run.execute(None, folders.get(name), extra_files, begun=begun)
             if not done[name].record["finished"]:
                 break
+        if place is not None:
+            report_on(place, first.emit)
         return done
 
 
@@ -120,12 +126,7 @@ def check_targets(targets: Iterable[str]) -> list[str]:
 def check_place(place: Path, names: Iterable[str]) -> None:
     """Raise `RunError` unless the folder is new, or holds nothing but runs to targets; or if one cannot be written."""
     for folder in place.iterdir() if place.is_dir() else ():
-        try:
-            Target.parse(folder.name)
-            is_size = folder.is_dir()
-        except OptionError:
-            is_size = False
-        if not is_size:
+        if folder.name != REPORT and not is_size(folder):
             raise RunError(
                 f"--out must be a new folder, or hold only runs to targets, one folder for each. {place} holds "
                 f"{folder.name}. Choose another folder; nothing in it was changed."

@@ -1,6 +1,6 @@
 """What a run has reached between two rounds: kept in its folder, and found there again."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rmtkd.checkpoint import RunFolder
 from rmtkd.measurement import Estimate
 from rmtkd.planning import Plan
-from rmtkd.schedule import Round
+from rmtkd.schedule import Round, kept_widths
 from rmtkd.sites import Site
 from rmtkd.surgery import fill, skeleton, tensors_of
 from rmtkd.training import random_state, set_random_state
@@ -84,11 +84,6 @@ class Standing:
             standing.student = shaped(model, sites, standing.kept, weights)
         set_random_state(tensors["random"], device_of(model))
         return standing, facts["pieces"]
-
-
-def kept_widths(rounds: Iterable[Round]) -> dict[str, int]:
-    """The widths that these rounds have cut, by site name."""
-    return {name: after for done in rounds if not done.rolled_back for name, (_, after) in done.widths.items()}
 
 
 def shaped(

@@ -1,6 +1,6 @@
 """The command line: the same words as in Python."""
 
-from rmtkd.cli import benchmarks, exports, facts, models, plans, runs
+from rmtkd.cli import benchmarks, exports, facts, models, plans, reports, runs
 from rmtkd.cli.console import app, fail, log_console, out_console
 from rmtkd.errors import RmtkdError
 
@@ -22,4 +22,16 @@ def main() -> None:
         fail("missing package", f"{error.name} must be installed for this. Run: pip install 'rmtkd[text,vision,demo]'.")
 
 
-__all__ = ["app", "benchmarks", "exports", "facts", "log_console", "main", "models", "out_console", "plans", "runs"]
+__all__ = [
+    "app",
+    "benchmarks",
+    "exports",
+    "facts",
+    "log_console",
+    "main",
+    "models",
+    "out_console",
+    "plans",
+    "reports",
+    "runs",
+]

@@ -1,0 +1,63 @@
+"""The model card, in Markdown."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rmtkd.planning import Plan
+from rmtkd.reporting.plans import kept, per_head
+from rmtkd.reporting.rows import summary_rows, vocabulary_line
+
+
+def model_card(
+    record: Mapping[str, Any], plan: Plan, loads_with: Iterable[str], vocabulary: Mapping[str, Any] | None = None
+) -> str:
+    """A model card in Markdown.
+
+    Args:
+        record: of the run.
+        plan: that it applied.
+        loads_with: what reads the model, each in a few words.
+        vocabulary: the facts of a trimmed one.
+    """
+    lines = [
+        "---",
+        "tags: [rmtkd, model-compression, knowledge-distillation]",
+        "---",
+        f"# {plan.model}, narrowed by rmtkd",
+        "",
+        "Random matrix theory chose the widths, exact folding cut them, self-distillation recovered the accuracy "
+        "(RMT-KD, arXiv 2509.15724). The model is dense.",
+        "",
+        "| | before | after | |",
+        "|---|--:|--:|--:|",
+        *(f"| {' | '.join(row.cells)} |" for row in summary_rows(record)),
+        "",
+        f"Load it with {'; '.join(loads_with)}. There is no pickle in it. `rmtkd.load` and `rmtkd inspect FOLDER` "
+        "verify every file by its checksum, and the model by the outputs stored for a synthetic batch.",
+        "",
+        *(() if vocabulary is None else ("## Vocabulary", "", _vocabulary_card(vocabulary), "")),
+        "## Widths",
+        "",
+        "| site | before | after | why |",
+        "|---|--:|--:|---|",
+        *(
+            f"| {site.name} | {per_head(site, site.width)} | {kept(site, plan.widths)} | {site.why} |"
+            for site in plan.sites
+        ),
+        "",
+        *(f"{remark}\n" for remark in plan.remarks),
+        f"Stopped: {record['stop_reason']}. Seed {record['seed']}. Versions: "
+        + ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+        + ".",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _vocabulary_card(facts: Mapping[str, Any]) -> str:
+    line = vocabulary_line(facts)
+    return (
+        f"The tokenizer is not that of the model before: it was trimmed. {line[:1].upper()}{line[1:]}. The "
+        "figures above are of models with this tokenizer, before and after. Use the tokenizer files beside this card; "
+        "`vocabulary.json` lists the tokens that stayed."
+    )

@@ -1,0 +1,156 @@
+"""The page that compares several runs: how accurate, how large, how fast."""
+
+from collections.abc import Mapping, Sequence
+from string import ascii_uppercase
+from typing import Any
+
+from rmtkd.reporting.evidence import Evidence
+from rmtkd.reporting.front import Point, front_picture
+from rmtkd.reporting.markup import Child, Html, element, join, table
+from rmtkd.reporting.page import Section, figure, key, listed, page
+from rmtkd.reporting.plans import kept, per_head
+from rmtkd.reporting.reproduction import how_to_go_on, how_to_repeat
+from rmtkd.reporting.rows import is_by_teacher, role_of, size_headings, size_row, sizes_notes
+
+Named = Mapping[str, Evidence]
+"""Runs by what they are called on the page."""
+
+
+def comparison_page(title: str, runs: Named) -> str:
+    """The page, as HTML.
+
+    Args:
+        title: what is compared.
+        runs: at least one of them finished.
+    """
+    finished = {name: run for name, run in runs.items() if run.summary is not None}
+    models = _models(finished)
+    return page(
+        over="rmtkd report",
+        title=title,
+        lead=f"{len(finished)} runs side by side. Letters stand for the same model in every picture and table.",
+        notes=[*_unfinished(runs), *_differences(finished)],
+        sections=[
+            Section("front", "Accuracy, size and time", _front(models)),
+            Section("widths", "Widths", _widths(finished)),
+            Section("repeat", "To repeat them", _repeat(finished)),
+        ],
+    )
+
+
+def _models(runs: Named) -> list[tuple[str, str, Mapping[str, Any], bool]]:
+    """Every model with its letter, its name, its record, and whether it is untouched: what runs began with, once each,
+    then what they gave."""
+    found, seen = [], {}
+    for name, run in runs.items():
+        seen.setdefault(_began(run).get("model", name), (name, run))
+    for name, run in seen.values():
+        found.append(("untouched" if len(seen) == 1 else f"untouched, of {name}", run.summary, True))
+    found += [(name, run.summary, False) for name, run in runs.items()]
+    return [(letter(i), *model) for i, model in enumerate(found)]
+
+
+def letter(number: int) -> str:
+    """A, B, …, Z, A1, B1, …"""
+    return ascii_uppercase[number % 26] + (str(number // 26) if number >= 26 else "")
+
+
+def _front(models: Sequence[tuple[str, str, Mapping[str, Any], bool]]) -> Html:
+    parameters, latencies = [], []
+    for mark, name, record, is_untouched in models:
+        cost = record["baseline" if is_untouched else "compressed"]
+        common = {"letter": mark, "name": name, "quality": cost[role_of(record)[1]], "is_untouched": is_untouched}
+        size, time = cost["parameters"] / 1e6, cost["latency_ms"]
+        parameters.append(Point(cost=size, low=size, high=size, **common))
+        half = time["iqr"] / 2
+        latencies.append(Point(cost=time["median"], low=time["median"] - half, high=time["median"] + half, **common))
+    first = models[0][2]
+    rows = [_row(*model) for model in models]
+    headings = ("", "model", *size_headings(first))
+    below = size_headings(first)[5]
+    charts = [
+        figure(
+            "Accuracy and size",
+            below,
+            front_picture("size-picture", "Accuracy and size", "parameters, millions", parameters),
+        ),
+        figure(
+            "Accuracy and time",
+            f"{below}; {size_headings(first)[4]}",
+            front_picture("time-picture", "Accuracy and time", "latency, ms", latencies),
+        ),
+    ]
+    marks = key(
+        ("ring", "--of:var(--kept)", "untouched"),
+        ("", "--of:var(--kept)", "compressed"),
+        ("line", "--of:var(--ink)", "± standard error; ± half the interquartile range of time"),
+        ("line", "--of:var(--kept);--by:.55", "no other is smaller (faster) and as accurate"),
+    )
+    caption = (
+        "What each model costs and how well it does; latencies of a run are measured in turns with its untouched model"
+    )
+    return join(
+        [marks, element("div", charts, class_="charts large"), table(headings, rows, caption=caption, texts=[1])]
+    )
+
+
+def _row(mark: str, name: str, record: Mapping[str, Any], is_untouched: bool) -> tuple[str, ...]:
+    return mark, *size_row(name, record, is_untouched=is_untouched)
+
+
+def _widths(runs: Named) -> Html:
+    """Kept widths, where the runs narrow the same sites."""
+    first = next(iter(runs.values()))
+    sites = first.plan.sites
+    shape = [(site.name, site.width, site.groups) for site in sites]
+    if any([(s.name, s.width, s.groups) for s in run.plan.sites] != shape for run in runs.values()):
+        return element("p", "The runs have other sites: see the report of each.")
+    rows = [
+        (site.name, per_head(site, site.width), *(kept(site, run.widths) for run in runs.values())) for site in sites
+    ]
+    return table(("site", "untouched", *runs), rows, caption="Kept width of every site, of heads as heads × width")
+
+
+def _repeat(runs: Named) -> Html:
+    commands = dict.fromkeys(how_to_repeat(run) for run in runs.values())
+    told = listed(f"{note}." for note in sizes_notes({name: _summary(run) for name, run in runs.items()}))
+    return join([told, *(element("pre", element("code", command), tabindex=0) for command in commands)])
+
+
+def _unfinished(runs: Named) -> list[Child]:
+    return [
+        [f"{name} is not finished, and left out. Go on: ", element("code", how_to_go_on(run))]
+        for name, run in runs.items()
+        if run.summary is None
+    ]
+
+
+def _differences(runs: Named) -> list[Child]:
+    """What keeps the numbers of some runs from being held against each other."""
+    found: list[Child] = []
+    evidence = list(runs.values())
+    began = [_began(run) for run in evidence]
+    names = dict.fromkeys(name for one in began for name in one)
+    if differ := [name for name in names if len({one.get(name) for one in began}) > 1]:
+        found.append(f"The runs did not begin with the same {', '.join(differ)}: compare across them with care.")
+    records = [_summary(run) for run in evidence]
+    measures = {(role_of(r), is_by_teacher(r, role_of(r)[0]), r["baseline"][role_of(r)[1]]["n"]) for r in records}
+    if len(measures) > 1:
+        found.append(
+            "Accuracies are of unlike rows, or held against other answers: headings are those of the first run."
+        )
+    batches = {tuple(r["baseline"]["latency_ms"][k] for k in ("batch", "length", "threads", "device")) for r in records}
+    if len(batches) > 1 or any(r.get("machine") != records[0].get("machine") for r in records):
+        found.append(
+            "Latencies are of unlike batches, threads or machines: only the ratios within a run can be compared."
+        )
+    return found
+
+
+def _began(run: Evidence) -> Mapping[str, str]:
+    return (run.config or {}).get("began_with") or {}
+
+
+def _summary(run: Evidence) -> Mapping[str, Any]:
+    assert run.summary is not None
+    return run.summary

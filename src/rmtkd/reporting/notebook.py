@@ -1,0 +1,36 @@
+"""A result in a notebook: the same rows, and the widths as a picture."""
+
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rmtkd.planning import Plan
+from rmtkd.reporting.markup import Child, Html, element, table
+from rmtkd.reporting.page import style
+from rmtkd.reporting.rows import size_headings, size_row, stopped, summary_rows
+from rmtkd.reporting.silhouette import silhouette
+from rmtkd.schedule import Round, kept_widths
+
+
+def summary_html(record: Mapping[str, Any], plan: Plan, rounds: Sequence[Round]) -> str:
+    """What it costs, how well it does, and how wide it is."""
+    widths = {site.name: site.width for site in plan.sites} | kept_widths(rounds)
+    drawing = silhouette(f"widths-{secrets.token_hex(4)}", plan.sites, widths)  # a notebook may show several
+    return _framed(result_table(record), element("p", f"{stopped(record)}."), drawing)
+
+
+def result_table(record: Mapping[str, Any]) -> Html:
+    """All rows of a result."""
+    rows = [row.cells for row in summary_rows(record)]
+    return table(("", "before", "after", "change"), rows, caption="What it costs and how well it does")
+
+
+def sizes_html(records: Sequence[Mapping[str, Any]]) -> str:
+    """Several sizes of one model."""
+    rows = [size_row("untouched", records[0], is_untouched=True)]
+    rows += [size_row(record["config"]["target"], record) for record in records]
+    return _framed(table(("target", *size_headings(records[0])), rows, caption="Several sizes of one model"))
+
+
+def _framed(*parts: Child) -> str:
+    return element("div", element("style", Html(style("pictures.css"))), *parts, class_="rmtkd")
