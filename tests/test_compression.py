@@ -76,7 +76,7 @@ def test_the_random_numbers_are_left_alone(finished):
 
 def test_the_run_folder_holds_the_promised_files(finished):
     names = {path.name for path in finished[0].iterdir()}
-    assert names == {"config.json", "record.jsonl", "plan.json", "spectra.npz", "summary.json", "model"}
+    assert names == {"config.json", "record.jsonl", "plan.json", "spectra.npz", "summary.json", "model", "report.html"}
 
 
 def test_the_summary_has_every_promised_key(finished):

@@ -1,6 +1,7 @@
 """The page that compares several runs: how accurate, how large, how fast."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any
 
@@ -38,16 +39,39 @@ def comparison_page(title: str, runs: Named) -> str:
     )
 
 
-def _models(runs: Named) -> list[tuple[str, str, Mapping[str, Any], bool]]:
-    """Every model with its letter, its name, its record, and whether it is untouched: what runs began with, once each,
-    then what they gave."""
-    found, seen = [], {}
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """One model of the page: what runs began with, or what one gave.
+
+    Attributes:
+        letter: by which pictures name it.
+        name: in words.
+        record: of its run, or of the first that began with it.
+        is_untouched: whether it is what runs began with.
+    """
+
+    letter: str
+    name: str
+    record: Mapping[str, Any]
+    is_untouched: bool
+
+    @property
+    def cost(self) -> Mapping[str, Any]:
+        """What it costs and how well it does."""
+        return self.record["baseline" if self.is_untouched else "compressed"]
+
+
+def _models(runs: Named) -> list[Model]:
+    """Every model: what runs began with, once each, then what they gave."""
+    first: dict[str, str] = {}
     for name, run in runs.items():
-        seen.setdefault(_began(run).get("model", name), (name, run))
-    for name, run in seen.values():
-        found.append(("untouched" if len(seen) == 1 else f"untouched, of {name}", run.summary, True))
-    found += [(name, run.summary, False) for name, run in runs.items()]
-    return [(letter(i), *model) for i, model in enumerate(found)]
+        first.setdefault(_began(run).get("model", name), name)
+    untouched = [("untouched" if len(first) == 1 else f"untouched, of {name}", name, True) for name in first.values()]
+    found = [*untouched, *((name, name, False) for name in runs)]
+    return [
+        Model(letter=letter(i), name=words, record=_summary(runs[name]), is_untouched=is_untouched)
+        for i, (words, name, is_untouched) in enumerate(found)
+    ]
 
 
 def letter(number: int) -> str:
@@ -55,30 +79,17 @@ def letter(number: int) -> str:
     return ascii_uppercase[number % 26] + (str(number // 26) if number >= 26 else "")
 
 
-def _front(models: Sequence[tuple[str, str, Mapping[str, Any], bool]]) -> Html:
-    parameters, latencies = [], []
-    for mark, name, record, is_untouched in models:
-        cost = record["baseline" if is_untouched else "compressed"]
-        common = {"letter": mark, "name": name, "quality": cost[role_of(record)[1]], "is_untouched": is_untouched}
-        size, time = cost["parameters"] / 1e6, cost["latency_ms"]
-        parameters.append(Point(cost=size, low=size, high=size, **common))
-        half = time["iqr"] / 2
-        latencies.append(Point(cost=time["median"], low=time["median"] - half, high=time["median"] + half, **common))
-    first = models[0][2]
-    rows = [_row(*model) for model in models]
-    headings = ("", "model", *size_headings(first))
-    below = size_headings(first)[5]
+def _front(models: Sequence[Model]) -> Html:
+    first = models[0].record
+    headings = size_headings(first)
+    timed, quality = headings[4], headings[5]
+    is_one = sum(model.is_untouched for model in models) == 1
+    axis = "time of a batch, untouched = 1" if is_one else "time of a batch, ms"
+    sizes = front_picture("size-picture", "Accuracy and size", "parameters, millions", list(map(_by_size, models)))
+    times = front_picture("time-picture", "Accuracy and time", axis, [_by_time(model, is_one) for model in models])
     charts = [
-        figure(
-            "Accuracy and size",
-            below,
-            front_picture("size-picture", "Accuracy and size", "parameters, millions", parameters),
-        ),
-        figure(
-            "Accuracy and time",
-            f"{below}; {size_headings(first)[4]}",
-            front_picture("time-picture", "Accuracy and time", "latency, ms", latencies),
-        ),
+        figure("Accuracy and size", quality, sizes),
+        figure("Accuracy and time", f"{quality}; {timed}", times),
     ]
     marks = key(
         ("ring", "--of:var(--kept)", "untouched"),
@@ -86,16 +97,33 @@ def _front(models: Sequence[tuple[str, str, Mapping[str, Any], bool]]) -> Html:
         ("line", "--of:var(--ink)", "± standard error; ± half the interquartile range of time"),
         ("line", "--of:var(--kept);--by:.55", "no other is smaller (faster) and as accurate"),
     )
+    rows = [
+        size_row(f"{model.letter}\u2002{model.name}", model.record, is_untouched=model.is_untouched) for model in models
+    ]
     caption = (
-        "What each model costs and how well it does; latencies of a run are measured in turns with its untouched model"
+        "What each model costs and how well it does; a run measures its latencies in turns with its untouched model"
     )
-    return join(
-        [marks, element("div", charts, class_="charts large"), table(headings, rows, caption=caption, texts=[1])]
-    )
+    costs = table(("model", *headings), rows, caption=caption)
+    return join([marks, element("div", charts, class_="charts large"), costs])
 
 
-def _row(mark: str, name: str, record: Mapping[str, Any], is_untouched: bool) -> tuple[str, ...]:
-    return mark, *size_row(name, record, is_untouched=is_untouched)
+def _by_size(model: Model) -> Point:
+    size = model.cost["parameters"] / 1e6
+    return Point(cost=size, low=size, high=size, **_common(model))
+
+
+def _by_time(model: Model, is_one: bool) -> Point:
+    """Where all runs began with one model, times are held against its time as each run measured it: the machine may have
+    been slower in one of them."""
+    latency = model.cost["latency_ms"]
+    whole = model.record["baseline"]["latency_ms"]["median"] if is_one else 1.0
+    median, half = latency["median"] / whole, latency["iqr"] / 2 / whole
+    return Point(cost=median, low=median - half, high=median + half, **_common(model))
+
+
+def _common(model: Model) -> dict[str, Any]:
+    quality = model.cost[role_of(model.record)[1]]
+    return {"letter": model.letter, "name": model.name, "quality": quality, "is_untouched": model.is_untouched}
 
 
 def _widths(runs: Named) -> Html:

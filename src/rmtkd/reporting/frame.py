@@ -9,6 +9,7 @@ from rmtkd.reporting.markup import Child, Html, element
 WIDTH = 360
 """Of a chart in its own units: the width of a phone, so that its text is as large there as it is meant to be."""
 
+Number = int | float
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -37,12 +38,12 @@ def picture(key: str, title: str, told: str, *parts: Child, height: int, width: 
     )
 
 
-def text(x: float | str, y: float, words: str, class_: str | None = None, **attributes: object) -> Html:
+def text(x: Number | str, y: Number, words: str, class_: str | None = None, **attributes: object) -> Html:
     """A text in a picture."""
     return element("text", words, x=x, y=y, class_=class_, **attributes)
 
 
-def path_of(points: Sequence[tuple[float, float]]) -> str:
+def path_of(points: Sequence[tuple[Number, Number]]) -> str:
     """Points as the data of a path, to a tenth of a pixel."""
     return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
 
@@ -57,13 +58,13 @@ class Scale:
         log: whether equal factors are equal lengths.
     """
 
-    low: float
-    high: float
-    start: float
-    end: float
+    low: Number
+    high: Number
+    start: Number
+    end: Number
     log: bool = False
 
-    def __call__(self, value: float) -> float:
+    def __call__(self, value: Number) -> float:
         """Where a value lies; beyond an end, at that end."""
         low, high, at = (math.log(v) if self.log else v for v in (self.low, self.high, max(value, self.low)))
         share = (min(at, high) - low) / (high - low) if high > low else 0.5
@@ -80,7 +81,7 @@ class Scale:
         return [step * i for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
 
-def _round_step(least: float) -> float:
+def _round_step(least: Number) -> float:
     """The smallest of 1, 2, 5, 10, … that is not below."""
     if least <= 0:
         return 1.0
@@ -88,7 +89,7 @@ def _round_step(least: float) -> float:
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
 
 
-def decade(value: float) -> str:
+def decade(value: Number) -> str:
     """A power of ten in words."""
     power = round(math.log10(value))
     return {0: "1", 1: "10", 2: "100"}.get(power, "10" + str(power).translate(SUPERSCRIPTS))
@@ -101,11 +102,11 @@ class Frame:
     x: Scale
     y: Scale
 
-    def point(self, x: float, y: float) -> tuple[float, float]:
+    def point(self, x: Number, y: Number) -> tuple[float, float]:
         """Where a point lies."""
         return self.x(x), self.y(y)
 
-    def rows(self, labels: Sequence[tuple[float, str]]) -> list[Html]:
+    def rows(self, labels: Sequence[tuple[Number, str]]) -> list[Html]:
         """Lines across, with labels at the left."""
         left, right = sorted((self.x.start, self.x.end))
         lines = []
@@ -115,7 +116,7 @@ class Frame:
             lines.append(text(left - 6, y + 3.5, words, "tick end"))
         return lines
 
-    def columns(self, labels: Sequence[tuple[float, str]], name: str) -> list[Html]:
+    def columns(self, labels: Sequence[tuple[Number, str]], name: str) -> list[Html]:
         """Labels below, and what they are of."""
         bottom = max(self.y.start, self.y.end)
         base = element("line", x1=self.x.start, x2=self.x.end, y1=bottom, y2=bottom, class_="axis")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rmtkd.reporting import numbers
-from rmtkd.reporting.frame import WIDTH, Frame, Scale, path_of, picture, text
+from rmtkd.reporting.frame import WIDTH, Frame, Number, Scale, path_of, picture, text
 from rmtkd.reporting.markup import Html, element
 
 TOP, BOTTOM, LEFT, RIGHT = 16, 226, 48, WIDTH - 12
@@ -27,9 +27,9 @@ class Point:
 
     letter: str
     name: str
-    cost: float
-    low: float
-    high: float
+    cost: Number
+    low: Number
+    high: Number
     quality: Mapping[str, Any]
     is_untouched: bool
 

@@ -21,7 +21,10 @@ def summary_html(record: Mapping[str, Any], plan: Plan, rounds: Sequence[Round])
 
 def result_table(record: Mapping[str, Any]) -> Html:
     """All rows of a result."""
-    rows = [row.cells for row in summary_rows(record)]
+    rows = [
+        (element("span", row.name, class_="part") if row.is_part else row.name, row.before, row.after, row.change)
+        for row in summary_rows(record)
+    ]
     return table(("", "before", "after", "change"), rows, caption="What it costs and how well it does")
 
 

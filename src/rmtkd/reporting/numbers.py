@@ -48,17 +48,17 @@ def batch_of(latency: Mapping[str, Any]) -> str:
     return f"{latency['batch']}{positions}, {latency['threads']} threads"
 
 
-def joules(energy: float) -> str:
+def joules(energy: int | float) -> str:
     """Energy with its unit."""
     return f"{energy:.3g} J"
 
 
-def watts(power: float) -> str:
+def watts(power: int | float) -> str:
     """Power with its unit."""
     return f"{power:.3g} W"
 
 
-def percent(value: float) -> str:
+def percent(value: int | float) -> str:
     """A proportion without a spread, as rounds have it."""
     return f"{value:.2%}"
 
@@ -68,12 +68,12 @@ def estimate(value: Mapping[str, Any] | None) -> str:
     return "–" if value is None else f"{value['value']:.2%} ± {value['stderr']:.2%}"
 
 
-def points(before: float, after: float) -> str:
+def points(before: int | float, after: int | float) -> str:
     """The difference of two proportions."""
     return f"{100 * (after - before):+.2f} points"
 
 
-def small(value: float | None) -> str:
+def small(value: int | float | None) -> str:
     """A number of any size, to three digits; a dash where there is none."""
     return "–" if value is None else f"{value:.3g}"
 

@@ -49,9 +49,9 @@ def plan_columns(plan: Plan) -> dict[str, list[str]]:
         "loss": ["–" if site.loss is None else f"{site.loss:.2g}" for site in plan.sites],
         "n_eff/n": [_independent(site) for site in plan.sites],
         "q": [f"{site.q:.2g}" for site in plan.sites],
-        "noise σ²": [numbers.small(site.sigma2) for site in plan.sites],
-        "edge": [numbers.small(site.edge) for site in plan.sites],
-        "KS": [f"{site.ks:.2f}{'!' if site.misfit else ''}" for site in plan.sites],
+        "noise σ²": [numbers.small(site.sigma2 or None) for site in plan.sites],
+        "edge": [numbers.small(site.edge or None) for site in plan.sites],
+        "KS": [_fit(site) for site in plan.sites],
         "energy": [f"{site.energy:.1%}" for site in plan.sites],
     }
     return columns if plan.policy == "guarded" else {n: c for n, c in columns.items() if n not in ("signal", "loss")}
@@ -96,6 +96,11 @@ def kept(site: SitePlan, widths: Mapping[str, int]) -> str:
 
 def _directions(site: SitePlan, count: float | None) -> str:
     return "–" if count is None else f"{count:.1f}" if site.groups > 1 else f"{count:.0f}"
+
+
+def _fit(site: SitePlan) -> str:
+    """How far noise is from explaining what lies below the edge; a dash where no edge counts."""
+    return f"{site.ks:.2f}{'!' * site.misfit}" if site.edge or site.misfit else "–"
 
 
 def _independent(site: SitePlan) -> str:

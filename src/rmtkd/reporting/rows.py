@@ -164,12 +164,12 @@ ROUND_COLUMNS = (
     "round",
     "sites",
     "parameters",
-    "selection accuracy after the cut",
+    "accuracy after the cut",
     "after recovery",
     "steps",
     "loss, first → last",
     "latency",
-    "difference from the reference",
+    "off the reference",
     "time to cut, to recover",
 )
 

@@ -147,7 +147,10 @@ def _rounds(evidence: Evidence) -> Html | None:
         ]
     )
     rows = [round_row(done) for done in rounds]
-    caption = "What each round left: latency in turns with the untouched model, reference in float64 at full width"
+    caption = (
+        "What each round left. Accuracy is of selection rows, latency in turns with the untouched model; the reference "
+        "is the model before the cut in float64, its activations projected"
+    )
     return join([start, element("div", drawings, class_="charts"), table(ROUND_COLUMNS, rows, caption=caption)])
 
 

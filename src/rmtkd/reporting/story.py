@@ -32,7 +32,7 @@ def losses_picture(key: str, rounds: Sequence[Round]) -> Html | None:
         frame.rows([(tick, numbers.small(tick)) for tick in ticks]),
         frame.columns([(tick, numbers.count(round(tick))) for tick in frame.x.ticks()], "steps of recovery"),
         *(
-            element("path", d=path_of([frame.point(*point) for point in curve]), class_="curve stays")
+            element("path", d=path_of([frame.point(*point) for point in curve]), class_="curve losses")
             for curve in curves
         ),
         *(_boundary(frame, start, found) for start, found in zip(starts, done, strict=True) if len(done) > 1),
