@@ -303,11 +303,32 @@ def test_digits_train_their_own_teacher_once(command: Command, tmp_path: Path, m
     assert [path.name for path in tmp_path.iterdir()] == ["run-teacher"]
 
 
-@pytest.mark.parametrize("name", ["train", "plan", "compress", "evaluate", "ls", "env"])
-def test_help_shows_an_example_and_every_option_is_explained(command: Command, name: str):
+COMMANDS = [
+    "bench",
+    "check",
+    "compress",
+    "env",
+    "evaluate",
+    "export",
+    "inspect",
+    "ls",
+    "plan",
+    "resume",
+    "seal",
+    "train",
+]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_an_example_with_its_output_and_every_option_is_explained(command: Command, name: str):
     code, told, _ = command(name, "--help")
     assert code == 0
-    assert re.search(rf"^\s*rmtkd {name}\b(?! \[OPTIONS\])", told, re.MULTILINE)
+    if name == "bench":  # where help is about the benchmarks
+        told = cli.benchmarks.bench.__doc__ or ""
+    lines = [line.strip() for line in told.splitlines()]
+    below = [lines[i + 1] for i, line in enumerate(lines) if line.startswith(f"$ rmtkd {name}")]
+    assert any(line and not line.startswith("$") for line in below)
+    assert all(len(line) <= 78 for line in lines if line.startswith("$ "))  # as wide as a terminal of 80 columns shows
     for option in re.findall(r"(--[a-z-]+)\s+<", told):
         (line,) = (line for line in told.splitlines() if re.search(rf"{option}\s+<", line))
         assert len(line.partition(option)[2].split()) > 3, line
@@ -316,7 +337,7 @@ def test_help_shows_an_example_and_every_option_is_explained(command: Command, n
 def test_the_examples_of_the_help_are_commands_that_parse(command: Command):
     for name in ("train", "plan", "compress", "evaluate"):
         _, told, _ = command(name, "--help")
-        for line in re.findall(rf"^\s*rmtkd ({name} (?!\[).*)$", told, re.MULTILINE):
+        for line in re.findall(rf"^\s*\$ rmtkd ({name} .*)$", told, re.MULTILINE):
             words = line.partition("(")[0].split()
             code, _, log = command(*words, "--device", "nowhere")
             assert code == 2 and "No such option" not in log and "Missing" not in log, line
@@ -324,13 +345,25 @@ def test_the_examples_of_the_help_are_commands_that_parse(command: Command):
 
 def test_ls_tells_every_recipe(command: Command):
     code, told, _ = command("ls")
-    assert code == 0 and [line.split()[0] for line in told.splitlines()] == list(recipes.names())
-    assert all("reported on" in line for line in told.splitlines())
+    heads = [line for line in told.splitlines() if not line.startswith(" ")]
+    assert code == 0 and [line.split()[0] for line in heads] == list(recipes.names())
+    assert all("reported on" in line for line in heads)
+
+
+def test_ls_tells_the_result_of_every_recipe_or_that_there_is_none(command: Command):
+    _, told, _ = command("ls")
+    for name in recipes.names():
+        below = told.split(f"\n{name} ", 1)[-1] if not told.startswith(f"{name} ") else told
+        result = re.split(r"\n(?=\S)", below, maxsplit=1)[0].splitlines()[1:]
+        measured = recipes.get(name).measured
+        expected = [f"measured: {measured.line()}", f"by: {measured.command}"] if measured else ["not measured"]
+        assert [line.strip() for line in result] == expected
 
 
 def test_env_tells_versions_and_machine(command: Command):
     code, told, _ = command("env")
     assert code == 0 and f"- torch: {torch.__version__}" in told and "- processor: " in told
+    assert told.startswith("### Environment\n\n- ") and "| extra | |" in told
 
 
 # What is refused
@@ -346,7 +379,7 @@ def test_env_tells_versions_and_machine(command: Command):
         (["plan", "sst2", "--out", "OUT", "--rule", "mpp"], "Did you mean 'mp'"),
         (["plan", "sst2", "--out", "OUT", "--max-loss", "0"], "max_loss must be greater than 0. Got 0.0"),
         (["plan", "sst2", "--out", "OUT", "--keep", "layer.0.ffn"], "--keep must be SITE=WIDTH"),
-        (["plan", "sst2"], "pass --out FOLDER"),
+        (["plan", "sst2"], "Pass --out FOLDER, such as runs/sst2"),
         (["plan", "DATA"], "has no plan.json and no spectra.npz"),
         (["compress", "sst2", "--out", "OUT", "--plan", "nowhere.json"], "nowhere.json"),
         (
@@ -361,7 +394,12 @@ def test_env_tells_versions_and_machine(command: Command):
         (["compress", "sst2", "--out", "OUT", "--seed", "-1"], "seed must be at least 0"),
         (["compress", "sst2", "--out", "OUT", "--device", "cuda:99"], "device must be there"),
         (["compress", "sst2", "--out", "OUT", "--epochs", "many"], "Invalid value for '--epochs'"),
-        (["compress", "sst2", "--out", "OUT"], "--model"),
+        (["compress", "sst2", "--out", "OUT"], "\nrmtkd train sst2 --model PATH_OR_HUB_NAME --out sst2-teacher"),
+        (["plan", "cifar10", "--out", "OUT"], "\nrmtkd train cifar10 --model PATH_OR_HUB_NAME"),
+        (["compress", "nothing", "--out", "OUT"], "What each is: rmtkd ls"),
+        (["compress", "digits", "--out", "OUT", "--target", "25"], "A share is written 25%params"),
+        (["export", "TEACHER", "--out", "OUT", "--data", "DATA"], "Add --recipe NAME: rmtkd ls"),
+        (["compress", "sst2", "--out", "OUT", "--model", "TEACHER", "--data", "START"], "Beside it: "),
         (["compress", "sst2", "--out", "OUT", "--model", "./nowhere"], "There is no folder './nowhere'"),
         (["compress", "sst2", "--out", "OUT", "--model", "TEACHER", "--data", "/nowhere"], "There is no such file"),
         (["plan", "sst2", "--out", "OUT", "--model", "TEACHER", "--data", "/nowhere"], "There is no such file"),
@@ -372,7 +410,7 @@ def test_env_tells_versions_and_machine(command: Command):
         (["evaluate", "./nowhere", "--recipe", "sst2"], "There is no folder"),
         (["compress", "sst2", "--out", "OUT", "--columns", "text"], "Got --columns for sst2"),
         (["plan", "qqp", "--out", "OUT", "--label", "label"], "Got --label for qqp"),
-        (["train", "text", "--out", "OUT", "--label", "label"], "must have rows. Got none"),
+        (["train", "text", "--out", "OUT", "--label", "label"], "--data rows.csv --columns TEXT --label LABEL"),
         (["compress", "text", "--out", "OUT", "--model", "TEACHER"], "must have rows. Got none"),
         (["evaluate", "TEACHER", "--recipe", "digits"], "head of the 10 classes"),
         (["evaluate", "TEACHER", "--recipe", "sst2", "--file", "/nowhere.parquet"], "There is no such file"),

@@ -206,7 +206,7 @@ def having(rows: dict[str, Any]) -> Callable[[Path], Path]:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda folder: None, "must have rows. Got none. Pass --data"),
+        (lambda folder: None, "must have rows. Got none. Pass a file"),
         (lambda folder: folder / "nowhere.csv", "There is no such file"),
         (having({"text": ["a"], "topic": ["plot"]}), "must have a column 'body'. It has text, topic"),
         (having({"body": ["a"], "label": ["plot"]}), "must have a column 'topic'. It has body, label"),

@@ -3,6 +3,8 @@
 import importlib.metadata
 import os
 import platform
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -15,13 +17,24 @@ PACKAGES = (*CORE, "onnx", "onnxscript", "onnxruntime", "openvino", "nncf", "exe
 
 def versions() -> dict[str, str]:
     """Versions of Python, of `rmtkd` and of what it rests on, where installed."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    found = {package: _version(package) for package in PACKAGES}
+    return {"python": platform.python_version()} | {name: version for name, version in found.items() if version}
+
+
+def extras() -> dict[str, tuple[str, ...]]:
+    """Of every extra of this installation, the packages that are missing."""
+    return {extra: tuple(name for name in names if not _version(name)) for extra, names in _required().items()}
+
+
+def environment_report() -> str:
+    """Versions, machine and extras, as Markdown for a bug report."""
+    told = {"accelerator": "none that torch sees", "CUDA of torch": str(torch.version.cuda), **versions(), **machine()}
+    lines = ["### Environment", "", *(f"- {name}: {value}" for name, value in told.items())]
+    lines += ["", "| extra | |", "|---|---|"]
+    for extra, missing in extras().items():
+        how = f"missing: {', '.join(missing)} (`pip install 'rmtkd[{extra}]'`)" if missing else "present"
+        lines.append(f"| {extra} | {how} |")
+    return "\n".join(lines)
 
 
 def machine() -> dict[str, str]:
@@ -63,6 +76,30 @@ def has_bf16(device: "torch.device | str") -> bool:
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _required() -> dict[str, list[str]]:
+    """Packages of every extra, as the installation says it; those of an extra that an extra names, too."""
+    try:
+        lines: Iterable[str] = importlib.metadata.requires("rmtkd") or ()
+    except importlib.metadata.PackageNotFoundError:  # run from its source
+        return {}
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        requirement, _, marker = line.partition(";")
+        extra, name = re.search(r"""extra == ['"](.+?)['"]""", marker), re.match(r"[\w.-]+", requirement)
+        if extra and name:
+            inner = re.search(r"\[(.+)\]", requirement)
+            names = [p for e in inner[1].split(",") for p in found.get(e, ())] if inner else [name[0]]
+            found.setdefault(extra[1], []).extend(names)
+    return found
 
 
 def _processor() -> str:

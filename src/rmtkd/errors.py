@@ -56,8 +56,8 @@ class RunError(RmtkdError, RuntimeError):
     """A run folder cannot be used as asked."""
 
 
-def check_choice(what: str, value: str, allowed: Iterable[str]) -> str:
-    """Return `value` if it is one of `allowed`.
+def check_choice(what: str, value: str, allowed: Iterable[str], then: str = "") -> str:
+    """Return `value` if it is one of `allowed`. `then` is what to do, where there is more to it than to choose.
 
     Raises:
         OptionError: naming the nearest allowed value.
@@ -67,7 +67,7 @@ def check_choice(what: str, value: str, allowed: Iterable[str]) -> str:
         return value
     near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.4)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise OptionError(f"{what} must be one of {', '.join(names)}. Got {value!r}.{hint}")
+    raise OptionError(f"{what} must be one of {', '.join(names)}. Got {value!r}.{hint}{then and f' {then}'}")
 
 
 _KINDS: dict[Any, tuple[type, str]] = {

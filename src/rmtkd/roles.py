@@ -78,7 +78,8 @@ def check_teacher(model: nn.Module, selection: Iterable[Batch], *, pieces: Piece
     if result.value <= chance + margin:
         raise DataError(
             f"the teacher must do better than chance. It has {result.value:.1%} of {result.n} selection rows right, "
-            f"always answering the commonest class {chance:.1%}. Train it first (`rmtkd train`), or check the labels."
+            f"always answering the commonest class {chance:.1%}. Check the labels, or "
+            "train it first:\nrmtkd train RECIPE --model PATH_OR_HUB_NAME --out TEACHER"
         )
     return result
 

@@ -22,17 +22,19 @@ def bench(
     """Run a benchmark of a clone of the source repository; what follows its name is its own: `rmtkd bench NAME --help`.
 
     \b
-    rmtkd bench
-    rmtkd bench vision run --model resnet56 --data DIR
+    $ rmtkd bench vision run --model resnet56 --data DIR
+    $ rmtkd bench
+    ablation     What every part of the method is worth, on the small ...
+    curve        Accuracy against parameters, from 50 % down to 5 %: ...
     """
     found = scripts()
     name, *its_own = words or ["--help"]
     if name == "--help":
         for known, script in found.items():
             said = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
-            say(f"{known:12} {said.partition(chr(10))[0]}")
+            say(f"{known:12} {' '.join(said.partition('. ')[0].partition(chr(10) * 2)[0].split()).rstrip('.')}.")
         return
-    check_choice("a benchmark", name, found)
+    check_choice("a benchmark", name, found, "What each is: rmtkd bench")
     sys.exit(subprocess.run([sys.executable, found[name], *its_own]).returncode)
 
 

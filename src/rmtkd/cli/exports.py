@@ -9,6 +9,7 @@ import typer
 
 from rmtkd.cli.console import app, log, out_console, say
 from rmtkd.cli.options import AsJson, Columns, Data, Label, MaxLength
+from rmtkd.errors import OptionError
 
 
 @app.command("export")
@@ -29,8 +30,11 @@ def export_model(
     """Write a model for another runtime, checked against PyTorch on rows and timed beside it.
 
     \b
-    rmtkd export runs/sst2/model --to onnx --recipe sst2 --data DIR --out runs/sst2/onnx
-    rmtkd export runs/sst2/model --to onnx --int8 --recipe sst2 --data DIR --out runs/sst2/onnx-int8
+    $ rmtkd export runs/sst2/model --int8 --recipe sst2 --data DIR --out ONNX
+    $ rmtkd export runs/digits/model --recipe digits --out runs/digits/onnx
+                 │  MB │ ms, 1 x 17 tokens │ difference │   same answers
+    PyTorch      │ 0.6 │       3.87 ± 3.05 │            │
+    ONNX Runtime │ 0.7 │       0.45 ± 0.05 │      5e-07 │ 100.00% of 316
     """
     from rmtkd import exports, recipes
     from rmtkd.recipes.checkpoints import load_any_classifier, load_tokenizer
@@ -39,7 +43,9 @@ def export_model(
     exports.check_free(out)
     if recipe is None:
         if data is not None:
-            raise typer.BadParameter("--data needs --recipe NAME, which says what the rows mean.")
+            raise OptionError(
+                "--data must come with --recipe, which says what the rows mean. Got none. Add --recipe NAME: rmtkd ls"
+            )
         network = load_any_classifier(model)
         log("checked on random tokens or images: name a --recipe to check on rows")
         record = exports.export(network, out, to=to, int8=int8, tokenizer=load_tokenizer(model, network))

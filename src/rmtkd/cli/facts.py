@@ -5,25 +5,39 @@ from rmtkd.cli.console import app, say
 
 @app.command("ls")
 def list_recipes() -> None:
-    """The tasks that come with rmtkd.
+    """The tasks that come with rmtkd, and what was measured on each, by which command.
 
     \b
-    rmtkd ls
+    $ rmtkd ls
+    digits   scikit-learn's 8 × 8 handwritten digits as 17 tokens: ...
+             measured: a BERT of three layers at 24.8% of the parameters, ...
+             by: rmtkd compress digits --out runs/digits --control
     """
     from rmtkd import recipes
 
     for name in recipes.names():
-        say(f"{name:8} {recipes.get(name).describe}")
+        task = recipes.get(name)
+        say(f"{name:11} {task.describe}")
+        if task.measured is None:
+            say(f"{'':11} not measured")
+        else:
+            say(f"{'':11} measured: {task.measured.line()}")
+            say(f"{'':11} by: {task.measured.command}")
 
 
 @app.command()
 def env() -> None:
-    """Versions and machine, to paste into a bug report.
+    """Versions, machine and extras as Markdown, to paste into a bug report.
 
     \b
-    rmtkd env
+    $ rmtkd env
+    ### Environment
+    - python: 3.11.7
+    - torch: 2.13.0+cpu
+    - bf16 matrix instructions: True
+    ...
+    | openvino | missing: nncf, openvino (`pip install 'rmtkd[openvino]'`) |
     """
-    from rmtkd.environment import machine, versions
+    from rmtkd.environment import environment_report
 
-    for name, value in {**versions(), **machine()}.items():
-        say(f"- {name}: {value}")
+    say(environment_report())

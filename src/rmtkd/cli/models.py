@@ -10,7 +10,7 @@ import typer
 
 from rmtkd.cli.console import app, log, log_console, out_console, say
 from rmtkd.cli.options import AsJson, Columns, Data, Device, Label, MaxLength, Model, Precision, RecipeName, Seed
-from rmtkd.errors import DataError
+from rmtkd.errors import DataError, OptionError
 
 
 @app.command()
@@ -30,10 +30,13 @@ def train(
     seed: Seed = 0,
     device: Device = "cpu",
 ) -> None:
-    """Train a teacher.
+    """Train a teacher: what is to be compressed, on the rows that the recipe trains on.
 
     \b
-    rmtkd train sst2 --model PATH_OR_HUB_NAME --data DIR --out teacher
+    $ rmtkd train sst2 --model PATH_OR_HUB_NAME --data DIR --out teacher
+    $ rmtkd train digits_cnn --out runs/digits-images-teacher
+    runs/digits-images-teacher: 42,874 parameters, accuracy 99.33% ± 0.38%,
+    macro F1 99.33% ± 0.38% (n = 450) on report rows
     """
     from rmtkd import recipes, reporting
     from rmtkd.progress import watcher
@@ -68,11 +71,14 @@ def evaluate(
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Accuracy and F1 of a model on labelled rows.
+    """Accuracy and F1 of a model on labelled rows, with the spread.
 
     \b
-    rmtkd evaluate runs/sst2/model --recipe sst2 --file rows.parquet --json
-    rmtkd evaluate runs/mine/model --recipe text --file rows.csv --columns text --label label
+    $ rmtkd evaluate runs/digits/model --recipe digits
+    accuracy 97.11% ± 0.79%, macro F1 97.19% ± 0.76% (n = 450)
+    $ rmtkd evaluate runs/digits/model --recipe digits --json
+    {"accuracy": {"value": 0.9711111111111111, "n": 450, "stderr": 0.0078...
+    $ rmtkd evaluate m --recipe text --file rows.csv --columns a,b --label c
     """
     from rmtkd import recipes, reporting
     from rmtkd.environment import check_device
@@ -88,7 +94,9 @@ def evaluate(
     else:
         rows = task.file_rows(file, source)
     if rows.labels is None:
-        raise DataError("rows that are evaluated must have labels. Got no --label. Name the column of labels.")
+        raise DataError(
+            "rows that are evaluated must have labels. Got no --label. Name the column of labels: --label COLUMN"
+        )
     result = {name: asdict(estimate) for name, estimate in quality(source.model.to(device), rows).items()}
     if as_json:
         sys.stdout.write(json.dumps(result) + "\n")
@@ -107,14 +115,21 @@ def check(
     """Try on a model what a compression would do to it, site by site. Exit code 1 if a site fails.
 
     \b
-    rmtkd check MY_CHECKPOINT
-    rmtkd check MY_CHECKPOINT --recipe sst2 --data DIR --json
+    $ rmtkd check MY_CHECKPOINT --recipe sst2 --data DIR --json
+    $ rmtkd check runs/digits-teacher
+    site              │ width │ full width │ cut to │     cut │ verdict
+    embeddings.word   │   128 │    4.1e-16 │     64 │ 1.8e-08 │ ok
+    layer.0.query_key │    32 │    3.6e-16 │     16 │ 1.9e-08 │ ok
+    ...
+    all 13 ok
     """
     from rmtkd import conformance, recipes
     from rmtkd.recipes.checkpoints import load_any_classifier
 
     if recipe is None and data is not None:
-        raise typer.BadParameter("--data needs --recipe NAME, which says what the rows mean.")
+        raise OptionError(
+            "--data must come with --recipe, which says what the rows mean. Got none. Add --recipe NAME: rmtkd ls"
+        )
     if recipe is None:
         verdicts = conformance.check(load_any_classifier(model))
     else:
@@ -136,7 +151,12 @@ def inspect(
     """Verify a model folder – every file, and the model by its self-test – and tell what it is.
 
     \b
-    rmtkd inspect runs/sst2/model
+    $ rmtkd inspect runs/digits/model
+    runs/digits/model: whole, and as it was written
+    - model: RmtkdBertForSequenceClassification, 160,666 parameters, 0.67 MB
+    - widths: embeddings.word 48, layer.0.heads 4, layer.0.head 8, ...
+    - self-test: answers differ by 0.0e+00 from the stored ones, of 0.001 allowed
+    ...
     """
     from rmtkd import artifact
 
@@ -156,7 +176,8 @@ def seal(
     """Vouch for files of a model folder that you have changed, such as the model card. The model itself stays.
 
     \b
-    rmtkd seal runs/sst2/model README.md
+    $ rmtkd seal runs/digits/model README.md
+    runs/digits/model: sealed, with README.md
     """
     from rmtkd import artifact
 

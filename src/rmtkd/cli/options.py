@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from rmtkd.cli.console import log
+from rmtkd.errors import OptionError
 
 RecipeName = Annotated[str, typer.Argument(help="The task: see `rmtkd ls`.")]
 Model = Annotated[str | None, typer.Option("--model", help="Model folder, or a name on the hub.")]
@@ -154,8 +155,15 @@ def tell_timing(target: str | None) -> None:
         log("the model's real shapes are timed on this machine, if they were not before: up to a minute")
 
 
-def needed(model: str | None) -> str:
-    """The model, which this command cannot do without."""
+def needed(model: str | None, recipe: str) -> str:
+    """The model, which this command cannot do without.
+
+    Raises:
+        OptionError: if there is none.
+    """
     if model is None:
-        raise typer.BadParameter("this recipe needs a trained model: pass --model PATH_OR_HUB_NAME.")
+        raise OptionError(
+            f"--model must be a trained classifier, for {recipe}. Got none. Pass its folder or hub name, or train one:"
+            f"\nrmtkd train {recipe} --model PATH_OR_HUB_NAME --out {recipe}-teacher"
+        )
     return model

@@ -91,15 +91,21 @@ def plan(
     stays as it was, widths changed by hand too.
 
     \b
-    rmtkd plan sst2 --model teacher --data DIR --out runs/sst2 --target 25%params
-    rmtkd plan runs/sst2 --target 20%params --keep layer.0.ffn=160
-    rmtkd plan runs/sst2 --out runs/published --policy paper
+    $ rmtkd plan sst2 --model teacher --data DIR --out p --target 25%params
+    $ rmtkd plan digits --model runs/digits-teacher --out runs/planned
+    site              │ kind      │ width │ signal │ above │ keep │    loss │
+    embeddings.word   │ linear    │   128 │      3 │    64 │   48 │ 0.00038 │
+    layer.0.ffn       │ pointwise │   512 │     12 │   255 │  160 │  0.0009 │
+    ...
+    before recovery: 160,666 of 648,202 parameters (24.8%), ...
+    $ rmtkd plan runs/planned --target 15%params --keep layer.0.ffn=96
+    before recovery: 95,866 of 648,202 parameters (14.8%), ...
     """
     from rmtkd import batches as batching
     from rmtkd import compression, recipes
     from rmtkd.checkpoint import RunFolder
     from rmtkd.environment import has_bf16
-    from rmtkd.errors import RunError
+    from rmtkd.errors import OptionError, RunError
     from rmtkd.forecast import forecast
     from rmtkd.levels import in_levels
     from rmtkd.progress import forecast_line
@@ -131,12 +137,12 @@ def plan(
         )
     task = recipes.get(recipe, columns=columns, label=label, max_length=max_length)
     if out is None:
-        raise typer.BadParameter("a folder for the plan is needed: pass --out FOLDER.")
+        raise OptionError(f"--out must be a folder for the plan. Got none. Pass --out FOLDER, such as runs/{recipe}.")
     options: dict[str, Any] = {**task.options, **shape, "seed": seed, "device": device}
     options |= given({"calibration_share": calibration_share, "epochs": epochs, "metric": metric})
     chosen = Options(**options)  # before anything takes time
     RunFolder.check_free(out)
-    source = task.load(needed(model), data)
+    source = task.load(needed(model, recipe), data)
     rows = task.rows(data, source, seed)
     log(rows.note)
     if trim_vocabulary:

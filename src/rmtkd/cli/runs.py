@@ -117,11 +117,16 @@ def compress(
     """Narrow a trained model and let it recover by self-distillation.
 
     \b
-    rmtkd compress sst2 --model teacher --data DIR --out runs/sst2 --epochs 2
-    rmtkd compress sst2 --model teacher --data DIR --out runs/sizes --target 50%params --target 25%params
-    rmtkd compress sst2 --model teacher --data DIR --out runs/sst2 --plan runs/sst2/plan.json
-    rmtkd compress digits --out runs/digits   (trains its own teacher first)
-    rmtkd compress text --model MY_CHECKPOINT --data rows.csv --columns text --label label --out runs/mine
+    $ rmtkd compress sst2 --model teacher --data DIR --out runs/sst2 --epochs 2
+    $ rmtkd compress sst2 --model t --data DIR --out o --target 9M --target 5M
+    $ rmtkd compress sst2 --model t --data DIR --out r --plan r/plan.json
+    $ rmtkd compress text --model M --data r.csv --columns a --label b --out o
+    $ rmtkd compress digits --out runs/digits   (trains its own teacher first)
+    parameters                         │        648,202 │        160,666 │   24.8%
+    accuracy, report rows (n = 450)    │ 96.89% ± 0.82% │ 97.11% ± 0.79% │ +0.22
+    accuracy, selection rows (n = 150) │ 97.33% ± 1.32% │ 96.00% ± 1.60% │ -1.33
+    1 round; stopped: target: 25%params reached
+    runs/digits/summary.json holds the record, runs/digits/model the model
     """
     from rmtkd import batches as batching
     from rmtkd import compression, recipes
@@ -201,7 +206,7 @@ def compress(
             with watcher(log_console) as on_event:
                 train_teacher(task, out=teacher_folder, seed=seed, device=device, on_event=on_event)
         model = str(teacher_folder)
-    model = needed(model)
+    model = needed(model, recipe)
     command = {
         "recipe": recipe,
         "model": str(Path(model).absolute()) if Path(model).exists() else model,
@@ -246,7 +251,8 @@ def resume(
     """Go on with a run that was stopped anywhere, to the same result.
 
     \b
-    rmtkd resume runs/sst2
+    $ rmtkd resume runs/digits
+    [    0.1 s] this run is finished: target: 25%params reached
     """
     from rmtkd import compression
     from rmtkd.checkpoint import RunFolder

@@ -51,7 +51,7 @@ class Target:
 
         Raises:
             OptionError: if the text is none of these, the share is not within (0, 100], the speed-up not within
-                [1, 10000], or the number is below 1.
+                [1, 10000], or the number is so small that a share was meant.
         """
         words = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text.strip().lower())
         if share := re.fullmatch(rf"{_NUMBER}\s*%\s*([a-z]+)", words):
@@ -66,8 +66,10 @@ class Target:
             return cls(cost=LATENCY, amount=1 / float(speed_up[1]), is_share=True)
         if number := re.fullmatch(rf"{_NUMBER}\s*([kmb]?)", words):
             amount = float(number[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[number[2]]
-            if amount < 1:
-                raise OptionError(f"--target must leave at least 1 parameter. Got {text!r}. A share is 25%params.")
+            if amount <= 100:
+                raise OptionError(
+                    f"--target must leave more than 100 parameters. Got {text!r}. A share is written 25%params."
+                )
             return cls(cost="params", amount=amount, is_share=False)
         raise OptionError(f"--target must be what remains, such as 25%params, 40%flops, 2.5x or 5M. Got {text!r}.")
 

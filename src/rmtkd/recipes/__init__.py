@@ -36,7 +36,7 @@ def get(name: str, *, columns: str | None = None, label: str | None = None, max_
     Raises:
         OptionError: naming the nearest, if there is none; or if it has no such option.
     """
-    check_choice("recipe", name, names())
+    check_choice("recipe", name, names(), "What each is: rmtkd ls")
     given = {"--columns": columns, "--label": label, "--max-length": max_length}
     allowed = {"text": set(given), **{image: set() for image in (*IMAGES, "digits")}}.get(name, {"--max-length"})
     if strangers := [option for option, value in given.items() if value is not None and option not in allowed]:

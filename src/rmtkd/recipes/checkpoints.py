@@ -39,7 +39,7 @@ def load_classifier(
         if missing:
             raise DataError(
                 f"--model must be a trained classifier. {path!r} lacks {len(missing)} of its weights, such as "
-                f"{missing[0]}. Train it first: rmtkd train."
+                f"{missing[0]}. Train it first:\nrmtkd train RECIPE --model {path} --out TEACHER"
             )
     config: Any = model.config
     if labels is not None and config.num_labels != len(labels):

@@ -18,6 +18,7 @@ from rmtkd.recipes.checkpoints import load_classifier
 from rmtkd.recipes.groups import SELECTION, part_of
 from rmtkd.recipes.images import BATCH, ImageRows, decode, preprocessor
 from rmtkd.recipes.recipe import Recipe, Rows, Source
+from rmtkd.recipes.results import MEASURED
 from rmtkd.recipes.tables import class_indices, read_columns
 
 LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -88,7 +89,7 @@ def load(path: str, data: Path | None = None) -> Source:
             raise DataError(
                 f"the published weights of {path} must be in a file {path}-*.th below --data. There is none. Fetch it "
                 "from the releases of akamaster/pytorch_resnet_cifar10, or train one: rmtkd train cifar10 --model "
-                f"{path}."
+                f"{path} --out TEACHER"
             )
         return source_of(published_weights(files[0]))
     if path.endswith(".th"):
@@ -210,6 +211,7 @@ CIFAR10 = Recipe(
     example=example,
     training=Recovery(lr=1e-3, weight_decay=5e-4),
     epochs=20.0,
+    measured=MEASURED["cifar10"],
     options={
         "target": "39%flops",
         "epochs": 5.0,

@@ -17,6 +17,7 @@ from rmtkd.errors import DataError
 from rmtkd.recipes.checkpoints import load_classifier
 from rmtkd.recipes.images import ImageRows, preprocessor
 from rmtkd.recipes.recipe import Recipe, Rows, Source
+from rmtkd.recipes.results import MEASURED
 from rmtkd.recipes.rows import TokenRows, synthetic_batch
 from rmtkd.recipes.tables import class_indices, read_columns
 
@@ -170,6 +171,7 @@ DIGITS = Recipe(
     example=example,
     training=Recovery(lr=1e-3, average=0.999),
     epochs=24.0,
+    measured=MEASURED["digits"],
     needs_no_checkpoint=True,
     options={"target": "25%params", "epochs": 5.0, "recovery": Recovery(lr=1e-3)},
 )
@@ -184,6 +186,7 @@ DIGITS_CNN = Recipe(
     example=image_example,
     training=Recovery(lr=3e-3),
     epochs=6.0,
+    measured=MEASURED["digits_cnn"],
     needs_no_checkpoint=True,
     options={"target": "40%flops", "epochs": 3.0, "multiple_of": 4, "recovery": Recovery(lr=2e-3)},
 )

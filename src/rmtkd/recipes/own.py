@@ -69,7 +69,10 @@ def find_files(data: Path | None) -> dict[str, Path]:
         DataError: if it is not clear which file has which role.
     """
     if data is None:
-        raise DataError("the recipe text must have rows. Got none. Pass --data, a file or a folder of files.")
+        raise DataError(
+            "the recipe text must have rows. Got none. Pass a file or a folder of files, and what its columns are: "
+            "--data rows.csv --columns TEXT --label LABEL"
+        )
     if not data.is_dir():
         return {"train": data}
     found: dict[str, Path] = {}
@@ -146,7 +149,9 @@ def start(columns: Sequence[str], label: str | None, path: str | None, seed: int
         DataError: if there are no labels, or fewer than two classes.
     """
     if label is None:
-        raise DataError("a teacher must be trained on labelled rows. Got no --label. Name the column of labels.")
+        raise DataError(
+            "a teacher must be trained on labelled rows. Got no --label. Name the column of labels: --label COLUMN"
+        )
     file = find_files(data)["train"]
     *_, values = read_columns(file, columns, label)
     classes = [str(value) for value in sorted(set(values))]

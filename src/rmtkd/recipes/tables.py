@@ -1,5 +1,6 @@
 """Columns of a user's table: parquet, CSV, TSV or JSON lines."""
 
+import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,14 @@ def read_columns(
     import pyarrow as pa
 
     if not path.is_file():
-        raise DataError(f"the rows must be in {path}. There is no such file. Check --data or --file.")
+        near = (
+            sorted(file.name for file in path.parent.iterdir() if file.suffix in KINDS) if path.parent.is_dir() else []
+        )
+        beside = f" Beside it: {', '.join(near[:5])}." if near else ""
+        raise DataError(
+            f"the rows must be in {path}. There is no such file.{beside} Check --data or --file; your own files are "
+            "for the recipe text: rmtkd compress text --data FILE --columns TEXT --label LABEL"
+        )
     if path.suffix not in KINDS:
         raise DataError(f"a file of rows must end in {', '.join(KINDS)}. Got {path.name}. Convert or rename it.")
     names = [*columns, *([] if label is None else [label])]
@@ -41,9 +49,11 @@ def read_columns(
         ) from None
     for name in names:
         if table.column_names.count(name) != 1:
+            near = difflib.get_close_matches(name, table.column_names, n=1, cutoff=0.6)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
             raise DataError(
-                f"{path} must have a column {name!r}. It has {', '.join(table.column_names)}. Choose others, "
-                "or rename one."
+                f"{path} must have a column {name!r}. It has {', '.join(table.column_names)}.{hint} Rename one, or "
+                "name yours, which the recipe text takes: --columns TEXT[,SECOND] --label LABEL"
             )
     return [_filled(table[name], name, path, is_label=name == label, binary=binary) for name in names]
 

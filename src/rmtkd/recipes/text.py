@@ -13,6 +13,7 @@ from rmtkd.errors import DataError
 from rmtkd.recipes.checkpoints import load_classifier, start_classifier
 from rmtkd.recipes.groups import Grouping, Roles, Texts, assign, by_shared_texts
 from rmtkd.recipes.recipe import Recipe, Rows, Source
+from rmtkd.recipes.results import MEASURED
 from rmtkd.recipes.rows import TokenRows, synthetic_batch
 from rmtkd.recipes.tables import class_indices, read_columns
 
@@ -217,7 +218,10 @@ def start_text_classifier(path: str | None, labels: Sequence[str], seed: int) ->
         DataError: if no checkpoint is named.
     """
     if path is None:
-        raise DataError("a text teacher must start from a checkpoint. Got none. Pass --model PATH_OR_HUB_NAME.")
+        raise DataError(
+            "a text teacher must start from a checkpoint. Got none. Pass --model PATH_OR_HUB_NAME, such as "
+            "--model google-bert/bert-base-uncased"
+        )
     return start_classifier(path, labels, seed)
 
 
@@ -238,6 +242,7 @@ def text_recipe(name: str, describe: str, task: TextTask) -> Recipe:
         rows=partial(load_rows, task),
         file_rows=partial(file_rows, task),
         example=partial(example, task.length),
+        measured=MEASURED.get(name),
         **TEACHING,
     )
 

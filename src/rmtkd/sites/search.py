@@ -35,8 +35,8 @@ def find_family(model: nn.Module) -> EncoderFamily:
             _check_config(model, class_name)
             return family
     raise UnsupportedModelError(
-        f"the model must be one of: {supported}. Got {class_name}, whose widths rmtkd does not know. Nothing was "
-        "changed."
+        f"the model must be one of: {supported}. Got {class_name}, whose widths rmtkd does not know. Say in Python "
+        "where they are (rmtkd.sites), or choose one of these; `rmtkd check MODEL` tries it. Nothing was changed."
     )
 
 
@@ -236,12 +236,12 @@ def _check_config(model: nn.Module, class_name: str) -> None:
         head = problem or "regression (one output)"
         raise UnsupportedModelError(
             f"the head must be single-label classification. This {class_name} has problem type {head}, for which "
-            "recovery has no loss. Nothing was changed."
+            "recovery has no loss. Choose a checkpoint with at least two classes; nothing was changed."
         )
     if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
         raise UnsupportedModelError(
-            f"the encoder must be bidirectional without cross-attention. This {class_name} is a decoder. Nothing was "
-            "changed."
+            f"the encoder must be bidirectional without cross-attention. This {class_name} is a decoder. Set "
+            "is_decoder and add_cross_attention to False if it is used as an encoder; nothing was changed."
         )
 
 
