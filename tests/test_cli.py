@@ -1,7 +1,9 @@
 """The command line does what it promises, and says what is wrong in one message without a trace behind."""
 
+import html
 import json
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -73,6 +75,14 @@ def test_from_training_to_evaluation(sentiment: Sentiment, command: Command, tmp
     assert code == 0
     record = json.loads(told)
     assert record == json.loads((out / "summary.json").read_text())
+    words = [str(word) for word in ("rmtkd", *compress, "--json")]
+    assert json.loads((out / "config.json").read_text())["command"]["words"] == words
+    assert html.escape(shlex.join(words), quote=False) in (out / "report.html").read_text()
+    code, told, _ = command("report", out, "--out", out / "other.html")
+    assert code == 0 and told.strip() == str(out / "other.html")
+    assert (out / "other.html").read_text() == (out / "report.html").read_text()
+    code, _, log = command("report", out / "model")
+    assert code == 2 and f"rmtkd report {out}" in log
     assert record["compressed"]["parameters"] == planned["predicted"]["params"]
     assert "stopped: target" in log
 

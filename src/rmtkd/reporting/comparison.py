@@ -113,8 +113,8 @@ def _by_size(model: Model) -> Point:
 
 
 def _by_time(model: Model, is_one: bool) -> Point:
-    """Where all runs began with one model, times are held against its time as each run measured it: the machine may have
-    been slower in one of them."""
+    """Where all runs began with one model, times are held against its time as each run measured it: the machine may
+    have been slower in one of them."""
     latency = model.cost["latency_ms"]
     whole = model.record["baseline"]["latency_ms"]["median"] if is_one else 1.0
     median, half = latency["median"] / whole, latency["iqr"] / 2 / whole

@@ -24,7 +24,8 @@ def element(name: str, /, *children: Child, **attributes: Any) -> Html:
         attributes: `class_` is `class`, `stroke_width` is `stroke-width`. None and False leave an attribute out, True
             gives it without a value; floats are written to a tenth, which is a tenth of a pixel.
     """
-    written = "".join(_attribute(key, value) for key, value in attributes.items() if value not in (None, False))
+    given = {key: value for key, value in attributes.items() if value is not None and value is not False}
+    written = "".join(_attribute(key, value) for key, value in given.items())
     if name in VOID:
         return Html(f"<{name}{written}>" if name in ("meta", "br", "wbr") else f"<{name}{written}/>")
     return Html(f"<{name}{written}>{join(children)}</{name}>")
