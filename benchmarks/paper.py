@@ -7,10 +7,10 @@ in `--cache`.
 """
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
@@ -21,13 +21,16 @@ import torch
 from torch import nn
 
 import rmtkd
-from records import cell, print_event, publish, spread
+from packed import unpack
+from paper_table import table
+from records import cell, print_event, publish
 from rmtkd import batches as batching
 from rmtkd import recipes
 from rmtkd.checkpoint import new_folder
 from rmtkd.distillation import Recovery
 from rmtkd.energy import Counter, Metered, measure_energy
 from rmtkd.environment import has_bf16
+from rmtkd.interruption import interruptible
 from rmtkd.measurement import evaluation, measure, quality, time_forward
 from rmtkd.memory import held_bytes
 from rmtkd.modules import randomize
@@ -35,11 +38,11 @@ from rmtkd.recipes.checkpoints import save_classifier
 from rmtkd.recipes.recipe import Source
 from rmtkd.sites import encoder_of
 from rmtkd.surgery import tensors_of
-from rmtkd.training import Phase
+from rmtkd.training import Phase, PhaseState
 
 RESULTS = Path(__file__).parent / "results"
-COMPARABLE = ("teacher", "published", "same-size")
-"""Parts of a table that something published stands beside."""
+SAVE_EVERY = 60.0
+"""Seconds between two saves of where the training of a teacher stands."""
 BATCH = 32
 """Rows at which throughput, memory and energy are measured, beside latency at one."""
 
@@ -85,6 +88,7 @@ class Bench:
     Attributes:
         name: of the table.
         settings: options of `rmtkd.compress` by name; the target may be a function of the entry.
+        prepared: folder of packed rows (`parts.py`), in place of the data's.
     """
 
     name: str
@@ -97,6 +101,7 @@ class Bench:
     device: str
     pretrained: str | None = None
     meter: Counter | None = None
+    prepared: Path | None = None
 
     def run(self, entry: Entry) -> None:
         """All cells of an entry."""
@@ -137,6 +142,8 @@ class Work:
 
     def rows(self, source: Source) -> Any:
         """The rows by role."""
+        if self.bench.prepared is not None:
+            return unpack(self.bench.prepared / self.entry.key, self.bench.seed)
         return self.recipe.rows(self.bench.data, source, self.bench.seed)
 
 
@@ -145,16 +152,19 @@ class Passed(Exception):
 
 
 def train(work: Work) -> dict[str, Any]:
-    """The teacher: from its start until selection rows pass the threshold, or the epochs are over."""
+    """The teacher: from its start until selection rows pass the threshold, or the epochs are over. After Ctrl-C the
+    next call goes on at the same step."""
     entry, bench = work.entry, work.bench
     if entry.start is None:
         source = work.recipe.start(bench.pretrained, bench.seed, bench.data)
     else:
         source = entry.start(bench.data, bench.seed)
     rows, recovery = work.rows(source), entry.training or work.recipe.training
-    student, passes, seen = source.model.to(bench.device), len(rows.train), []
+    student, passes = source.model.to(bench.device), len(rows.train)
+    standing, saved = bench.cache / f"{work.folder.name}-teacher.pt", time.monotonic()
 
     def between(phase: Phase) -> None:
+        nonlocal saved
         step = len(phase.losses)
         print_event({"event": "step", "step": step, "loss": phase.losses[-1]})
         if step % passes == 0 and step < phase.steps:
@@ -162,8 +172,14 @@ def train(work: Work) -> dict[str, Any]:
                 seen.append(quality(student, rows.selection)["accuracy"].value)
             print(f"epoch {step // passes}: {seen[-1]:.4f} of selection rows", flush=True)
             student.train()
-            if seen[-1] >= entry.threshold:
-                raise Passed
+        is_passed = bool(seen) and seen[-1] >= entry.threshold
+        if asked.stop or is_passed or step == phase.steps or time.monotonic() - saved > SAVE_EVERY:
+            leave(phase, seen, standing)
+            saved = time.monotonic()
+        if asked.stop:
+            raise KeyboardInterrupt
+        if is_passed:
+            raise Passed
 
     torch.manual_seed(bench.seed)
     phase = Phase(
@@ -173,15 +189,22 @@ def train(work: Work) -> dict[str, Any]:
         recovery=recovery,
         precision="bf16" if has_bf16(bench.device) else "fp32",
     )
+    seen = go_on(phase, standing)
     try:
-        phase.run(between)
+        if seen and seen[-1] >= entry.threshold:
+            raise Passed
+        with interruptible() as asked:
+            phase.run(between)
     except Passed:
         if phase.average:
-            phase.average.apply()
+            with torch.no_grad():
+                phase.average.apply()
     shutil.rmtree(work.folder, ignore_errors=True)  # runs of an earlier teacher, or one half written
     work.folder.mkdir(parents=True)
     with new_folder(work.folder / "teacher") as partial_folder:
         save_classifier(source, partial_folder)
+    found = measures(work, source.model, rows, work.folder / "teacher")
+    standing.unlink(missing_ok=True)
     return {
         "start": "random" if entry.start else "pretrained",
         "training": asdict(recovery),
@@ -190,8 +213,25 @@ def train(work: Work) -> dict[str, Any]:
         "selection_by_epoch": seen,
         "rows": rows.note,
         "losses": phase.losses[:: max(1, len(phase.losses) // 200)],
-        **measures(work, source.model, rows, work.folder / "teacher"),
+        **found,
     }
+
+
+def leave(phase: Phase, seen: Sequence[float], path: Path) -> None:
+    """Save where the training of a teacher stands, by one rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state, half = phase.state(), path.with_suffix(".partial")
+    torch.save({"tensors": state.tensors, "facts": state.facts, "seen": list(seen)}, half)
+    half.replace(path)
+
+
+def go_on(phase: Phase, path: Path) -> list[float]:
+    """Go back to what was left, if anything was; the selection accuracies until there."""
+    if not path.exists():
+        return []
+    found = torch.load(path, map_location="cpu", weights_only=True)
+    phase.restore(PhaseState(tensors=found["tensors"], facts=found["facts"]))
+    return found["seen"]
 
 
 def compress(work: Work, setting: str) -> dict[str, Any]:
@@ -278,69 +318,6 @@ def _peak() -> int:
     """The most memory that this process held since the peak began anew; what `getrusage` says includes its parent's."""
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return 1024 * int(line.split()[1])
-
-
-def table(results: Path, published: Mapping[str, Mapping[str, Any]], reasons: Mapping[str, str]) -> str:
-    """Published against measured, row by row, as Markdown.
-
-    Args:
-        results: folder of the records.
-        published: by network: its parameters, accuracy against its own baseline, speed-up.
-        reasons: why a row differs, by `network-part`, or by network.
-    """
-    lines = [
-        "| scale | network | task | part | parameters, of all (encoder) | published | report accuracy | F1 | against "
-        "teacher | published | latency at 1 | speed-up | published | rows a second | memory | energy at 1 | reason |",
-        "|---|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|",
-    ]
-    found = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
-    teachers = {(r["scale"], r["network"], r["task"], r["seed"]): r for r in found if r["part"] == "teacher"}
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for record in found:
-        groups.setdefault((record["scale"], record["network"], record["task"], record["part"]), []).append(record)
-    order = sorted(groups.items(), key=lambda item: (*item[0][:3], item[0][3] != "teacher", item[0][3]))
-    for (scale, network, task, part), cells in order:
-        paired = [(record, teachers.get((scale, network, task, record["seed"]))) for record in cells]
-        lines.append("| " + " | ".join(_line(scale, network, task, part, paired, published, reasons)) + " |")
-    return "\n".join(lines)
-
-
-def _line(
-    scale: str, network: str, task: str, part: str, paired: Sequence[Any], published: Any, reasons: Any
-) -> list[str]:
-    said = published.get(network, {}) if part in COMPARABLE else {}
-    first = paired[0][0]
-    is_teacher = part == "teacher"
-
-    def mean(of: Callable[[Any, Any], float | None], form: str) -> str:
-        values = [value for pair in paired if pair[1] is not None and (value := of(*pair)) is not None]
-        return spread(values, form) if values else "–"
-
-    share = mean(lambda r, t: 100 * (r["cost"]["parameters"] / t["cost"]["parameters"] - 1), "+.1f")
-    encoder = first["cost"]["parameters_encoder"]
-    counted = f"{first['cost']['parameters']:,}" + (f" ({encoder:,})" if encoder else "")
-    energy = first["energy_at_1"]
-    return [
-        scale,
-        network,
-        task,
-        part + (f" ({len(paired)} seeds)" if len(paired) > 1 else ""),
-        counted if is_teacher else f"{counted}: {share} %",
-        str(said.get("parameters", "")) if is_teacher else str(said.get("reduction", "")),
-        mean(lambda r, t: 100 * r["accuracy"]["value"], ".2f") + " %",
-        mean(lambda r, t: 100 * r["f1"]["value"], ".2f") + " %",
-        "" if is_teacher else mean(lambda r, t: 100 * (r["accuracy"]["value"] - t["accuracy"]["value"]), "+.2f"),
-        "" if is_teacher else str(said.get("accuracy", "")),
-        mean(lambda r, t: r["latency_at_1_ms"]["median"], ".2f") + f" ms (IQR {first['latency_at_1_ms']['iqr']:.2f})",
-        ""
-        if is_teacher
-        else mean(lambda r, t: t["latency_at_1_ms"]["median"] / r["latency_at_1_ms"]["median"], ".2f") + "×",
-        "" if is_teacher else str(said.get("speed_up", "")),
-        mean(lambda r, t: r["rows_per_second"]["median"], ",.0f"),
-        "–" if first["memory_bytes"] is None else f"{first['memory_bytes'] / 1e6:,.0f} MB",
-        f"{energy['joules']:.3g} J" if energy["joules"] else f"none: {energy['reason']}",
-        reasons.get(f"{network}-{part}", reasons.get(network, "")),
-    ]
 
 
 def main(

@@ -3,15 +3,21 @@ published beside measured."""
 
 import importlib
 import json
+import signal
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from conftest import random_rows, tiny_bert
+from rmtkd import recipes
+from rmtkd.errors import DataError
+from rmtkd.recipes.recipe import Rows
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -102,3 +108,131 @@ def test_the_ablation_changes_one_thing_at_a_time(tmp_path: Path) -> None:
     each = [record["divergence"] / record["directions"] for record in (dropped, kept)]
     assert 0 < 2 * each[0] < each[1]  # even the weakest of the kept directions are worth more than those that go
     assert "| causal: projected out |" in done.stdout and "| threshold | seeds |" in done.stdout
+
+
+def test_a_shift_is_measured_on_the_same_rows_and_clean_rows_lose_nothing(tmp_path: Path) -> None:
+    words = ["--scale", "tiny", "--tasks", "digits_cnn", "--cache", tmp_path / "cache"]
+    command = [sys.executable, BENCHMARKS / "shift.py", *words, "--results", tmp_path / "results"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    records = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "results").iterdir()}
+    seen = [records[f"tiny-digits_cnn-domains-{which}-seed0"] for which in ("own", "other", "mixed")]
+    assert len({record["closed form"]["accuracy"]["value"] for record in seen}) == 3  # three cuts
+    clean, fog = records["tiny-digits_cnn-corruptions-fog-seed0"]["shifts"]
+    for name, model in clean["models"].items():
+        assert model["loss"]["value"] == 0 == model["beyond"]["value"]
+        lost = model["accuracy"]["value"] - fog["models"][name]["accuracy"]["value"]
+        assert fog["models"][name]["loss"]["value"] == pytest.approx(lost)
+    assert fog["models"]["teacher"]["loss"]["value"] > 0.1 and fog["models"]["teacher"]["divergence"]["value"] == 0
+    assert "| digits_cnn | fog, 3 | own, own rows | 1 |" in done.stdout
+
+
+@pytest.fixture
+def corruptions(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("corruptions")
+
+
+def test_images_are_spoiled_the_more_the_higher_the_severity_and_always_alike(corruptions: Any) -> None:
+    rng = np.random.default_rng(0)
+    images = np.clip(rng.integers(60, 200, (24, 8, 8, 3)).repeat(4, 1).repeat(4, 2), 0, 255).astype(np.uint8)
+    for kind in corruptions.CORRUPTIONS:
+        made = [corruptions.corrupted(images, kind, severity, 0) for severity in corruptions.SEVERITIES]
+        assert all(each.shape == images.shape and each.dtype == np.uint8 for each in made)
+        slight, _, strong = (np.abs(each.astype(int) - images).mean() for each in made)
+        assert 0 < slight < strong, kind
+        assert np.array_equal(made[0], corruptions.corrupted(images, kind, 1, 0))
+    flat = np.full((2, 8, 8, 3), 100, dtype=np.uint8)
+    for kind in ("gaussian blur", "defocus blur", "motion blur", "contrast", "pixelate"):
+        assert np.array_equal(corruptions.corrupted(flat, kind, 5, 0), flat), kind  # weights add up to one
+
+
+def test_as_many_letters_are_mistyped_as_asked_for(corruptions: Any) -> None:
+    text = "abcdefghij klmnopqrst uvwxyz " * 400
+    (same,) = corruptions.mistyped([text], 0.0, 0)
+    assert same == text
+    letters = sum(map(str.isalpha, text))
+    for kind, change in (("drop", -1), ("double", 1)):
+        (made,) = corruptions.mistyped([text], 0.1, 0, [kind])
+        assert change * (len(made) - len(text)) / letters == pytest.approx(0.1, abs=0.01)
+    (made,) = corruptions.mistyped([text], 0.1, 0, ["neighbour"])
+    pairs = [(a, b) for a, b in zip(text, made, strict=True) if a != b]
+    assert len(pairs) / letters == pytest.approx(0.1, abs=0.01)
+    assert all(b in corruptions.NEIGHBOURS[a] and a in corruptions.NEIGHBOURS[b] for a, b in pairs)
+    (made,) = corruptions.mistyped([text], 0.1, 0, ["swap"])
+    assert sorted(made) == sorted(text) and made != text
+    assert corruptions.mistyped([text], 0.1, 0) == corruptions.mistyped([text], 0.1, 0)
+
+
+def test_parts_end_when_time_is_over_and_the_next_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    parts = importlib.import_module("parts")
+    parts.prepare("paper-vision", "tiny", None, None, tmp_path / "parts")
+
+    def part(minutes: float) -> bool:
+        given = Namespace(minutes=minutes, settings=[], seeds=[0], device="cpu", work=tmp_path / "work")
+        given.results = tmp_path / "results"
+        return parts.run(tmp_path / "parts", given)
+
+    assert not part(0.01)
+    assert part(9.0)
+    logs = [json.loads(path.read_text()) for path in sorted((tmp_path / "results" / "parts").iterdir())]
+    teacher = "tiny-digits-digits_cnn-teacher-seed0.json"
+    assert [log["records"] for log in logs] == [[], [teacher]]
+    assert all((log["energy"]["joules"] is None) == ("reason" in log["energy"]) for log in logs)
+    assert json.loads((tmp_path / "results" / teacher).read_text())["accuracy"]["value"] > 0.5
+
+
+def test_a_teacher_that_was_left_is_the_one_that_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    paper, packed, vision = (importlib.import_module(name) for name in ("paper", "packed", "paper_vision"))
+    monkeypatch.setattr(paper, "measures", lambda *_: {})
+    (entry,) = vision.SCALES["tiny"]
+    rows = recipes.get(entry.task).rows(None, entry.start(None, 0), 0)
+    packed.pack(rows, tmp_path / "parts" / entry.key, largest=200_000)
+    read = packed.unpack(tmp_path / "parts" / entry.key, 0)
+    for role in packed.ROLES:
+        for mine, theirs in zip(getattr(read, role), getattr(rows, role), strict=True):
+            assert mine.keys() == theirs.keys()
+            assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert len(list((tmp_path / "parts" / entry.key).glob("train-*.npz"))) > 1
+
+    def losses(cache: str) -> list[float]:
+        bench = paper.Bench(
+            name="paper-vision",
+            scale="tiny",
+            settings={},
+            data=None,
+            prepared=tmp_path / "parts",
+            cache=tmp_path / cache,
+            results=tmp_path,
+            seed=0,
+            device="cpu",
+        )
+        return paper.train(paper.Work(bench=bench, entry=entry))["losses"]
+
+    whole = losses("whole")
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["step"] == 7:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(paper, "print_event", stop)
+        losses("left")
+    assert losses("left") == whole
+    assert not list((tmp_path / "left").glob("*.pt"))
+
+
+def test_packed_texts_are_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    packed = importlib.import_module("packed")
+    rows = Rows(train=random_rows(shuffle=True), selection=random_rows(seed=1), report=random_rows(seed=2), note="a")
+    packed.pack(rows, tmp_path / "rows")
+    read = packed.unpack(tmp_path / "rows", 0)
+    for role in packed.ROLES:
+        for mine, theirs in zip(getattr(read, role), getattr(rows, role), strict=True):
+            assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    (tmp_path / "rows" / "report-0.npz").unlink()
+    with pytest.raises(DataError, match="lacks report-0"):
+        packed.unpack(tmp_path / "rows", 0)
