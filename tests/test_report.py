@@ -135,6 +135,10 @@ def numbers_of(cost: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def faster(ratio: float) -> str:
+    return f"{ratio:.2f}× faster" if ratio >= 1 else f"{1 / ratio:.2f}× slower"
+
+
 def test_every_number_of_the_result_is_the_record_s(run: Path):
     record = json.loads((run / "summary.json").read_text())
     page = read(run / "report.html")
@@ -146,7 +150,7 @@ def test_every_number_of_the_result_is_the_record_s(run: Path):
     timed = next(row for name, row in cells.items() if name.startswith("latency"))
     assert timed == [
         *("{:.1f} ms (IQR {:.1f})".format(latency["median"], latency["iqr"]) for latency in (slow, fast)),
-        "%.2f× faster" % (slow["median"] / fast["median"]),
+        faster(slow["median"] / fast["median"]),
     ]
     share = record["compressed"]["parameters"] / record["baseline"]["parameters"]
     assert cells["parameters"][2] == "%.1f%%" % (100 * share)
@@ -165,7 +169,7 @@ def test_every_round_stands_there_with_size_accuracy_and_latency(run: Path):
         assert found["after recovery"] == "%.2f%%" % (100 * done["accuracy"])
         assert found["steps"] == str(done["steps"])
         own, untouched = done["latency_ms"]["median"], done["latency_ms_untouched"]["median"]
-        assert found["latency"].startswith(f"{own:.1f} ms") and "%.2f×" % (untouched / own) in found["latency"]
+        assert found["latency"].startswith(f"{own:.1f} ms") and faster(untouched / own) in found["latency"]
         assert done["losses"][-1][0] == done["steps"]
 
 

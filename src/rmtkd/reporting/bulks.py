@@ -42,7 +42,7 @@ def spectrum_picture(key: str, site: SitePlan, spectrum: Spectrum, widths: Mappi
         _histogram(frame, values),
         _law(frame, values, law, site),
         _directions(frame, values, stays),
-        _edge(frame, edge) if edge > 0 else None,
+        _edge(frame, edge, _edge_words(site)) if edge > 0 else None,
     ]
     told = (
         f"{numbers.count(len(values))} eigenvalues from {numbers.small(float(values[0]))} down to "
@@ -69,7 +69,8 @@ def bulk_sentence(site: SitePlan) -> str:
     """What the edge is worth: whether noise explains what lies below."""
     if site.edge == 0:
         return " ".join(site.remarks) or "There is no edge here."
-    where = f"Edge {numbers.small(site.edge)}" + (f" × {site.multiplier:.3g}" if site.multiplier != 1 else "")
+    factor = "" if site.multiplier == 1 else f", moved by the factor {numbers.small(site.multiplier)} for the target"
+    where = f"Edge {numbers.small(site.edge)}{factor}"
     if site.misfit:
         return f"{where}. KS {site.ks:.2f}: no bulk of noise fits here, so the edge is only a threshold on a quantile."
     return f"{where}. KS {site.ks:.2f}: noise explains what lies below."
@@ -155,11 +156,16 @@ def _across(frame: Frame, values: Float[np.ndarray, " count"]) -> Scale:
     return Scale(low=0, high=max(1.0, 1.1 * float(_counts(frame, values)[0].max())), start=MIDDLE, end=RIGHT)
 
 
-def _edge(frame: Frame, edge: float) -> list[Html]:
+def _edge_words(site: SitePlan) -> str:
+    """The edge that counts: a target may move all edges by one factor."""
+    return "edge" if site.multiplier == 1 else f"edge × {numbers.small(site.multiplier)}"
+
+
+def _edge(frame: Frame, edge: float, words: str) -> list[Html]:
     y = frame.y(edge)
     return [
         element("line", x1=LEFT, x2=RIGHT, y1=y, y2=y, class_="edge"),
-        text(RIGHT, y - 4 if y > TOP + 12 else y + 11, "edge", "tick end edge-word"),
+        text(RIGHT, y - 4 if y > TOP + 12 else y + 11, words, "tick end edge-word"),
     ]
 
 

@@ -42,6 +42,12 @@ def ratio_of(slow: Mapping[str, Any], fast: Mapping[str, Any]) -> str:
     return f"{slow['median'] / fast['median']:.2f}×"
 
 
+def faster(slow: Mapping[str, Any], fast: Mapping[str, Any]) -> str:
+    """The same in words, also where it is slower."""
+    is_slower = fast["median"] > slow["median"]
+    return f"{ratio_of(fast, slow)} slower" if is_slower else f"{ratio_of(slow, fast)} faster"
+
+
 def batch_of(latency: Mapping[str, Any]) -> str:
     """The batch that was timed: rows, positions where rows have several, and threads."""
     positions = f" × {latency['length']}" if latency["length"] > 1 else ""

@@ -72,7 +72,7 @@ def _cost_rows(record: Mapping[str, Any]) -> list[Row]:
             f"latency, batch {numbers.batch_of(slow)}",
             numbers.spread_of(slow),
             numbers.spread_of(fast),
-            f"{numbers.ratio_of(slow, fast)} faster",
+            numbers.faster(slow, fast),
         ),
         Row(
             "disk",
@@ -196,7 +196,7 @@ def _round_latency(done: Round) -> str:
     if done.latency_ms is None or done.latency_ms_untouched is None:
         return "–"
     own, untouched = vars(done.latency_ms), vars(done.latency_ms_untouched)
-    return f"{numbers.spread_of(own)}, {numbers.ratio_of(untouched, own)} faster"
+    return f"{numbers.spread_of(own)}, {numbers.faster(untouched, own)}"
 
 
 def quality_line(quality: Mapping[str, Any], classes: int) -> str:
