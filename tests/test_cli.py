@@ -78,13 +78,14 @@ def test_from_training_to_evaluation(sentiment: Sentiment, command: Command, tmp
     words = [str(word) for word in ("rmtkd", *compress, "--json")]
     assert json.loads((out / "config.json").read_text())["command"]["words"] == words
     assert html.escape(shlex.join(words), quote=False) in (out / "report.html").read_text()
+    assert record["compressed"]["parameters"] == planned["predicted"]["params"]
+    assert "stopped: target" in log
+
     code, told, _ = command("report", out, "--out", out / "other.html")
     assert code == 0 and told.strip() == str(out / "other.html")
     assert (out / "other.html").read_text() == (out / "report.html").read_text()
     code, _, log = command("report", out / "model")
     assert code == 2 and f"rmtkd report {out}" in log
-    assert record["compressed"]["parameters"] == planned["predicted"]["params"]
-    assert "stopped: target" in log
 
     rows = write_sentiment_rows(tmp_path / "rows.parquet", 40, seed=5)
     code, told, _ = command("evaluate", out / "model", "--recipe", "sst2", "--file", rows, "--json")

@@ -1,24 +1,12 @@
 """What the commands share: where they are registered, where they print, and what ends them."""
 
 import sys
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import typer
 from rich.console import Console
-from typer.core import TyperGroup
-
-
-class Remembering(TyperGroup):
-    """Commands that can tell by which words they were called: see `words_of`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Keep the words, then read them."""
-        ctx.meta["rmtkd.words"] = ["rmtkd", *args]
-        return super().parse_args(ctx, args)
-
 
 app = typer.Typer(
-    cls=Remembering,
     help="Make a trained model several times smaller and faster, dense and as accurate, with the evidence.",
     no_args_is_help=True,
     add_completion=False,
@@ -29,9 +17,9 @@ out_console = Console(width=None if sys.stdout.isatty() else 120)  # a pipe has 
 log_console = Console(stderr=True)
 
 
-def words_of(ctx: typer.Context) -> list[str]:
-    """The command line that led here, word by word."""
-    return list(ctx.meta["rmtkd.words"])
+def command_line() -> list[str]:
+    """The words by which this process was called."""
+    return ["rmtkd", *sys.argv[1:]]
 
 
 def say(text: str) -> None:

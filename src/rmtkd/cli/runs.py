@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rmtkd.cli.console import app, log, log_console, out_console, say, words_of
+from rmtkd.cli.console import app, command_line, log, log_console, out_console, say
 from rmtkd.cli.options import (
     AsJson,
     Calibration,
@@ -53,7 +53,6 @@ if TYPE_CHECKING:
 
 @app.command()
 def compress(
-    ctx: typer.Context,
     recipe: RecipeName,
     out: Annotated[
         Path, typer.Option(help="Run folder; new, or holding only a plan. With several targets, the folder of theirs.")
@@ -215,7 +214,7 @@ def compress(
         "label": label,
         "max_length": max_length,
         "trim_vocabulary": trim_vocabulary,
-        "words": words_of(ctx),
+        "words": command_line(),
     }
     with prepared(command, seed) as (given_to_run, on_event):
         if several:
