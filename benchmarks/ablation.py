@@ -1,12 +1,15 @@
-"""What every part of the method is worth, on the small transformer for digits in full: one thing changed at a time.
+"""What every part of the method is worth, on the small transformer for digits in full and on a slice of SST-2: one
+thing changed at a time.
 
     rmtkd bench ablation --scale tiny       # two settings of each kind, a twentieth of the recovery; a test
     rmtkd bench ablation --scale cpu        # all of them, three seeds; an hour on one core
+    rmtkd bench ablation --scale cpu --task sst2 --teacher TEACHER --data DIR --seeds 0     # a tenth of the rows
     rmtkd bench ablation --table            # only the tables and docs/ablation.svg
 
-The reference is the default at 13 % of the parameters, about the least that noise edges can leave. `threshold` and
-`rule` have no target: there the rule says how much is cut, as published (`--policy paper --metric output`). Every cell
-is one JSON file in `benchmarks/results/ablation/`; one that has its file is not run again.
+The reference is the default at 13 % of the parameters, about the least that noise edges can leave (SST-2: 10 %).
+`threshold` and `rule` have no target: there the rule says how much is cut, as published (`--policy paper --metric
+output`). `calibration` is a share of the rows that are used, and at least one batch: of digits that is 0.5 %. Every
+cell is one JSON file in `benchmarks/results/ablation/`; one that has its file is not run again.
 
 `form`: the same widths in other forms. *inserted* is the published projection that stays, principal directions in front
 of every feed-forward reader, which leaves the writers as they are; *no reconstruction* drops units and directions
@@ -18,7 +21,6 @@ answers is what these directions cause.
 """
 
 import argparse
-import copy
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -33,26 +35,27 @@ from torch import Tensor, nn
 
 import rmtkd
 from figures import BEFORE, Panel, chart
+from forms import FORM
 from records import cell, percent, publish, spread
 from rmtkd import compression, recipes
 from rmtkd.activations import attach, collect
-from rmtkd.bases import Basis, linear_basis
-from rmtkd.cutting import cut_in_order, fit_bases
+from rmtkd.bases import Basis
 from rmtkd.distillation import Recovery
 from rmtkd.dry_run import metrics_of, narrowed
 from rmtkd.measurement import accuracy, count_flops, count_parameters, evaluation, predict
 from rmtkd.planning import Plan
 from rmtkd.schedule import Options
 from rmtkd.sensitivity import projection
-from rmtkd.sites import Site, by_width, find_sites
+from rmtkd.sites import find_sites
 from rmtkd.spectra import RULES
-from rmtkd.surgery import fold
 from rmtkd.training import train
 
 RESULTS = Path(__file__).parent / "results" / "ablation"
 FIGURE = Path(__file__).parent.parent / "docs" / "ablation.svg"
 TARGET = "13%params"
 """At a quarter nothing tells settings apart; the published rule, which keeps all heads, goes no lower than 12.6 %."""
+SLICED = {"sst2": (0.1, "10%params", 1.0)}
+"""Of other tasks: the share of the training rows that is used, the target of the reference, epochs of recovery."""
 TAUS = (0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.98)
 PAPER: Mapping[str, Any] = {"policy": "paper", "metric": "output", "target": None}
 KINDS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
@@ -76,31 +79,66 @@ KINDS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "calibration": {"10 %": {}, **{f"{100 * s:g} %": {"calibration_share": s} for s in (0.001, 0.01, 0.03, 0.2)}},
 }
 """Options that differ from the reference, by kind and name; where none does, it is the reference, which is run once."""
-FORMS = ("folded", "folded, deep to shallow", "no reconstruction", "inserted")
 CAUSES = ("dropped", "as many of the kept, weakest", "as many of the kept, strongest")
 
 
 class Work:
-    """The digits, their teacher, and one plan."""
+    """A task, its teacher, and one plan.
 
-    def __init__(self, seed: int, cache: Path, recovery: float, epochs: float):
+    Args:
+        seed: of all that is drawn.
+        cache: folder of teachers for digits.
+        recovery: epochs.
+        epochs: of a teacher for digits.
+        task: digits, or one of `SLICED`.
+        path: of the teacher of another task.
+        data: of another task.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        cache: Path,
+        recovery: float,
+        epochs: float,
+        *,
+        task: str = "digits",
+        path: str | None = None,
+        data: Path | None = None,
+    ):
         self.seed, self.cache, self.recovery, self.epochs = seed, cache, recovery, epochs
-        self.recipe: Any = recipes.get("digits")
+        self.task, self.path, self.data = task, path, data
+        self.recipe: Any = recipes.get(task)
+        self.share, self.target, _ = SLICED.get(task, (1.0, TARGET, recovery))
 
     @cached_property
-    def teacher(self) -> nn.Module:
-        """The trained network."""
+    def source(self) -> Any:
+        """The trained network, with what belongs to it."""
         from rmtkd.teaching import train_teacher
+
+        if self.path is not None:
+            return self.recipe.load(self.path, self.data)
 
         folder = self.cache / f"digits-{self.epochs:g}epochs-seed{self.seed}"
         if not folder.exists():
             train_teacher(self.recipe, out=folder, seed=self.seed, epochs=self.epochs)
-        return self.recipe.load(str(folder)).model
+        return self.recipe.load(str(folder))
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The trained network."""
+        return self.source.model
 
     @cached_property
     def rows(self) -> Any:
-        """By role."""
-        return self.recipe.rows(None, None, self.seed)
+        """By role; of the training rows a slice."""
+        whole = self.recipe.rows(self.data, self.source, self.seed)
+        return whole if self.share == 1 else replace(whole, train=list(compression.share_of(whole.train, self.share)))
+
+    @property
+    def recover(self) -> Recovery:
+        """How students recover."""
+        return self.recipe.options.get("recovery", Recovery())
 
     @cached_property
     def calibration(self) -> Any:
@@ -119,7 +157,7 @@ class Work:
             self.teacher,
             calibration=self.calibration,
             example=self.example,
-            target=TARGET,
+            target=self.target,
             policy="paper",
             seed=self.seed,
         )
@@ -128,8 +166,8 @@ class Work:
 
 def run(work: Work, options: Mapping[str, Any]) -> dict[str, Any]:
     """One compression with these options."""
-    given = {"target": TARGET, "epochs": work.recovery, **options}
-    given["recovery"] = replace(work.recipe.options["recovery"], **given.get("recovery", {}))
+    given = {"target": work.target, "epochs": work.recovery, **options}
+    given["recovery"] = replace(work.recover, **given.get("recovery", {}))
     result = rmtkd.compress(
         work.teacher,
         train=work.rows.train,
@@ -169,77 +207,8 @@ def form(work: Work, name: str) -> dict[str, Any]:
     }
     torch.manual_seed(work.seed)
     steps = round(work.recovery * len(work.rows.train))
-    train(student, work.rows.train, steps=steps, teacher=work.teacher, recovery=work.recipe.options["recovery"])
+    train(student, work.rows.train, steps=steps, teacher=work.teacher, recovery=work.recover)
     return {**facts, "after": accuracy(student, work.rows.report).value, "steps": steps}
-
-
-def folded(work: Work, sites: Sequence[Site], metrics: Any) -> nn.Module:
-    """The library's way."""
-    return cut_in_order(work.teacher, sites, work.plan.widths, work.calibration, metrics=metrics)[0]
-
-
-def deep_to_shallow(work: Work, sites: Sequence[Site], metrics: Any) -> nn.Module:
-    """The same, the last width first: each is cut on the activations of layers that are whole yet."""
-    return cut_in_order(work.teacher, sites[::-1], work.plan.widths, work.calibration, metrics=metrics)[0]
-
-
-def unreconstructed(work: Work, sites: Sequence[Site], metrics: Any) -> nn.Module:
-    """The same units and directions; of what is dropped nothing is put back, not even its mean."""
-    student = work.teacher
-    for group in by_width(sites).values():
-        student = cut(work, student, group, metrics, plainly)
-    return student
-
-
-def cut(work: Work, model: nn.Module, group: Sequence[Site], metrics: Any, change: Callable[..., Basis]) -> nn.Module:
-    """One shared width cut by the library's bases, changed."""
-    moments = collect(model, group, work.calibration)
-    made = {s.name: fit_bases(model, s, moments[s.name], work.plan.widths[s.name], metrics) for s in group}
-    return fold(model, group, {s.name: tuple(change(s, basis) for basis in made[s.name]) for s in group})
-
-
-def plainly(site: Site, basis: Basis) -> Basis:
-    """The basis with the shortest way back, and about zero. Of a product there is no other."""
-    if site.kind == "bilinear":
-        return basis
-    return replace(basis, lift=torch.linalg.pinv(basis.reduce), mean=torch.zeros_like(basis.mean))
-
-
-def inserted(work: Work, sites: Sequence[Site], metrics: Any) -> nn.Module:
-    """Principal directions in front of every feed-forward reader, as a map that stays. Heads, and an embedding, which
-    has no reader to stand in front of, are folded."""
-    student = work.teacher
-    for group in by_width(sites).values():
-        (site, *others) = group
-        if others or site.kind != "pointwise":
-            student = cut(work, student, group, metrics, lambda _, basis: basis)
-            continue
-        (moments,) = collect(student, group, work.calibration)[site.name]
-        identity = torch.eye(site.size, dtype=torch.float64)[None]
-        basis = linear_basis(moments.covariance(), moments.mean, identity, work.plan.widths[site.name])
-        student = with_projection(student, site.streams[0].module, basis)
-    return student
-
-
-def with_projection(model: nn.Module, path: str, basis: Basis) -> nn.Module:
-    """The model with a projection in front of the linear map at this path."""
-    student = copy.deepcopy(model)
-    old: Any = student.get_submodule(path)
-    first = nn.Linear(old.in_features, basis.reduce.shape[1], bias=False)
-    second = nn.Linear(basis.reduce.shape[1], old.out_features)
-    with torch.no_grad():
-        weight = old.weight.double()
-        first.weight.copy_(basis.reduce[0])
-        second.weight.copy_(weight @ basis.lift[0])
-        dropped = basis.mean[0] - basis.projector[0] @ basis.mean[0]
-        second.bias.copy_((0 if old.bias is None else old.bias.double()) + weight @ dropped)
-    student.set_submodule(path, nn.Sequential(first, second))
-    return student.eval()
-
-
-FORM: Mapping[str, Callable[..., nn.Module]] = dict(
-    zip(FORMS, (folded, deep_to_shallow, unreconstructed, inserted), strict=True)
-)
 
 
 def causal(work: Work, which: str) -> dict[str, Any]:
@@ -287,15 +256,21 @@ def settings(scale: str) -> dict[str, dict[str, Callable[[Work], dict[str, Any]]
     every: dict[str, dict[str, Callable[[Work], dict[str, Any]]]] = {
         kind: {name: partial(run, options=options) for name, options in named.items()} for kind, named in KINDS.items()
     }
-    every["form"] = {name: partial(form, name=name) for name in FORMS}
+    every["form"] = {name: partial(form, name=name) for name in FORM}
     every["causal"] = {name: partial(causal, which=name) for name in CAUSES}
     most = 2 if scale == "tiny" else None
     return {kind: dict(list(named.items())[:most]) for kind, named in every.items()}
 
 
 def table(results: Path) -> str:
-    """The records as Markdown, a table a kind."""
-    found = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    """The records as Markdown, a table a task and kind."""
+    every = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    made = {task: _tables([r for r in every if r.get("task", "digits") == task]) for task in ("digits", *SLICED)}
+    named = [text if task == "digits" else f"**{task}**\n\n{text}" for task, text in made.items() if text]
+    return "\n\n".join(named)
+
+
+def _tables(found: Sequence[Mapping[str, Any]]) -> str:
     lines: list[str] = []
     for kind, named in settings("cpu").items():
         mine = {name: [r for r in found if r["file"] == file_of(kind, name)] for name in named}
@@ -330,14 +305,19 @@ def _percent(cells: Sequence[Mapping[str, Any]], key: str) -> str:
 
 def figure(results: Path) -> str:
     """The published figure: accuracy and what remains against τ."""
-    found = [json.loads(path.read_text()) for path in sorted(results.glob("*threshold*.json"))]
-    taus = sorted({r["options"]["tau"] for r in found})
-
-    def points(key: str) -> list[tuple[float, float]]:
-        return [(t, 100 * statistics.mean(r[key] for r in found if r["options"]["tau"] == t)) for t in taus]
-
-    series = {"accuracy": points("after"), f"accuracy{BEFORE}": points("before"), "parameters": points("parameters")}
-    return chart([Panel(title="τ, digits: per cent", series=series, ticks=[(t, f"{t:g}") for t in taus])])
+    every = [json.loads(path.read_text()) for path in sorted(results.glob("*threshold*.json"))]
+    panels = []
+    for task in ("digits", *SLICED):
+        found = [r for r in every if r.get("task", "digits") == task]
+        taus = sorted({r["options"]["tau"] for r in found})
+        series = {
+            name: [(t, statistics.mean(percent([r for r in found if r["options"]["tau"] == t], key))) for t in taus]
+            for name, key in (("accuracy", "after"), (f"accuracy{BEFORE}", "before"), ("parameters", "parameters"))
+        }
+        if taus:
+            ticks = [(t, f"{t:g}") for t in taus]
+            panels.append(Panel(title=f"{task}: per cent against τ", series=series, ticks=ticks))
+    return chart(panels)
 
 
 def main() -> None:
@@ -345,6 +325,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=("tiny", "cpu", "full"), default="tiny")
     parser.add_argument("--kinds", nargs="+", default=list(settings("cpu")), choices=list(settings("cpu")))
+    parser.add_argument("--task", default="digits", choices=("digits", *SLICED))
+    parser.add_argument("--teacher", help="Of another task than digits.")
+    parser.add_argument("--data", type=Path)
     parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument("--cache", type=Path, default=Path("runs") / "ablation", help="Teachers.")
     parser.add_argument("--results", type=Path, help="Folder of the records; those of the repository by default.")
@@ -354,11 +337,16 @@ def main() -> None:
     seeds = given.seeds or ([0] if given.scale == "tiny" else [0, 1, 2])
     for seed in () if given.table else seeds:
         recovery, epochs = (0.25, 3.0) if given.scale == "tiny" else (5.0, 24.0)
-        work = Work(seed, given.cache, recovery, epochs)
+        if given.task in SLICED:
+            recovery = SLICED[given.task][2]
+        work = Work(seed, given.cache, recovery, epochs, task=given.task, path=given.teacher, data=given.data)
+        prefix = "" if given.task == "digits" else f"{given.task}-"
         for kind, named in settings(given.scale).items():
             for name, act in named.items() if kind in given.kinds else ():
                 file = file_of(kind, name)
-                cell(results / f"{file}-seed{seed}.json", partial(_described, file, seed, given.scale, act, work))
+                cell(
+                    results / f"{prefix}{file}-seed{seed}.json", partial(_described, file, seed, given.scale, act, work)
+                )
     if given.results is None:
         publish("ablation", table(results))
         FIGURE.write_text(figure(results))
@@ -374,7 +362,7 @@ def file_of(kind: str, name: str) -> str:
 
 
 def _described(file: str, seed: int, scale: str, act: Callable[[Work], Any], work: Work) -> dict[str, Any]:
-    facts = {"file": file, "seed": seed, "scale": scale}
+    facts = {"file": file, "task": work.task, "seed": seed, "scale": scale}
     return {**facts, "command": f"rmtkd bench ablation --scale {scale}", **act(work)}
 
 

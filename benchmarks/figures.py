@@ -16,7 +16,7 @@ class Panel:
 
     Attributes:
         title: above it.
-        series: points by name; one whose name ends in ` (before)` is dashed, in the colour of its namesake.
+        series: points by name; one whose name ends in ` (before)` is dashed and hollow, in the colour of its namesake.
         ticks: where the horizontal axis is labelled, with what.
         log: whether that axis is logarithmic.
     """
@@ -28,10 +28,10 @@ class Panel:
 
 
 def chart(panels: Sequence[Panel]) -> str:
-    """All panels in one picture, with one legend. Percentages, downwards from the largest multiple of 5 needed."""
+    """All panels in one picture, with one legend. Percentages, between the nearest lines of the grid."""
     names = list(dict.fromkeys(name.removesuffix(BEFORE) for panel in panels for name in panel.series))
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
-    width, height = LEFT + len(panels) * (WIDTH + GAP), HEIGHT + 2 * TOP + 20
+    width, height = LEFT + len(panels) * (WIDTH + GAP), HEIGHT + 2 * TOP + 40
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
         'font-size="12">',
@@ -41,6 +41,9 @@ def chart(panels: Sequence[Panel]) -> str:
         parts += _panel(panel, LEFT + i * (WIDTH + GAP), colours)
     for i, name in enumerate(names):
         parts.append(f'<text x="{LEFT + 95 * i}" y="{HEIGHT + 2 * TOP + 12}" fill="{colours[name]}">{name}</text>')
+    if any(name.endswith(BEFORE) for panel in panels for name in panel.series):
+        told = "dashed, hollow: before recovery"
+        parts.append(f'<text x="{LEFT}" y="{HEIGHT + 2 * TOP + 32}" fill="#525252">{told}</text>')
     return "\n".join([*parts, "</svg>", ""])
 
 
@@ -49,7 +52,8 @@ BEFORE = " (before)"
 
 def _panel(panel: Panel, left: float, colours: Mapping[str, str]) -> list[str]:
     heights = [y for points in panel.series.values() for _, y in points]
-    low, high = 5 * math.floor(min(heights) / 5), 5 * math.ceil(max(heights) / 5)
+    step = 5 if max(heights) - min(heights) <= 50 else 10
+    low, high = step * math.floor(min(heights) / step), step * math.ceil(max(heights) / step)
     scale = math.log if panel.log else float
     ends = [scale(x) for x, _ in panel.ticks]
     first, last = min(ends), max(ends)
@@ -59,7 +63,7 @@ def _panel(panel: Panel, left: float, colours: Mapping[str, str]) -> list[str]:
         return left + WIDTH * (0.04 + 0.92 * share), TOP + HEIGHT * (high - y) / max(high - low, 1)
 
     parts = [f'<text x="{left}" y="{TOP - 12}" font-weight="bold">{panel.title}</text>']
-    for percent in range(low, high + 1, 5 if high - low <= 60 else 10):
+    for percent in range(low, high + 1, step):
         y = at(panel.ticks[0][0], percent)[1]
         parts.append(f'<line x1="{left}" y1="{y:.1f}" x2="{left + WIDTH}" y2="{y:.1f}" stroke="#ddd"/>')
         parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{percent}</text>')
@@ -67,8 +71,11 @@ def _panel(panel: Panel, left: float, colours: Mapping[str, str]) -> list[str]:
         parts.append(f'<text x="{at(x, low)[0]:.1f}" y="{TOP + HEIGHT + 18}" text-anchor="middle">{label}</text>')
     for name, points in panel.series.items():
         colour, places = colours[name.removesuffix(BEFORE)], [at(x, y) for x, y in sorted(points)]
-        dashes = ' stroke-dasharray="5 4"' if name.endswith(BEFORE) else ""
+        dashes, filling = (' stroke-dasharray="5 4"', "#fff") if name.endswith(BEFORE) else ("", colour)
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"{dashes}/>')
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in places]
+        parts += [
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{filling}" stroke="{colour}" stroke-width="1.5"/>'
+            for x, y in places
+        ]
     return parts
