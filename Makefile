@@ -1,12 +1,13 @@
 # make demo   set everything up, train a small BERT and a small ResNet on handwritten digits, compress them, print the tables
 # make test   set everything up and run the tests
+# make docs   build the site into site/, notebooks run
 PYTHON ?= python3
 # A file's tests go to one worker, so that what they share is made once, in the order of their names.
 PYTEST := pytest -n 2 --dist loadfile --no-loadscope-reorder
 BIN    := .venv/bin
 OLDEST := $(shell sed -n 's/^text = \["transformers>=\([0-9.]*\).*/\1/p' pyproject.toml)
 
-.PHONY: setup demo test test-oldest lint types format clean
+.PHONY: setup demo test test-oldest lint types docs format clean
 
 setup: .venv/ready
 
@@ -30,7 +31,7 @@ test: setup
 
 # What touches transformers, against the oldest that pyproject.toml declares.
 test-oldest: .oldest/ready
-	OMP_NUM_THREADS=1 .oldest/bin/python -m $(PYTEST) $(addprefix tests/test_,$(addsuffix .py,families sites surgery artifact pretrained conformance export images))
+	OMP_NUM_THREADS=1 .oldest/bin/python -m $(PYTEST) $(addprefix tests/test_,$(addsuffix .py,families sites surgery artifact pretrained conformance export images status))
 
 # Laid over .venv, so that only what differs is fetched: torch is not.
 .oldest/ready: .venv/ready
@@ -49,9 +50,17 @@ lint: setup
 types: setup
 	$(BIN)/pyright
 
+# Links, anchors and formulas that lead nowhere end the build, and so does a cell of a notebook that raises.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 $(BIN)/mkdocs build --quiet
+
+.venv/docs: .venv/ready
+	$(BIN)/pip install --quiet -c constraints.txt --group docs
+	@touch $@
+
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv .oldest runs
+	rm -rf .venv .oldest runs site

@@ -134,12 +134,17 @@ def retarget(
         plan: the earlier plan.
         spectrums: what it was made from.
         target: what is to remain, such as `20%params`.
-        rule, tau, multiple_of, min_share, exclude, keep: see `make_plan`.
+        rule: see `make_plan`, also for `tau`, `multiple_of` and `min_share`.
+        tau: see there.
+        multiple_of: see there.
+        min_share: see there.
         uniform: what the earlier plan is, if it is given.
         policy: `paper` turns a guarded plan into one of common edges; `guarded` takes a plan with curves.
         max_loss: see `make_plan`; takes a plan with curves. Without a target beside it, it takes the place of the
             plan's.
         curves: in place of the plan's.
+        exclude: sites that are to stay whole, beside those that the plan fixes.
+        keep: sites and the widths that they are given.
 
     Raises:
         PlanError: see `make_plan`; also if `uniform` is not what the plan is, if the spectra are not those of the plan,

@@ -116,7 +116,7 @@ def trace_sites(model: nn.Module, example: Batch) -> Traced:
         told = str(error).strip().splitlines()
         raise UnsupportedModelError(
             f"a model without sites must have a forward that torch.export can follow. {name} gave: "
-            f"{told[0] if told else type(error).__name__}. Describe its sites, see the README; nothing was changed."
+            f"{told[0] if told else type(error).__name__}. Describe its sites (docs/own-model.md); nothing was changed."
         ) from error
     tracer = _Tracer(model, program)
     tracer.follow()
