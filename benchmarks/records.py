@@ -54,10 +54,12 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "results.md"
 
 def publish(name: str, markdown: str, document: Path = DOCUMENT) -> None:
     """Print a table, and put it in place of the one of this name in the document, between `<!-- name -->` and
-    `<!-- /name -->`, if it has one."""
+    `<!-- /name -->`; where there is no such place, say so."""
     print(markdown)
     begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
     text = document.read_text(encoding="utf-8")
-    before, is_there, rest = text.partition(begin)
-    if is_there and end in rest:
-        document.write_text(before + begin + markdown + end + rest.partition(end)[2], encoding="utf-8")
+    before, _, rest = text.partition(begin)
+    if end not in rest:
+        print(f"{document.name} has no place for {name}: `<!-- {name} -->`, an empty line, `<!-- /{name} -->`.")
+        return
+    document.write_text(before + begin + markdown + end + rest.partition(end)[2], encoding="utf-8")

@@ -40,7 +40,7 @@ import torch
 from torch import nn
 
 from hints import HINTS, Taught, TaughtPhase
-from records import cell, percent, print_event, spread
+from records import cell, percent, print_event, publish, spread
 from rmtkd import compression, recipes
 from rmtkd.bases import Basis
 from rmtkd.distillation import OPTIMIZERS, Recovery, Teacher
@@ -285,7 +285,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("runs/vision"), help="Cut networks.")
     chosen = parser.parse_args()
     if chosen.part == "table":
-        print(table())
+        publish("vision", table())
         return
     share = chosen.flops or SHARES[chosen.model]
     recovery = Recovery(optimizer=chosen.optimizer, lr=chosen.lr, weight_decay=5e-4)
