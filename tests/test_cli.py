@@ -410,7 +410,7 @@ def test_env_tells_versions_and_machine(command: Command):
         (["compress", "nothing", "--out", "OUT"], "What each is: rmtkd ls"),
         (["compress", "digits", "--out", "OUT", "--target", "25"], "A share is written 25%params"),
         (["export", "TEACHER", "--out", "OUT", "--data", "DATA"], "Add --recipe NAME: rmtkd ls"),
-        (["compress", "sst2", "--out", "OUT", "--model", "TEACHER", "--data", "START"], "Beside it: "),
+        (["compress", "qqp", "--out", "OUT", "--model", "TEACHER", "--data", "DATA"], "Beside it: sst2_"),
         (["compress", "sst2", "--out", "OUT", "--model", "./nowhere"], "There is no folder './nowhere'"),
         (["compress", "sst2", "--out", "OUT", "--model", "TEACHER", "--data", "/nowhere"], "There is no such file"),
         (["plan", "sst2", "--out", "OUT", "--model", "TEACHER", "--data", "/nowhere"], "There is no such file"),
