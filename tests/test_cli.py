@@ -541,6 +541,20 @@ def test_check_tells_a_fault_by_its_exit_code(command: Command, tmp_path: Path):
     assert code == 2 and "--recipe" in log
 
 
+def test_check_takes_networks_of_images_too(command: Command, tmp_path: Path):
+    network: Any = recipes.get("digits_cnn").start(None, 0, None).model
+    network.save_pretrained(tmp_path / "images")
+    code, told, _ = command("check", tmp_path / "images")
+    assert code == 0 and "layer2.0.conv1" in told and "all 6 ok" in told
+
+
+def test_a_folder_that_holds_a_run_is_refused_without_a_word_about_its_plan(command: Command, tmp_path: Path):
+    RunFolder.create(tmp_path / "run", {"options": {}, "command": {}}).release()
+    (tmp_path / "run" / "plan.json").write_text("{}")
+    code, _, log = command("compress", "digits", "--out", tmp_path / "run")
+    assert code == 2 and "--out must be" in log and "is not applied" not in log
+
+
 def test_ctrl_c_prints_how_to_go_on_and_resume_ends_the_run(sentiment: Sentiment, command: Command, tmp_path: Path):
     """In a process of its own, as from a terminal."""
     out = tmp_path / "run"

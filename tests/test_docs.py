@@ -47,6 +47,8 @@ def test_formulas_become_mathml_in_lines_and_in_blocks() -> None:
     made = building("pages").on_page_content(page)
     assert "arithmatex" not in made and made.count("<math") == 2
     assert 'display="block"' in made and "<msqrt>" in made
+    with pytest.raises(ValueError, match=r"Got \\unheardof"):
+        building("pages").on_page_content(r'<span class="arithmatex">\(\unheardof x\)</span>')
 
 
 def test_links_of_a_file_at_the_root_lead_to_pages() -> None:

@@ -38,7 +38,16 @@ def links_within(text: str) -> str:
 
 
 def mathml(tex: str, *, display: str) -> str:
-    """A formula as MathML."""
+    """A formula as MathML.
+
+    Raises:
+        ValueError: if a command of it is not understood, which would be shown as it is written.
+    """
     from latex2mathml.converter import convert
 
-    return convert(html.unescape(tex).strip(), display=display)
+    made = convert(html.unescape(tex).strip(), display=display)
+    if strange := re.search(r"\\[A-Za-z]+", made):
+        raise ValueError(
+            f"a formula must be of commands that latex2mathml knows. Got {strange[0]} in {tex!r}. Say it otherwise."
+        )
+    return made

@@ -186,14 +186,13 @@ def compress(
     elif several:
         targets = check_targets(targets or ())
         check_place(out, targets)
-    elif (out / "plan.json").exists():
-        note = f"{out / 'plan.json'} is not applied: a new plan is made. To apply it: --plan {out / 'plan.json'}"
-        log(note)
     chosen = Options(**options)  # before anything takes time
     for aim in targets or [chosen.target]:
         tell_timing(aim)
     if not several:
         RunFolder.check_free(out)
+        if plan_file is None and (out / "plan.json").exists():
+            log(f"{out / 'plan.json'} is not applied: a new plan is made. To apply it: --plan {out / 'plan.json'}")
     if model is None and task.needs_no_checkpoint:
         teacher_folder = out.absolute().with_name(f"{out.absolute().name}-teacher")
         if teacher_folder.exists():

@@ -61,7 +61,7 @@ def load_any_classifier(path: str) -> nn.Module:
         DataError: if there is none.
         ArtifactError: if our folder was altered.
     """
-    return artifact.load(path) if artifact.is_artifact(Path(path)) else _from_pretrained(path)[0]
+    return artifact.load(path) if artifact.is_artifact(Path(path)) else _from_pretrained(path, task=_task_of(path))[0]
 
 
 def start_classifier(path: str, labels: Sequence[str], seed: int) -> Source:
@@ -154,6 +154,19 @@ def _from_pretrained(
             "Check the path; a network is needed for a hub name."
         ) from error
     return model.eval(), sorted(report["missing_keys"]), sorted(name for name, *_ in report["mismatched_keys"])
+
+
+def _task_of(path: str) -> str:
+    """What a checkpoint classifies, as transformers' Auto classes end: by the class that its configuration names."""
+    import transformers
+
+    try:
+        with quietly():
+            config: Any = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception:  # whoever loads it says what is wrong
+        return "SequenceClassification"
+    named = (config.architectures or ("",))[0]
+    return "ImageClassification" if named.endswith("ImageClassification") else "SequenceClassification"
 
 
 def _first_line(error: Exception) -> str:
