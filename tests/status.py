@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -40,9 +41,8 @@ BEGIN, END = "<!-- status -->", "<!-- /status -->"
 def resnet(layer: str) -> nn.Module:
     """A tiny ResNet of transformers."""
     torch.manual_seed(0)
-    config = transformers.ResNetConfig(
-        embedding_size=16, hidden_sizes=[16, 32], depths=[2, 2], layer_type=layer, num_labels=3
-    )
+    shape: dict[str, Any] = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [2, 2], "num_labels": 3}
+    config = transformers.ResNetConfig(**shape, layer_type=layer)
     return transformers.ResNetForImageClassification(config).eval()
 
 
