@@ -27,28 +27,38 @@ from rmtkd.norms import batch_norms, gather_statistics, norms_of
 from rmtkd.sites import Site, after_cuts, blocks_of, by_width
 from rmtkd.surgery import fold
 
+Fit = Callable[[int], tuple[Basis, ...]]
+"""From a width to the bases of a site's streams."""
+
 
 def fit_bases(
+    model: nn.Module, site: Site, moments: Sequence[Covariance], keep: int, metrics: Metrics | None = None
+) -> tuple[Basis, ...]:
+    """The bases of one site's streams at width `keep`; for several widths see `fitting`."""
+    return fitting(model, site, moments, metrics)(keep)
+
+
+def fitting(
     model: nn.Module,
     site: Site,
     moments: Sequence[Covariance],
-    keep: int,
     metrics: Metrics | None = None,
     orders: dict[int, Tensor] | None = None,
-) -> tuple[Basis, ...]:
-    """The bases of one site's streams at width `keep`, from the moments of its activations, in the metrics of what its
-    readers write; without, all errors count alike. `orders` is this site's of `bases.unit_bases`."""
+) -> Fit:
+    """What gives the bases of one site's streams at any width, from the moments of its activations, in the metrics of
+    what its readers write; without, all errors count alike. What does not hang on the width is computed here, once.
+    `orders` is this site's of `bases.unit_bases`."""
     if site.kind == "bilinear":
         queries, keys = moments
         # A constant added to all keys moves every score of a query alike, which softmax does not see: centre them.
-        return bilinear_bases(queries.second_moment(), keys.covariance(), keep)
+        return partial(bilinear_bases, queries.second_moment(), keys.covariance())
     weights = weighed(readers(model, site), site, metrics or {})
     centred = [stream.is_centred for stream in site.streams]
     spreads = [m.covariance() if c else m.second_moment() for m, c in zip(moments, centred, strict=True)]
     means = [m.mean if c else torch.zeros_like(m.mean) for m, c in zip(moments, centred, strict=True)]
     if site.kind == "linear":
-        return (linear_basis(spreads[0], means[0], weights[0], keep),)
-    return unit_bases(spreads, means, weights, keep, site.each, orders)
+        return lambda keep: (linear_basis(spreads[0], means[0], weights[0], keep),)
+    return partial(unit_bases, spreads, means, weights, each=site.each, orders=orders)
 
 
 def cut_in_order(

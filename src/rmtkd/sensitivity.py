@@ -23,7 +23,7 @@ from rmtkd.activations import attach, in_groups
 from rmtkd.bases import Basis
 from rmtkd.batches import Batch
 from rmtkd.covariance import Covariance
-from rmtkd.cutting import fit_bases, follow_each_other
+from rmtkd.cutting import Fit, fitting, follow_each_other
 from rmtkd.errors import DataError
 from rmtkd.fisher import Metrics
 from rmtkd.measurement import evaluation
@@ -86,6 +86,9 @@ class Sensitivity:
         self._bases: dict[str, tuple[int, tuple[tuple[Basis, ...], ...]]] = {}
         self._orders: dict[str, dict[int, Tensor]] = {}
         """Of the sites with units, in which order these are chosen."""
+        self._fits: tuple[str, list[Fit]] = "", []
+        """Of the shared width that was fitted last: several widths of one come one after the other, and what they have
+        in common is as large as the moments."""
         self._curves: Mapping[str, Curve] | None = None
         self.teacher = self.stand_at({})
 
@@ -179,20 +182,14 @@ class Sensitivity:
 
     def _fit(self, shares: str, width: int) -> tuple[tuple[Basis, ...], ...]:
         if self._bases.get(shares, (None,))[0] != width:
-            group = self.groups[shares]
-            bases = tuple(
-                fit_bases(
-                    self.model,
-                    site,
-                    self.moments[site.name],
-                    width,
-                    self.metrics,
-                    self._orders.setdefault(site.name, {}),
-                )
-                for site in group
-            )
-            self._bases[shares] = width, bases
+            if self._fits[0] != shares:
+                self._fits = shares, [self._fitting(site) for site in self.groups[shares]]
+            self._bases[shares] = width, tuple(fit(width) for fit in self._fits[1])
         return self._bases[shares][1]
+
+    def _fitting(self, site: Site) -> Fit:
+        orders = self._orders.setdefault(site.name, {})
+        return fitting(self.model, site, self.moments[site.name], self.metrics, orders)
 
     def _width(self, widths: Mapping[str, int], shares: str) -> int:
         return widths.get(shares, self.groups[shares][0].width)
