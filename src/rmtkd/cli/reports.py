@@ -30,9 +30,14 @@ def report_runs(
     """Write what a run did as one page of HTML; of several runs, one page that compares them.
 
     \b
-    rmtkd report runs/sst2
-    rmtkd report runs/sizes
-    rmtkd report runs/sst2 runs/other --out comparison.html
+    $ rmtkd report runs/digits
+    runs/digits/report.html
+    $ rmtkd report runs/sizes
+    runs/sizes/report.html
+    runs/sizes/12%params/report.html
+    ...
+    $ rmtkd report runs/digits runs/layers --out comparison.html
+    comparison.html
     """
     from rmtkd import reporting
 
