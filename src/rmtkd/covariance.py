@@ -165,7 +165,7 @@ class Covariance:
             DataError: if no vector was seen.
         """
         _, mean, second = self._moments()
-        return _symmetric(second - _outer(mean, mean))
+        return second - _outer(mean, mean)
 
     def second_moment(self) -> Float64[Tensor, "groups width width"]:
         """Uncentred second moment Σxxᵀ/n, exactly symmetric.
