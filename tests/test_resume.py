@@ -367,15 +367,16 @@ class Loader:
         return iter(self.loader)
 
 
-@pytest.mark.parametrize("moment", [7, 12, 18])
 def test_a_loader_with_a_random_order_of_its_own_goes_on_in_that_order(
-    model: torch.nn.Module, rows: dict[str, Any], tmp_path: Path, moment: int
+    model: torch.nn.Module, rows: dict[str, Any], tmp_path: Path
 ):
     loaded = {**rows, "train": Loader(rows["train"])}
     expected = run(model, loaded, tmp_path / "whole")
-    with pytest.raises(Killed):
-        run(model, loaded, tmp_path / "run", on_event=killing_at(moment))
-    assert_same(rmtkd.resume(tmp_path / "run", model, **loaded), expected)
+    for moment in (7, 12, 18):
+        out = tmp_path / f"killed at {moment}"
+        with pytest.raises(Killed):
+            run(model, loaded, out, on_event=killing_at(moment))
+        assert_same(rmtkd.resume(out, model, **loaded), expected)
 
 
 def test_a_half_written_line_of_the_record_is_dropped(model: torch.nn.Module, rows: dict[str, Any], stopped: Path):

@@ -14,7 +14,7 @@ from rmtkd import batches as batching
 from rmtkd import reporting
 from rmtkd.activations import collect
 from rmtkd.bases import linear_basis, unit_basis
-from rmtkd.cutting import fit_bases
+from rmtkd.cutting import fit_bases, fitting
 from rmtkd.dry_run import metrics_of
 from rmtkd.errors import DataError, OptionError, PlanError
 from rmtkd.measurement import evaluation
@@ -59,6 +59,29 @@ def test_the_loss_of_a_width_is_that_of_the_narrowed_model(shares: str) -> None:
 def test_nothing_is_lost_at_full_width() -> None:
     assert SENSITIVITY.loss({}) == 0
     assert SENSITIVITY.loss({shares: group[0].width for shares, group in by_width(SITES).items()}) == 0
+
+
+def test_bases_where_it_stands_are_fitted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted: list[tuple[str, int]] = []
+
+    def watched(model: Any, site: Any, *rest: Any) -> Any:
+        fit = fitting(model, site, *rest)
+
+        def counted(keep: int) -> Any:
+            fitted.append((site.name, keep))
+            return fit(keep)
+
+        return counted
+
+    monkeypatch.setattr("rmtkd.sensitivity.fitting", watched)
+    judge = Sensitivity(MODEL, SITES, MOMENTS, HELD_OUT)
+    here = {shares: max(2, group[0].width // 2) for shares, group in by_width(SITES).items() if group[0].width > 3}
+    judge.stand_at(here)
+    for shares, width in here.items():
+        for near in (width - 1, width + 1):
+            judge.loss(here | {shares: near})
+    assert len(fitted) == len(set(fitted))
+    assert len(judge._bases["layer.0.ffn"]) == 2  # no more than these are held
 
 
 def test_a_curve_ends_at_full_width_without_loss() -> None:

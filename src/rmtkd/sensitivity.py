@@ -83,7 +83,8 @@ class Sensitivity:
         most = min(TOGETHER, max(map(batching.rows, rows), default=TOGETHER))
         self.batches = [batching.to(batch, self.device) for batch in gathered(spread(rows, most_rows), most)]
         self.blocks = blocks_of(sites) if follow_each_other(self.model, self.batches, blocks_of(sites)) else []
-        self._bases: dict[str, tuple[int, tuple[tuple[Basis, ...], ...]]] = {}
+        self._bases: dict[str, dict[int, tuple[tuple[Basis, ...], ...]]] = {}
+        """Of each shared width, those at the width where we stand and those that were fitted last."""
         self._orders: dict[str, dict[int, Tensor]] = {}
         """Of the sites with units, in which order these are chosen."""
         self._fits: tuple[str, list[Fit]] = "", []
@@ -181,11 +182,14 @@ class Sensitivity:
         return weighed
 
     def _fit(self, shares: str, width: int) -> tuple[tuple[Basis, ...], ...]:
-        if self._bases.get(shares, (None,))[0] != width:
+        known = self._bases.setdefault(shares, {})
+        if width not in known:
             if self._fits[0] != shares:
                 self._fits = shares, [self._fitting(site) for site in self.groups[shares]]
-            self._bases[shares] = width, tuple(fit(width) for fit in self._fits[1])
-        return self._bases[shares][1]
+            for left in known.keys() - {self.here.get(shares)}:
+                del known[left]
+            known[width] = tuple(fit(width) for fit in self._fits[1])
+        return known[width]
 
     def _fitting(self, site: Site) -> Fit:
         orders = self._orders.setdefault(site.name, {})

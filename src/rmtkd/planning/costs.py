@@ -17,7 +17,7 @@ from rmtkd.batches import Batch
 from rmtkd.errors import OptionError, check_choice
 from rmtkd.measurement import count_flops, count_parameters
 from rmtkd.sites import Site, by_width
-from rmtkd.surgery import fill_with_zeros, skeleton
+from rmtkd.surgery import fill, skeleton
 
 _NUMBER = r"(\d+\.?\d*|\.\d+)"
 
@@ -106,8 +106,10 @@ def _flops(model: nn.Module, sites: Sequence[Site], widths: Mapping[str, int], b
 
 
 def _flops_of(shape: nn.Module, model: nn.Module, batch: Batch) -> int:
-    # Zeros in place of weights: a forward pass may look at values, which the meta device has none of.
-    fill_with_zeros(shape, next(model.parameters()).device)
+    # Zeros in place of weights, a single one for all of a tensor: a forward pass may look at values, which the meta
+    # device has none of.
+    zero = torch.zeros((), device=next(model.parameters()).device)
+    fill(shape, {name: zero.to(value.dtype).expand(value.shape) for name, value in list(shape.named_parameters())})
     with _ZeroProducts():
         return count_flops(shape, batch)
 
