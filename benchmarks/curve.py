@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from figures import BEFORE, Panel, chart
 from records import cell, percent, print_event, publish, spread
@@ -46,6 +46,7 @@ from rmtkd.schedule import Options
 from rmtkd.sites import Site, blocks_of, by_width, find_sites
 from rmtkd.surgery import fold
 from rmtkd.training import Phase
+from shift import beside, scored
 from sst2 import magnitude_bases
 
 RESULTS = Path(__file__).parent / "results" / "curve"
@@ -128,6 +129,16 @@ class Work:
     def own(self) -> dict[str, Any]:
         """How well the teacher itself does on report rows."""
         return asdict(accuracy(self.model, self.rows.report))
+
+    @cached_property
+    def answers(self) -> tuple[Tensor, Tensor]:
+        """The teacher's log-probabilities of selection rows, and labels."""
+        return scored(self.model, self.rows.selection)
+
+    def nearness(self, student: nn.Module) -> dict[str, Any]:
+        """How near a student is to the teacher on selection rows."""
+        answers, labels = self.answers
+        return beside(answers, scored(student, self.rows.selection)[0], labels)
 
     def taught(self) -> Teacher:
         """The teacher with its answers to all training rows, which are computed once for all cells."""
@@ -239,16 +250,17 @@ def start(work: Work, method: str, size: float) -> tuple[nn.Module, dict[str, An
     return torch.load(path, weights_only=False)
 
 
-def run(work: Work, method: str, size: float, lr: float, epochs: float, hidden: float) -> dict[str, Any]:
+def run(work: Work, method: str, size: float, epochs: float, recovery: Recovery) -> dict[str, Any]:
     """One cell. With a hidden-state term the teacher runs along, as its hidden states are not kept."""
     student, facts = start(work, method, size)
+    before = work.nearness(student)
     torch.manual_seed(work.seed)
     steps = round(epochs * len(work.rows.train))
     Phase(
         student,
         work.rows.train,
         steps=steps,
-        recovery=Recovery(lr=lr, hidden=hidden),
+        recovery=recovery,
         teacher=work.taught(),
         blocks=blocks_of(find_sites(work.model)),
         precision="bf16" if has_bf16("cpu") else "fp32",
@@ -258,21 +270,32 @@ def run(work: Work, method: str, size: float, lr: float, epochs: float, hidden: 
         "method": method,
         "size": size,
         "seed": work.seed,
-        "lr": lr,
+        "lr": recovery.lr,
         "epochs": epochs,
-        "hidden": hidden,
+        "hidden": recovery.hidden,
+        "alpha": recovery.alpha,
         "steps": steps,
         "baseline_parameters": count_parameters(work.model),
         "teacher": work.own,
         **facts,
+        "near_cut": before,
+        "near": work.nearness(student),
         "accuracy_selection": asdict(accuracy(student, work.rows.selection)),
         "accuracy": asdict(accuracy(student, work.rows.report)),
     }
 
 
+PLAIN = {"epochs": 1.0, "hidden": 0.0, "alpha": Recovery().alpha}
+"""How cells of the curve recover, but for the rate."""
+
+
+def is_plain(record: Mapping[str, Any]) -> bool:
+    return all(record.get(name, usual) == usual for name, usual in PLAIN.items())
+
+
 def records() -> list[dict[str, Any]]:
     """All cells of one plain epoch."""
-    return [r for r in every_record() if r["epochs"] == 1 and not r.get("hidden")]
+    return [r for r in every_record() if is_plain(r)]
 
 
 def every_record() -> list[dict[str, Any]]:
@@ -310,14 +333,17 @@ def table() -> str:
                         f"| {spread(percent(cells, 'accuracy_selection'))} |"
                     )
         lines.append("")
-    others = [r for r in every_record() if r["epochs"] != 1 or r.get("hidden")]
+    others = [r for r in every_record() if not is_plain(r) or r["lr"] != chosen_rate(found, r["task"], r["method"])]
     if others:
-        lines.append("| longer recovery | size | seed | epochs | hidden | lr | report | selection |")
-        lines.append("|---|--:|--:|--:|--:|--:|--:|--:|")
+        lines.append(
+            "| other recovery | size | seed | epochs | hidden | α | lr | report before | after | selection after |"
+        )
+        lines.append("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
     for r in others:
-        setting = f"{r['size']:.0%} | {r['seed']} | {r['epochs']:g} | {r.get('hidden', 0):g} | {r['lr']:g}"
-        found_there = f"{spread(percent([r], 'accuracy'))} | {spread(percent([r], 'accuracy_selection'))}"
-        lines.append(f"| {r['task']} {r['method']} | {setting} | {found_there} |")
+        setting = " | ".join(f"{r.get(name, usual):g}" for name, usual in PLAIN.items())
+        numbers = (spread(percent([r], key)) for key in ("accuracy_cut", "accuracy", "accuracy_selection"))
+        facts = f"{r['task']} {r['method']} | {r['size']:.0%} | {r['seed']} | {setting} | {r['lr']:g}"
+        lines.append(f"| {facts} | " + " | ".join(numbers) + " |")
     return "\n".join(lines)
 
 
@@ -352,9 +378,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--sizes", nargs="+", type=float, default=list(SIZES))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--learning-rates", nargs="+", type=float, default=list(LEARNING_RATES))
-    parser.add_argument("--epochs", type=float, default=1.0)
-    parser.add_argument("--hidden", type=float, default=0.0)
+    parser.add_argument("--learning-rates", nargs="+", type=float, help="In place of those that are compared at 10 %%.")
+    for name, usual in PLAIN.items():
+        parser.add_argument(f"--{name}", type=float, default=usual)
     chosen = parser.parse_args()
     if chosen.part == "table":
         publish("curve", table())
@@ -363,19 +389,18 @@ def main() -> None:
         FIGURE.write_text(figure())
         return
     chosen.cache.mkdir(parents=True, exist_ok=True)
+    given = vars(chosen)
     for seed in chosen.seeds:
         work = Work(task=chosen.task, teacher=chosen.teacher, data=chosen.data, seed=seed, cache=chosen.cache)
         for size in chosen.sizes:
             for method in chosen.methods:
                 best = chosen_rate(records(), chosen.task, method)
-                is_rated = (seed, size) == (0, RATED)
-                rates = chosen.learning_rates if best is None or is_rated else [best]
-                for lr in rates:
-                    longer = f"-{chosen.epochs:g}epochs" * (chosen.epochs != 1) + f"-hidden{chosen.hidden:g}" * (
-                        chosen.hidden != 0
-                    )
-                    name = f"{chosen.task}-{method}-{size:g}-seed{seed}-{lr:g}{longer}"
-                    one = partial(run, work, method, size, lr, chosen.epochs, chosen.hidden)
+                usual_rates = LEARNING_RATES if best is None or (seed, size) == (0, RATED) else [best]
+                for lr in chosen.learning_rates or usual_rates:
+                    other = "".join(f"-{name}{given[name]:g}" for name, usual in PLAIN.items() if given[name] != usual)
+                    name = f"{chosen.task}-{method}-{size:g}-seed{seed}-{lr:g}{other}"
+                    recovery = Recovery(lr=lr, hidden=chosen.hidden, alpha=chosen.alpha)
+                    one = partial(run, work, method, size, chosen.epochs, recovery)
                     try:
                         cell(RESULTS / f"{name}.json", one)
                     except PlanError as error:  # the least that a method can leave is more
