@@ -7,10 +7,10 @@ in `--cache`.
 """
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
@@ -26,7 +26,7 @@ from paper_table import table
 from records import cell, print_event, publish
 from rmtkd import batches as batching
 from rmtkd import recipes
-from rmtkd.checkpoint import new_folder
+from rmtkd.checkpoint import checksum, new_folder
 from rmtkd.distillation import Recovery
 from rmtkd.energy import Counter, Metered, measure_energy
 from rmtkd.environment import has_bf16
@@ -38,11 +38,10 @@ from rmtkd.recipes.checkpoints import save_classifier
 from rmtkd.recipes.recipe import Source
 from rmtkd.sites import encoder_of
 from rmtkd.surgery import tensors_of
-from rmtkd.training import Phase, PhaseState
+from rmtkd.teaching import SAVE_EVERY, TrainingFile
+from rmtkd.training import Phase
 
 RESULTS = Path(__file__).parent / "results"
-SAVE_EVERY = 60.0
-"""Seconds between two saves of where the training of a teacher stands."""
 BATCH = 32
 """Rows at which throughput, memory and energy are measured, beside latency at one."""
 
@@ -161,10 +160,10 @@ def train(work: Work) -> dict[str, Any]:
         source = entry.start(bench.data, bench.seed)
     rows, recovery = work.rows(source), entry.training or work.recipe.training
     student, passes = source.model.to(bench.device), len(rows.train)
-    standing, saved = bench.cache / f"{work.folder.name}-teacher.pt", time.monotonic()
+    asked_for = json.dumps([entry.epochs, passes, asdict(recovery), bench.seed, rows.note])
+    left = TrainingFile(bench.cache / f"{work.folder.name}-teacher", checksum(tensors_of(student), asked_for))
 
     def between(phase: Phase) -> None:
-        nonlocal saved
         step = len(phase.losses)
         print_event({"event": "step", "step": step, "loss": phase.losses[-1]})
         if step % passes == 0 and step < phase.steps:
@@ -173,9 +172,8 @@ def train(work: Work) -> dict[str, Any]:
             print(f"epoch {step // passes}: {seen[-1]:.4f} of selection rows", flush=True)
             student.train()
         is_passed = bool(seen) and seen[-1] >= entry.threshold
-        if asked.stop or is_passed or step == phase.steps or time.monotonic() - saved > SAVE_EVERY:
-            leave(phase, seen, standing)
-            saved = time.monotonic()
+        if asked.stop or is_passed or step == phase.steps or left.age() > SAVE_EVERY:
+            left.save(phase, seen=seen)
         if asked.stop:
             raise KeyboardInterrupt
         if is_passed:
@@ -189,7 +187,7 @@ def train(work: Work) -> dict[str, Any]:
         recovery=recovery,
         precision="bf16" if has_bf16(bench.device) else "fp32",
     )
-    seen = go_on(phase, standing)
+    seen: list[float] = (left.restore(phase) or {"seen": []})["seen"]
     try:
         if seen and seen[-1] >= entry.threshold:
             raise Passed
@@ -204,7 +202,7 @@ def train(work: Work) -> dict[str, Any]:
     with new_folder(work.folder / "teacher") as partial_folder:
         save_classifier(source, partial_folder)
     found = measures(work, source.model, rows, work.folder / "teacher")
-    standing.unlink(missing_ok=True)
+    left.drop()
     return {
         "start": "random" if entry.start else "pretrained",
         "training": asdict(recovery),
@@ -215,23 +213,6 @@ def train(work: Work) -> dict[str, Any]:
         "losses": phase.losses[:: max(1, len(phase.losses) // 200)],
         **found,
     }
-
-
-def leave(phase: Phase, seen: Sequence[float], path: Path) -> None:
-    """Save where the training of a teacher stands, by one rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    state, half = phase.state(), path.with_suffix(".partial")
-    torch.save({"tensors": state.tensors, "facts": state.facts, "seen": list(seen)}, half)
-    half.replace(path)
-
-
-def go_on(phase: Phase, path: Path) -> list[float]:
-    """Go back to what was left, if anything was; the selection accuracies until there."""
-    if not path.exists():
-        return []
-    found = torch.load(path, map_location="cpu", weights_only=True)
-    phase.restore(PhaseState(tensors=found["tensors"], facts=found["facts"]))
-    return found["seen"]
 
 
 def compress(work: Work, setting: str) -> dict[str, Any]:

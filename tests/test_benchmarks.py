@@ -221,7 +221,7 @@ def test_a_teacher_that_was_left_is_the_one_that_was_not(tmp_path: Path, monkeyp
         patch.setattr(paper, "print_event", stop)
         losses("left")
     assert losses("left") == whole
-    assert not list((tmp_path / "left").glob("*.pt"))
+    assert not list((tmp_path / "left").glob("*.training"))
 
 
 def test_packed_texts_are_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,10 @@
 """A teacher is trained the same way twice, written whole or not at all, and where nothing was before."""
 
 import json
+import signal
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,10 +57,9 @@ def test_a_teacher_is_a_stock_folder_with_its_record(sentiment: Sentiment):
     assert source.tokenizer is not None and record["parameters"] == sum(p.numel() for p in source.model.parameters())
 
 
-def train(sentiment: Sentiment, out: Path, *, seed: int = 0) -> dict[str, torch.Tensor]:
-    train_teacher(
-        SST2, model=str(sentiment.start), data=sentiment.data, out=out, epochs=0.3, lr=1e-3, precision="fp32", seed=seed
-    )
+def train(sentiment: Sentiment, out: Path, **options: Any) -> dict[str, torch.Tensor]:
+    usual: dict[str, Any] = {"epochs": 0.3, "lr": 1e-3, "precision": "fp32"}
+    train_teacher(SST2, model=str(sentiment.start), data=sentiment.data, out=out, **{**usual, **options})
     return load_file(out / "model.safetensors")
 
 
@@ -111,12 +113,56 @@ def test_an_out_that_exists_is_refused_at_once_and_untouched(tmp_path: Path, mon
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_an_interrupted_training_leaves_nothing_behind(sentiment: Sentiment, tmp_path: Path):
+class Killed(BaseException):
+    """Ends a training as a power cut would: nothing of ours catches it."""
+
+
+@pytest.mark.parametrize("ending", ["ctrl-c", "kill"])
+def test_a_training_that_was_stopped_goes_on_to_the_same_bits(sentiment: Sentiment, tmp_path: Path, ending: str):
+    whole = train(sentiment, tmp_path / "whole")
+    out, steps = tmp_path / "left", []
+
+    def stop(event: Mapping[str, Any]) -> None:
+        if event["event"] == "step":
+            steps.append(event["step"])
+            if len(steps) in (2, 5):  # the second time in the middle of what is left
+                if ending == "kill":
+                    raise Killed
+                signal.raise_signal(signal.SIGINT)
+
+    for _ in range(2):
+        with pytest.raises(Killed if ending == "kill" else KeyboardInterrupt):
+            train(sentiment, out, save_every_s=0.0, on_event=stop)
+        assert not out.exists() and (tmp_path / "left.training").is_file()
+    left = train(sentiment, out, save_every_s=0.0, on_event=stop)
+    assert all(torch.equal(value, left[name]) for name, value in whole.items())
+    assert steps == sorted(steps) and steps[-1] > 5
+    assert len(steps) == len(set(steps)) + (2 if ending == "kill" else 0)  # a step that was not saved is made again
+    assert not (tmp_path / "left.training").exists()
+
+
+def test_what_stands_of_another_training_is_refused_and_stays(sentiment: Sentiment, tmp_path: Path):
+    def stop(event: Mapping[str, Any]) -> None:
+        if event["event"] == "step":
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt, match=r"stopped after step 1 of \d+\. The same command goes on"):
+        train(sentiment, tmp_path / "t", on_event=stop)
+    standing = tmp_path / "t.training"
+    content = standing.read_bytes()
+    for other in ({"seed": 1}, {"lr": 2e-3}, {"epochs": 0.5}):
+        with pytest.raises(RunError, match=r"t\.training must be of this training"):
+            train(sentiment, tmp_path / "t", **other)
+    assert standing.read_bytes() == content
+    standing.write_bytes(content[:-7])
+    with pytest.raises(RunError, match=r"t\.training must be as it was written.*Remove it"):
+        train(sentiment, tmp_path / "t")
+
+
+def test_a_training_that_is_ended_before_its_first_save_leaves_nothing_behind(sentiment: Sentiment, tmp_path: Path):
     def interrupt(event: object) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_teacher(
-            SST2, model=str(sentiment.start), data=sentiment.data, out=tmp_path / "t", epochs=1.0, on_event=interrupt
-        )
+        train(sentiment, tmp_path / "t", on_event=interrupt)
     assert list(tmp_path.iterdir()) == []

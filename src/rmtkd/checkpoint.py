@@ -63,6 +63,23 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
+def write_state(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write tensors, copied from any device, and plain JSON values to one file, whole or not at all."""
+    stored = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    text = json.dumps(facts)
+    write_atomically(path, serialize(stored, metadata={"facts": text, "checksum": checksum(stored, text)}))
+
+
+def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write_state` wrote. Raises whatever safetensors and JSON make of damaged bytes, or `ValueError`."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    if metadata["checksum"] != checksum(tensors, metadata["facts"]):
+        raise ValueError("another checksum than was written")
+    return tensors, json.loads(metadata["facts"])
+
+
 def read_planned(folder: Path) -> tuple[Plan, dict[str, tuple[Spectrum, ...]]]:
     """The plan of a folder and the spectra that it was made from.
 
@@ -272,12 +289,10 @@ class RunFolder:
             tensors: by name; copied, from any device.
             facts: plain JSON values.
         """
-        stored = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        text = json.dumps({**facts, "run": self.config()["id"], "state": name})
-        metadata = {"facts": text, "checksum": checksum(stored, text)}
         with _told(self.path):
             (self.path / "last").mkdir(exist_ok=True)
-            write_atomically(self.path / "last" / f"{name}.safetensors", serialize(stored, metadata=metadata))
+            own = {**facts, "run": self.config()["id"], "state": name}
+            write_state(self.path / "last" / f"{name}.safetensors", tensors, own)
 
     def load_state(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """What `save_state` wrote last under this name; None if there is nothing.
@@ -289,16 +304,11 @@ class RunFolder:
         if not path.exists():
             return None
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata()
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            if metadata["checksum"] != checksum(tensors, metadata["facts"]):
-                raise ValueError("another checksum than was written")
-            facts = json.loads(metadata["facts"])
+            tensors, facts = read_state(path)
             if (facts["run"], facts["state"]) != (self.config()["id"], name):
                 raise ValueError("it belongs to another run, or is another state")
             return tensors, facts
-        except Exception as error:  # whatever safetensors and JSON make of damaged bytes
+        except Exception as error:
             instead = "the start of its round" if name == "step" else "the beginning"
             raise RunError(
                 f"{path} must be as it was written. Reading it gave: {error or type(error).__name__}. Restore it, or "

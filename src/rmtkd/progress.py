@@ -66,6 +66,8 @@ def describe(event: Mapping[str, Any]) -> str | None:
             changed = [f"{name} {old} → {new}" for name, (old, new) in event["changed"].items()]
             note = f"; since it began: {', '.join(changed)}, so that the last bits may differ" if changed else ""
             return f"going on after {event['rounds']} rounds{note}"
+        case "training":
+            return f"going on after step {event['step']} of {event['steps']}"
         case "interrupted":
             return f"interrupted {event['where']}"
         case "finished":

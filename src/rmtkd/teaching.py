@@ -1,20 +1,29 @@
-"""Training a teacher by a recipe."""
+"""Training a teacher by a recipe. What is stopped goes on when the same is asked again, to the same bits."""
 
+import json
 import math
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from rmtkd.checkpoint import RunFolder, new_folder, write_json
+from rmtkd import batches as batching
+from rmtkd.checkpoint import RunFolder, checksum, new_folder, read_state, write_json, write_state
 from rmtkd.environment import check_device, has_bf16, versions
 from rmtkd.errors import OptionError, RunError, check_choice
+from rmtkd.interruption import interruptible
 from rmtkd.measurement import count_parameters, quality
 from rmtkd.progress import Emitter, Listener
 from rmtkd.recipes.checkpoints import save_classifier
 from rmtkd.recipes.recipe import Recipe
-from rmtkd.training import PRECISIONS, Phase
+from rmtkd.roles import fingerprint
+from rmtkd.surgery import tensors_of
+from rmtkd.training import PRECISIONS, Phase, PhaseState
+
+SAVE_EVERY = 60.0
+"""Seconds between two saves of where a training stands."""
 
 
 def train_teacher(
@@ -28,9 +37,13 @@ def train_teacher(
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     seed: int = 0,
     device: str = "cpu",
+    save_every_s: float = SAVE_EVERY,
     on_event: Listener | None = None,
 ) -> dict[str, Any]:
     """Train a teacher on the recipe's training rows and write it as a transformers folder.
+
+    Where it stands is one file beside the folder, `OUT.training`, until it is finished. After Ctrl-C, or worse, the
+    same call goes on from there.
 
     Args:
         recipe: the task.
@@ -42,13 +55,15 @@ def train_teacher(
         precision: of training; `auto` is bf16 where this machine has instructions for it.
         seed: of the head's start, the order of rows and dropout.
         device: where to train.
+        save_every_s: seconds between two saves of where it stands.
         on_event: called with every event.
 
     Returns:
         What `training.json` holds.
 
     Raises:
-        RunError: if `out` exists or cannot be written.
+        RunError: if `out` exists or cannot be written, or if `OUT.training` is damaged or of another training.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, once the step is over and saved.
         OptionError: if an option has a value that it cannot have.
         DataError: if rows or checkpoint cannot be used.
     """
@@ -67,10 +82,24 @@ def train_teacher(
     steps = round(epochs * len(rows.train))
     if precision == "auto":
         precision = "bf16" if has_bf16(device) else "fp32"
-    with torch.random.fork_rng(devices=[]):
+    batching.set_epoch(rows.train, 0)
+    asked_for = {"rows": fingerprint(rows.train, "training")[0], "steps": steps, "seed": seed, "precision": precision}
+    left = TrainingFile(out, checksum(tensors_of(student), json.dumps([asked_for, asdict(recovery)])))
+    with torch.random.fork_rng(devices=[]), interruptible() as asked:
         torch.manual_seed(seed)
         phase = Phase(student, rows.train, steps=steps, recovery=recovery, precision=precision)
-        phase.run(lambda p: emit("step", step=len(p.losses), steps=steps, loss=p.losses[-1]))
+        if left.restore(phase) is not None:
+            emit("training", step=len(phase.losses), steps=steps)
+
+        def between(_: Phase) -> None:
+            step = len(phase.losses)
+            emit("step", step=step, steps=steps, loss=phase.losses[-1])
+            if asked.stop or left.age() > save_every_s:
+                left.save(phase)
+            if asked.stop:
+                raise KeyboardInterrupt(f"stopped after step {step} of {steps}. The same command goes on from there.")
+
+        phase.run(between)
     record = {
         "recipe": recipe.name,
         "start": Path(model).name if model and Path(model).exists() else model,
@@ -88,7 +117,59 @@ def train_teacher(
     with new_folder(out) as partial:
         save_classifier(source, partial)
         write_json(partial / "training.json", record)
+    left.drop()
     return record
+
+
+class TrainingFile:
+    """Where a training stands: one file beside the folder that is to be.
+
+    Args:
+        out: the folder.
+        identity: of the training: what it begins with and what it was asked.
+    """
+
+    def __init__(self, out: Path, identity: str):
+        self.path = out.absolute().with_name(f"{out.absolute().name}.training")
+        self.identity, self.saved = identity, time.monotonic()
+
+    def age(self) -> float:
+        """Seconds since the last save."""
+        return time.monotonic() - self.saved
+
+    def save(self, phase: Phase, **facts: Any) -> None:
+        """Write where the phase stands, and plain JSON values, in place of what was there."""
+        state = phase.state()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_state(self.path, state.tensors, {**facts, "phase": state.facts, "identity": self.identity})
+        self.saved = time.monotonic()
+
+    def restore(self, phase: Phase) -> dict[str, Any] | None:
+        """Take the phase to where it was left; the values that were saved with it, or None if nothing was left.
+
+        Raises:
+            RunError: if the file is damaged, or of another training.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            tensors, facts = read_state(self.path)
+        except Exception as error:
+            raise RunError(
+                f"{self.path} must be as it was written. Reading it gave: {error or type(error).__name__}. "
+                "Remove it to train from the start."
+            ) from error
+        if facts["identity"] != self.identity:
+            raise RunError(
+                f"{self.path} must be of this training. It is of one with another start, other rows or other options. "
+                "Finish that one with its own command, remove the file, or choose another --out."
+            )
+        phase.restore(PhaseState(tensors=tensors, facts=facts["phase"]))
+        return facts
+
+    def drop(self) -> None:
+        """Remove the file: the training is finished."""
+        self.path.unlink(missing_ok=True)
 
 
 def check_new(out: Path) -> None:

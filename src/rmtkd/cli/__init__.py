@@ -12,8 +12,8 @@ def main() -> None:
     """Run the command line; errors of rmtkd are one message, not a traceback."""
     try:
         app()
-    except KeyboardInterrupt:
-        fail("interrupted", "stopped at once. A run that had begun goes on with: rmtkd resume RUN")
+    except KeyboardInterrupt as error:
+        fail("interrupted", str(error) or "stopped at once. A run that had begun goes on with: rmtkd resume RUN")
     except RmtkdError as error:
         fail(type(error).__name__, str(error))
     except ModuleNotFoundError as error:

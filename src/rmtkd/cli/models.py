@@ -32,6 +32,8 @@ def train(
 ) -> None:
     """Train a teacher: what is to be compressed, on the rows that the recipe trains on.
 
+    After Ctrl-C, or worse, the same command goes on.
+
     \b
     $ rmtkd train sst2 --model PATH_OR_HUB_NAME --data DIR --out teacher
     $ rmtkd train digits_cnn --out runs/digits-images-teacher
