@@ -111,7 +111,7 @@ def own_network(path: str) -> nn.Module:
     except Exception as error:  # whatever code of somebody else's raises
         raise DataError(
             f"--model must name a function that returns a network, as package.module:function. {path} gave: {error!r}. "
-            "Run from the folder that holds it, or put that on PYTHONPATH."
+            "Put the folder that holds it on PYTHONPATH."
         ) from error
     if not isinstance(made, nn.Module):
         raise DataError(f"{path} must return a torch.nn.Module. It returned {type(made).__name__}.")

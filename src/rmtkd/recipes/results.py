@@ -3,6 +3,7 @@
 from rmtkd.recipes.recipe import Measured
 
 _CURVE = "rmtkd bench curve run --teacher TEACHER --data DIR"
+_VISION = "rmtkd bench vision run --data DIR"
 
 MEASURED = {
     "digits": Measured(
@@ -38,7 +39,7 @@ MEASURED = {
         teacher=89.3,
         rows=872,
         epochs=1.0,
-        command=f"{_CURVE} --task sst2",
+        command=f"{_CURVE} --task sst2 --methods guarded --sizes 0.1",
         records=tuple(f"curve/sst2-guarded-0.1-seed{seed}-0.0002.json" for seed in range(3)),
         teacher_record="final/sst2.json",
     ),
@@ -51,8 +52,8 @@ MEASURED = {
         teacher=92.3,
         rows=7600,
         epochs=4.0,
-        command=f"{_CURVE} --task ag_news --epochs 4",
-        records=("curve/ag_news-guarded-0.1-seed0-0.0002-4epochs.json",),
+        command=f"{_CURVE} --task ag_news --methods guarded --sizes 0.1 --seeds 0 --epochs 4",
+        records=("curve/ag_news-guarded-0.1-seed0-0.0002-epochs4.json",),
         teacher_record="final/ag_news.json",
     ),
     "cifar10": Measured(
@@ -64,7 +65,7 @@ MEASURED = {
         teacher=93.4,
         rows=10_000,
         epochs=15.0,
-        command="rmtkd bench vision run --model resnet56 --data DIR --optimizer sgd --lr 0.05 --epochs 15",
+        command=f"{_VISION} --model resnet56 --methods pairs --optimizer sgd --lr 0.05 --epochs 15",
         records=("vision/resnet56-pairs-0.39-15epochs-seed0-sgd-0.05.json",),
     ),
 }
