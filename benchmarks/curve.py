@@ -336,14 +336,16 @@ def table() -> str:
     others = [r for r in every_record() if not is_plain(r) or r["lr"] != chosen_rate(found, r["task"], r["method"])]
     if others:
         lines.append(
-            "| other recovery | size | seed | epochs | hidden | α | lr | report before | after | selection after |"
+            "| other recovery | size | seed | epochs | hidden | α | lr | report before | after | selection after "
+            "| divergence before | after |"
         )
-        lines.append("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
+        lines.append("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
     for r in others:
         setting = " | ".join(f"{r.get(name, usual):g}" for name, usual in PLAIN.items())
         numbers = (spread(percent([r], key)) for key in ("accuracy_cut", "accuracy", "accuracy_selection"))
+        near = (f"{r[key]['divergence']['value']:.3f}" if key in r else "" for key in ("near_cut", "near"))
         facts = f"{r['task']} {r['method']} | {r['size']:.0%} | {r['seed']} | {setting} | {r['lr']:g}"
-        lines.append(f"| {facts} | " + " | ".join(numbers) + " |")
+        lines.append(f"| {facts} | " + " | ".join([*numbers, *near]) + " |")
     return "\n".join(lines)
 
 
