@@ -21,7 +21,6 @@ answers is what these directions cause.
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -36,7 +35,7 @@ from torch import Tensor, nn
 import rmtkd
 from figures import BEFORE, Panel, chart
 from forms import FORM
-from records import cell, percent, publish, spread
+from records import percent, publish, read_largest_scale, spread, tried
 from rmtkd import compression, recipes
 from rmtkd.activations import attach, collect
 from rmtkd.bases import Basis
@@ -179,9 +178,8 @@ def run(work: Work, options: Mapping[str, Any]) -> dict[str, Any]:
     )
     record = result.record
     untouched = accuracy(work.teacher, work.rows.report).value
-    closed_form = rmtkd.narrow(
-        work.teacher, result.plan, calibration=work.calibration, metric=given.get("metric", "fisher")
-    )
+    seen = compression.share_of(work.rows.train, given.get("calibration_share", Options().calibration_share))
+    closed_form = rmtkd.narrow(work.teacher, result.plan, calibration=seen, metric=given.get("metric", "fisher"))
     return {
         "options": {name: asdict(value) if isinstance(value, Recovery) else value for name, value in given.items()},
         "teacher": untouched,
@@ -264,7 +262,7 @@ def settings(scale: str) -> dict[str, dict[str, Callable[[Work], dict[str, Any]]
 
 def table(results: Path) -> str:
     """The records as Markdown, a table a task and kind."""
-    every = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    every = read_largest_scale(results)
     made = {task: _tables([r for r in every if r.get("task", "digits") == task]) for task in ("digits", *SLICED)}
     named = [text if task == "digits" else f"**{task}**\n\n{text}" for task, text in made.items() if text]
     return "\n\n".join(named)
@@ -305,7 +303,7 @@ def _percent(cells: Sequence[Mapping[str, Any]], key: str) -> str:
 
 def figure(results: Path) -> str:
     """The published figure: accuracy and what remains against τ."""
-    every = [json.loads(path.read_text()) for path in sorted(results.glob("*threshold*.json"))]
+    every = [r for r in read_largest_scale(results) if r["file"].startswith("threshold")]
     panels = []
     for task in ("digits", *SLICED):
         found = [r for r in every if r.get("task", "digits") == task]
@@ -340,13 +338,12 @@ def main() -> None:
         if given.task in SLICED:
             recovery = SLICED[given.task][2]
         work = Work(seed, given.cache, recovery, epochs, task=given.task, path=given.teacher, data=given.data)
-        prefix = "" if given.task == "digits" else f"{given.task}-"
+        prefix = f"{given.scale}-{given.task}"
         for kind, named in settings(given.scale).items():
             for name, act in named.items() if kind in given.kinds else ():
                 file = file_of(kind, name)
-                cell(
-                    results / f"{prefix}{file}-seed{seed}.json", partial(_described, file, seed, given.scale, act, work)
-                )
+                one = partial(_described, file, seed, given.scale, act, work)
+                tried(results / f"{prefix}-{file}-seed{seed}.json", one)
     if given.results is None:
         publish("ablation", table(results))
         FIGURE.write_text(figure(results))

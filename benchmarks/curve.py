@@ -12,9 +12,9 @@
 | magnitude | the same share of every width | largest weights |
 
 Every cell (task, method, size, seed, learning rate) is one JSON file in `benchmarks/results/curve/`, and one that has
-its file is not run again. All share the teacher, whose answers to the training rows are computed once, the rows, the
-number of steps and the loss. The learning rate of a method is the one that is best on selection rows at 10 % with
-seed 0. Report rows are read once a cell, after all choices.
+its file is not run again. All cells of one run share the teacher, whose answers to the training rows are computed once,
+the rows, the number of steps and the loss. The learning rate of a method is the one that is best on selection rows at
+10 % with seed 0. Report rows are read once a cell, after all choices.
 """
 
 import argparse
@@ -31,9 +31,10 @@ import torch
 from torch import Tensor, nn
 
 from figures import BEFORE, Panel, chart
-from records import cell, percent, print_event, publish, spread
+from records import percent, print_event, publish, spread, tried
 from rmtkd import compression, recipes
 from rmtkd.activations import observe
+from rmtkd.checkpoint import checksum
 from rmtkd.cutting import cut_in_order
 from rmtkd.distillation import Recovery, Teacher
 from rmtkd.dry_run import metrics_of
@@ -44,7 +45,7 @@ from rmtkd.measurement import accuracy, count_parameters, evaluation
 from rmtkd.planning import Plan, retarget, spectra_of
 from rmtkd.schedule import Options
 from rmtkd.sites import Site, blocks_of, by_width, find_sites
-from rmtkd.surgery import fold
+from rmtkd.surgery import fold, tensors_of
 from rmtkd.training import Phase
 from shift import beside, scored
 from sst2 import magnitude_bases
@@ -81,6 +82,11 @@ class Work:
     @cached_property
     def model(self) -> nn.Module:
         return self.source.model
+
+    @cached_property
+    def teacher_id(self) -> str:
+        """Begins the checksum of the teacher's weights: what is kept for one teacher is of no use to another."""
+        return checksum(tensors_of(self.model))[:8]
 
     @cached_property
     def rows(self) -> Any:
@@ -143,7 +149,7 @@ class Work:
     def taught(self) -> Teacher:
         """The teacher with its answers to all training rows, which are computed once for all cells."""
         teacher = Teacher(self.model, cache=True)
-        path = self.cache / f"answers-{self.task}.pt"
+        path = self.cache / f"answers-{self.task}-{self.teacher_id}.pt"
         if path.exists():
             teacher.kept = torch.load(path)
             return teacher
@@ -155,7 +161,8 @@ class Work:
 
 
 def guarded(work: Work, size: float) -> nn.Module:
-    """The library's default: all sizes from the same measured losses."""
+    """The library's policy and metric with three embedding levels: all sizes from losses that were weighed once, at
+    10 %."""
     made, spectrums, model, sites, metrics = work.measured
     plan = retarget(made, spectrums, target=f"{100 * size:g}%params")
     return cut(model, sites, plan.widths, work, metrics)
@@ -237,7 +244,7 @@ def cut(
 
 def start(work: Work, method: str, size: float) -> tuple[nn.Module, dict[str, Any]]:
     """The cut model, made once for all learning rates, and what is known before recovery."""
-    path = work.cache / f"{work.task}-{method}-{size:g}-{work.seed}.pt"
+    path = work.cache / f"{work.task}-{work.teacher_id}-{method}-{size:g}-{work.seed}.pt"
     if not path.exists():
         student = METHODS[method](work, size)
         facts = {
@@ -277,6 +284,7 @@ def run(work: Work, method: str, size: float, epochs: float, recovery: Recovery)
         "steps": steps,
         "baseline_parameters": count_parameters(work.model),
         "teacher": work.own,
+        "teacher_id": work.teacher_id,
         **facts,
         "near_cut": before,
         "near": work.nearness(student),
@@ -403,10 +411,7 @@ def main() -> None:
                     name = f"{chosen.task}-{method}-{size:g}-seed{seed}-{lr:g}{other}"
                     recovery = Recovery(lr=lr, hidden=chosen.hidden, alpha=chosen.alpha)
                     one = partial(run, work, method, size, chosen.epochs, recovery)
-                    try:
-                        cell(RESULTS / f"{name}.json", one)
-                    except PlanError as error:  # the least that a method can leave is more
-                        print(f"{name}: {error}", flush=True)
+                    tried(RESULTS / f"{name}.json", one)  # the least that a method can leave may be more
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """A task's rows and those of another domain, and models that were cut on either: what `shift.py` measures."""
 
 import copy
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,10 +16,12 @@ from records import print_event
 from rmtkd import batches as batching
 from rmtkd import compression, recipes
 from rmtkd.batches import Batch
+from rmtkd.checkpoint import checksum
 from rmtkd.distillation import Recovery, Teacher
 from rmtkd.environment import has_bf16
 from rmtkd.recipes.images import ImageRows
 from rmtkd.recipes.rows import TokenRows
+from rmtkd.surgery import tensors_of
 from rmtkd.training import Phase
 
 SEEN = ("own", "other", "mixed")
@@ -76,8 +77,9 @@ class Mixed:
             batching.set_epoch(rows, epoch)
 
     def __iter__(self) -> Iterator[Batch]:
-        for i, (mine, theirs) in enumerate(zip(self.own, itertools.cycle(self.other), strict=False)):
-            yield theirs if i % 2 else mine
+        own, other = list(self.own), list(self.other)  # spread evenly: collections are sorted by length
+        for i, mine in enumerate(own):
+            yield other[i * len(other) // len(own)] if i % 2 else mine
 
 
 class Unlabelled:
@@ -141,7 +143,9 @@ class Work:
 
     def student(self, which: str, recovered: str, levels: int = 1) -> nn.Module:
         """A compressed model, made once for all parts."""
-        name = f"{self.task}-{which}-{levels}levels-{recovered.replace(' ', '_')}-seed{self.seed}.pt"
+        scale = f"{self.scale.targets[self.task]}-{self.scale.epochs:g}epochs"
+        teacher = checksum(tensors_of(self.source.model))[:8]
+        name = f"{self.task}-{teacher}-{which}-{levels}levels-{recovered.replace(' ', '_')}-{scale}-seed{self.seed}.pt"
         path = self.cache / name
         if not path.exists():
             torch.manual_seed(self.seed)

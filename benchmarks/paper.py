@@ -23,7 +23,7 @@ from torch import nn
 import rmtkd
 from packed import unpack
 from paper_table import table
-from records import cell, print_event, publish
+from records import print_event, publish, tried
 from rmtkd import batches as batching
 from rmtkd import recipes
 from rmtkd.checkpoint import checksum, new_folder
@@ -103,18 +103,18 @@ class Bench:
     prepared: Path | None = None
 
     def run(self, entry: Entry) -> None:
-        """All cells of an entry."""
+        """All cells of an entry; without its teacher none."""
         work = Work(bench=self, entry=entry)
-        self._cell(entry, "teacher", partial(train, work))
-        for setting in self.settings:
-            self._cell(entry, setting, partial(compress, work, setting))
+        if self._cell(entry, "teacher", partial(train, work)) is not None:
+            for setting in self.settings:
+                self._cell(entry, setting, partial(compress, work, setting))
 
-    def _cell(self, entry: Entry, part: str, run: Callable[[], dict[str, Any]]) -> None:
+    def _cell(self, entry: Entry, part: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
         def described() -> dict[str, Any]:
             facts = {"network": entry.name, "task": entry.task, "part": part, "scale": self.scale, "seed": self.seed}
             return {**facts, "command": " ".join(["rmtkd bench", self.name, "--scale", self.scale]), **run()}
 
-        cell(self.results / f"{self.scale}-{entry.key}-{part}-seed{self.seed}.json", described)
+        return tried(self.results / f"{self.scale}-{entry.key}-{part}-seed{self.seed}.json", described)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,16 +239,18 @@ def compress(work: Work, setting: str) -> dict[str, Any]:
         "before_recovery": record["rounds"][0]["accuracy_cut"] if record["rounds"] else None,
         "baseline": record["baseline"],
         "widths": result.plan.widths,
-        **measures(work, result.model.to(bench.device), rows, out / "model"),
+        **measures(work, result.model.to(bench.device), rows, out / "model", beside=source.model.to(bench.device)),
     }
 
 
-def measures(work: Work, model: nn.Module, rows: Any, folder: Path) -> dict[str, Any]:
-    """What a model costs and how well it does, on report rows."""
+def measures(
+    work: Work, model: nn.Module, rows: Any, folder: Path, *, beside: nn.Module | None = None
+) -> dict[str, Any]:
+    """What a model costs and how well it does, on report rows; latency in turns with the model `beside` it."""
     bench = work.bench
     example = batching.to(work.recipe.example(model, rows), bench.device)
     one, many = batching.head(example, 1), batching.head(example, BATCH)
-    (single,) = time_forward([model], one, repeats=work.entry.passes)
+    *others, single = time_forward([*([beside] if beside else []), model], one, repeats=work.entry.passes)
     (whole,) = time_forward([model], many, repeats=min(work.entry.passes, 50))
     calls = [partial(batching.logits, model, batch) for batch in (one, many)]
     with evaluation(model):
@@ -258,6 +260,7 @@ def measures(work: Work, model: nn.Module, rows: Any, folder: Path) -> dict[str,
     return {
         "cost": footprint.to_dict(),
         "latency_at_1_ms": asdict(single),
+        "teacher_latency_at_1_ms": asdict((others or [single])[0]),
         "rows_per_second": {
             "median": 1e3 * batching.rows(many) / whole.median,
             "iqr": 1e3 * batching.rows(many) / whole.median * whole.iqr / whole.median,
@@ -282,6 +285,8 @@ def memory_of(work: Work, folder: Path) -> int | None:
 def print_memory(folder: str, task: str, device: str, data: str) -> None:
     recipe: Any = recipes.get(task)
     model = recipe.load(folder, Path(data) if data else None).model.to(device)
+    for tensor in tensors_of(model).values():
+        tensor.sum()  # a file that is mapped takes no memory before it is read
     example = batching.head(batching.to(recipe.example(model, None), device), BATCH)
     torch.nn.Linear(8, 8)(torch.ones(8, 8))  # what any first product takes
     if device != "cpu":

@@ -65,7 +65,7 @@ def _line(
         mean(lambda r, t: r["latency_at_1_ms"]["median"], ".2f") + f" ms (IQR {first['latency_at_1_ms']['iqr']:.2f})",
         ""
         if is_teacher
-        else mean(lambda r, t: t["latency_at_1_ms"]["median"] / r["latency_at_1_ms"]["median"], ".2f") + "×",
+        else mean(lambda r, _: r["teacher_latency_at_1_ms"]["median"] / r["latency_at_1_ms"]["median"], ".2f") + "×",
         "" if is_teacher else str(said.get("speed_up", "")),
         mean(lambda r, t: r["rows_per_second"]["median"], ",.0f"),
         "–" if first["memory_bytes"] is None else f"{first['memory_bytes'] / 1e6:,.0f} MB",

@@ -38,7 +38,7 @@ def resnet50(epochs: int, recovery: float, passes: int) -> Entry:
         epochs=epochs,
         recovery=recovery,
         passes=passes,
-        options={"calibration_share": 0.04},
+        options={"calibration_share": 0.1},  # as many images as the last stage has channels, and more
     )
 
 

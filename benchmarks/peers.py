@@ -12,7 +12,7 @@
 | random | every second layer's shape, Xavier | labels and answers | |
 | magnitude | largest weights, the same share of each width | labels and answers | |
 | energy | as many directions as hold the same share of the variance | labels and answers | |
-| rmtkd | the default | labels and answers | arXiv 2509.15724 |
+| rmtkd | widths by measured loss, three embedding levels | labels and answers | arXiv 2509.15724 |
 
 The first four have half of the layers; the others have as many parameters as these, or fewer. *distilbert* has no
 pretraining of its own, which its source has: only its start and losses are compared. *theseus* replaces with a
@@ -97,9 +97,10 @@ def cosine(mine: Sequence[Tensor], theirs: Sequence[Tensor], mask: Tensor | None
 
 
 def patience(mine: Sequence[Tensor], theirs: Sequence[Tensor], _: Tensor | None) -> Tensor:
-    """Mean squared distance of the normalised first states, in sum over layers, times β."""
+    """Mean squared difference of the normalised first states, over rows, layers and dimensions, times β: as in the
+    published code, to whose mean this β belongs (equation 7 of the paper has a sum)."""
     pairs = [[functional.normalize(h[:, 0], dim=-1) for h in pair] for pair in zip(mine, theirs, strict=True)]
-    return PATIENCE * torch.stack([(a - b).square().sum(-1).mean() for a, b in pairs]).mean()
+    return PATIENCE * torch.stack([(a - b).square().mean() for a, b in pairs]).mean()
 
 
 class Theseus(nn.Module):
@@ -270,8 +271,9 @@ def table(results: Path) -> str:
     for task in dict.fromkeys(r["task"] for r in found):
         for peer in PEERS:
             by_rate: dict[float, list[dict[str, Any]]] = {}
-            for r in found:
-                if (r["task"], r["peer"]) == (task, peer):
+            mine = [r for r in found if (r["task"], r["peer"]) == (task, peer)]
+            for r in mine:
+                if r["epochs"] == max(each["epochs"] for each in mine):
                     by_rate.setdefault(r["lr"], []).append(r)
             if by_rate:
                 lr, cells = max(by_rate.items(), key=lambda item: _mean(item[1], "accuracy_selection"))
@@ -304,6 +306,7 @@ def main() -> None:
     given = parser.parse_args()
     results, is_tiny = given.results or RESULTS, given.scale == "tiny"
     task, teacher = ("digits", given.cache / "teacher") if is_tiny else (given.task, given.teacher)
+    given.cache.mkdir(parents=True, exist_ok=True)
     if is_tiny and not given.table and not teacher.exists():
         from rmtkd import recipes
         from rmtkd.teaching import train_teacher

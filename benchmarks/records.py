@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from rmtkd.environment import machine, versions
+from rmtkd.errors import RmtkdError
+
+SCALES = ("tiny", "cpu", "full")
 
 
 def cell(path: Path, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -22,6 +25,22 @@ def cell(path: Path, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     record = json.loads(path.read_text())
     print(f"{path.stem}: {headline(record)}", flush=True)
     return record
+
+
+def tried(path: Path, run: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+    """The record of a cell; None, and a line that says why, where rmtkd refuses it: the other cells are run."""
+    try:
+        return cell(path, run)
+    except RmtkdError as error:
+        print(f"{path.stem}: {error}", flush=True)
+        return None
+
+
+def read_largest_scale(results: Path) -> list[dict[str, Any]]:
+    """The records of a folder, of the largest scale alone: scales differ in more than in noise."""
+    found = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    scales = [scale for scale in SCALES if any(record["scale"] == scale for record in found)]
+    return [record for record in found if record["scale"] in scales[-1:]]
 
 
 def headline(record: Mapping[str, Any]) -> str:

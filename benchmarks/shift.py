@@ -21,7 +21,6 @@ differs from the published corruptions, is in `corruptions.py`.
 
 import argparse
 import copy
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -34,7 +33,7 @@ from torch import Tensor, nn
 
 from corruptions import TYPOS, corrupted, mistyped
 from domains import IMAGES, RECOVERED, SCALES, SEEN, Work
-from records import cell, percent, publish, spread
+from records import percent, publish, read_largest_scale, spread, tried
 from rmtkd import batches as batching
 from rmtkd import recipes
 from rmtkd.levels import count_tokens
@@ -191,7 +190,7 @@ def cells(work: Work) -> dict[str, tuple[str, Callable[[Work], dict[str, Any]]]]
 
 def table(results: Path) -> str:
     """The records as Markdown, a table a part."""
-    found = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    found = read_largest_scale(results)
     made = {"domains": _domains, "noise": _shifts, "corruptions": _shifts, "tokens": _tokens}
     texts = [write([r for r in found if r["part"] == part]) for part, write in made.items()]
     return "\n\n".join(text for text in texts if text)
@@ -301,7 +300,7 @@ def main() -> None:
                     file = f"{given.scale}-{task}-{part}-{name}"
                     facts = {"file": file, "task": task, "part": part, "scale": given.scale, "seed": seed}
                     facts["command"] = f"rmtkd bench shift --scale {given.scale}"
-                    cell(results / f"{file}-seed{seed}.json", partial(_described, facts, act, work))
+                    tried(results / f"{file}-seed{seed}.json", partial(_described, facts, act, work))
     made = table(results)
     if given.results is None:
         publish("shift", made)

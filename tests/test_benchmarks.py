@@ -102,9 +102,11 @@ def test_the_ablation_changes_one_thing_at_a_time(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     records = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "results").iterdir()}
-    low, high = (records[f"threshold-{tau}-seed0"] for tau in ("0.02", "0.1"))
+    low, high = (records[f"tiny-digits-threshold-{tau}-seed0"] for tau in ("0.02", "0.1"))
     assert high["parameters"] < low["parameters"] < 1  # a larger τ cuts more
-    dropped, kept = records["causal-dropped-seed0"], records["causal-as_many_of_the_kept-weakest-seed0"]
+    dropped, kept = (
+        records[f"tiny-digits-causal-{which}-seed0"] for which in ("dropped", "as_many_of_the_kept-weakest")
+    )
     each = [record["divergence"] / record["directions"] for record in (dropped, kept)]
     assert 0 < 2 * each[0] < each[1]  # even the weakest of the kept directions are worth more than those that go
     assert "| causal: projected out |" in done.stdout and "| threshold | seeds |" in done.stdout
