@@ -16,6 +16,7 @@ from rmtkd.compression import Compressed, compress, plan
 from rmtkd.cutting import cut_in_order
 from rmtkd.distillation import Recovery
 from rmtkd.errors import ArtifactError, DataError, PlanError, RunError, UnsupportedModelError
+from rmtkd.measurement import divergence
 from rmtkd.recipes import TokenRows
 from rmtkd.recipes.checkpoints import load_classifier
 from rmtkd.recipes.recipe import Rows
@@ -153,6 +154,21 @@ def test_the_steps_of_the_rounds_are_those_asked_for(finished, task: Rows):
     assert len(told) == sum(done.steps for done in result.rounds)
 
 
+def test_after_a_mild_cut_recovery_takes_smaller_steps(teacher: torch.nn.Module, task: Rows):
+    recovery = Recovery(lr=1e-3, gentle=100.0)
+    events: list[Any] = []
+    small = run(teacher, task, recovery=recovery, granularity="layer", on_event=events.append)
+    assert len(small.rounds) > 1
+    for done in small.rounds:
+        assert done.divergence_cut is not None and 0 < done.divergence_cut < 100
+        assert done.lr == recovery.rate_after(done.divergence_cut) < 1e-3
+    told = [event["divergence"] for event in events if event["event"] == "check"]
+    assert told == [done.divergence_cut for done in small.rounds]
+    last = small.rounds[-1]
+    before = run(teacher, task, recovery=recovery, granularity="layer", max_rounds=len(small.rounds) - 1)
+    assert last.divergence == pytest.approx(divergence(small.model, before.model, task.selection), rel=0.05)
+
+
 def test_the_summary_prints_as_a_table(finished):
     text = finished[1].summary()
     assert "parameters" in text and "accuracy, report rows (n = 90)" in text and "\x1b" not in text
@@ -216,7 +232,7 @@ def test_a_round_that_breaks_the_tolerance_is_taken_back_and_ends_the_run(
 ):
     calls = []
 
-    def spoil(_: Run, student: torch.nn.Module, *__: object) -> tuple[list[float], float]:
+    def spoil(_: Run, student: torch.nn.Module, *_rest: object, **_given: Any) -> tuple[list[float], float]:
         calls.append(student)
         if len(calls) == spoiled:
             student.get_parameter("classifier.weight").data.mul_(-1)

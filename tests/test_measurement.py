@@ -22,6 +22,7 @@ from rmtkd.measurement import (
     count_disk_bytes,
     count_flops,
     count_parameters,
+    divergence,
     evaluation,
     f1,
     measure,
@@ -272,6 +273,16 @@ class Scores(nn.Module):
 
     def forward(self, scores: Tensor) -> Tensor:
         return scores + self.anchor
+
+
+def test_the_divergence_is_that_of_the_formula_and_nothing_from_itself() -> None:
+    rows, student, teacher = random_rows(30, batch_size=7), tiny_bert(seed=1), tiny_bert(seed=2)
+    assert divergence(teacher, teacher, rows) == 0
+    p, q = (predict(model, rows)[0].double().softmax(-1) for model in (teacher, student))
+    expected = float((p * (p / q).log()).sum(-1).mean())
+    assert divergence(student, teacher, rows) == pytest.approx(expected, rel=1e-9) and expected > 0
+    with pytest.raises(DataError, match="at least one row"):
+        divergence(student, teacher, [])
 
 
 def test_predictions_come_in_order_without_gradient_and_without_dropout() -> None:

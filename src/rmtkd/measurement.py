@@ -227,6 +227,17 @@ def accuracy(model: nn.Module, rows: Iterable[Batch], *, pieces: Pieces | None =
     return proportion(int((scores.argmax(-1) == labels).sum()), len(labels))
 
 
+def divergence(student: nn.Module, teacher: nn.Module, rows: Iterable[Batch], *, pieces: Pieces | None = None) -> float:
+    """`KL(teacher ‖ student)` of the answers, in nats, averaged over rows, with or without labels."""
+    total, count, pieces = 0.0, 0, pieces or Pieces()
+    for batch in rows:
+        theirs, mine = (answers(model, batch, pieces).double().log_softmax(-1) for model in (teacher, student))
+        total, count = total + float((theirs.exp() * (theirs - mine)).sum()), count + len(mine)
+    if count == 0:
+        raise DataError("at least one row is needed to compare answers. Got none. Pass more rows.")
+    return max(0.0, total / count)
+
+
 def quality(model: nn.Module, rows: Iterable[Batch], *, pieces: Pieces | None = None) -> dict[str, Estimate]:
     """Accuracy and F1 from one pass: see `accuracy` and `f1`.
 

@@ -50,13 +50,13 @@ def describe(event: Mapping[str, Any]) -> str | None:
         case "check":
             return (
                 f"round {event['number']}: equals its full-width reference to {event['error']:.0e}; "
-                f"{event['selection_accuracy']:.2%} before recovery"
+                f"{event['selection_accuracy']:.2%} before recovery{_near(event)}"
             )
         case "round":
             back = " – taken back" if event["rolled_back"] else ""
             return (
                 f"round {event['number']}: {event['parameters']:,} parameters, {event['accuracy']:.2%} on selection "
-                f"after {event['steps']} steps{back}"
+                f"after {event['steps']} steps{_near(event)}{back}"
             )
         case "forecast":
             return f"this will take {forecast_line(event)}"
@@ -81,6 +81,13 @@ def describe(event: Mapping[str, Any]) -> str | None:
         case "done":
             return f"stopped: {event['stop_reason']}"
     return None
+
+
+def _near(event: Mapping[str, Any]) -> str:
+    """How far from the teacher, and by which steps; nothing in records of earlier versions."""
+    apart, lr = event.get("divergence"), event.get("lr")
+    pace = "" if lr is None else f" at a learning rate of {lr:.2g}"
+    return pace if apart is None else f"{pace}, {apart:.2g} nats from the teacher"
 
 
 def forecast_line(forecast: Mapping[str, Any]) -> str:

@@ -35,6 +35,7 @@ from rmtkd.measurement import (
     accuracy,
     compare,
     count_parameters,
+    divergence,
     evaluation,
     time_forward,
 )
@@ -45,6 +46,7 @@ from rmtkd.pretrained import presented
 from rmtkd.result import Compressed
 from rmtkd.roles import Answered, Roles, check_report, check_teacher, fingerprint, share_of
 from rmtkd.schedule import History, Options, Round, kept_widths, stop_reason, thinned, too_much_lost
+from rmtkd.sensitivity import ROWS, gathered, spread
 from rmtkd.sites import (
     Site,
     after_cuts,
@@ -117,6 +119,8 @@ class Run:
         batching.first(rows.train, "training rows")
         self.fingerprints: dict[str, str] = {"training rows": fingerprint(self.calibration, "training")[0]}
         self.selection = self._labelled("selection", rows.selection)
+        self.near = gathered(spread(self.selection, ROWS))
+        """The selection rows on which students are held against their teachers."""
         self.report = None if rows.report is None else self._labelled("report", rows.report)
         self.example = batching.to(rows.example or batching.first(rows.selection, "selection"), options.device)
         self.batches_per_epoch = sum(1 for _ in rows.train)
@@ -336,6 +340,7 @@ class Run:
         """Cut, check, evaluate, recover, evaluate. A round that was left in its recovery goes on there."""
         before, widths = standing.student, standing.plan.widths
         sites = after_cuts(sites, standing.kept)
+        teacher = self.model if self.options.teacher == "original" else before
         saved = self.saved_step(number)
         start = time.monotonic()
         if saved is None:
@@ -353,13 +358,15 @@ class Run:
             rows = batching.head(batching.first(self.selection, "selection"), CHECK_ROWS)
             error = check_cut(before, student, sites, bases, rows)
             cut = accuracy(student, self.selection, pieces=self.pieces)
-            self.emit("check", number=number, error=error, selection_accuracy=cut.value)
-            facts = {"error": error, "accuracy_cut": cut.value, "seconds_cut": time.monotonic() - start}
+            apart = self.apart(student, teacher)
+            self.emit("check", number=number, error=error, selection_accuracy=cut.value, divergence=apart)
+            facts = {"error": error, "accuracy_cut": cut.value, "divergence_cut": apart}
+            facts["seconds_cut"] = time.monotonic() - start
         else:
             student = shaped(self.start, self.sites, standing.kept | {site.name: widths[site.name] for site in sites})
             facts = saved.facts
-        teacher = self.model if self.options.teacher == "original" else before
-        losses, seconds = self.recover(student, teacher, number, steps, facts, saved)
+        lr = self.options.recovery.rate_after(facts.get("divergence_cut"))
+        losses, seconds = self.recover(student, teacher, number, steps, facts, saved, lr=lr)
         after = accuracy(student, self.selection, pieces=self.pieces).value if losses else facts["accuracy_cut"]
         untouched, latency = time_forward([self.model, student], self.example, repeats=ROUND_REPEATS)
         return student, Round(
@@ -375,10 +382,17 @@ class Run:
             loss_last=losses[-1] if losses else None,
             seconds_cut=facts["seconds_cut"],
             seconds_recovery=seconds,
+            divergence_cut=facts.get("divergence_cut"),
+            divergence=self.apart(student, teacher) if losses else facts.get("divergence_cut"),
+            lr=lr if losses else None,
             losses=thinned(losses),
             latency_ms=latency,
             latency_ms_untouched=untouched,
         )
+
+    def apart(self, student: nn.Module, teacher: nn.Module) -> float:
+        """How far the student's answers are from the teacher's, over some selection rows."""
+        return divergence(student, teacher, self.near, pieces=self.pieces)
 
     def recover(
         self,

@@ -167,8 +167,8 @@ class Options:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Options":
-        """The options that `to_dict` gave."""
-        return cls(**{**values, "recovery": Recovery(**values["recovery"])})
+        """The options that `to_dict` gave; a run that began before there was `gentle` goes on without."""
+        return cls(**{**values, "recovery": Recovery(**{"gentle": 0.0, **values["recovery"]})})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +192,12 @@ class Round:
     seconds_cut: float
     seconds_recovery: float
     rolled_back: bool = False
+    divergence_cut: float | None = None
+    """From the answers of the round's teacher after the cut, in nats a row, over some selection rows."""
+    divergence: float | None = None
+    """The same after recovery."""
+    lr: float | None = None
+    """The peak learning rate of recovery."""
     losses: tuple[tuple[int, float], ...] = ()
     """The loss of recovery over steps, see `thinned`."""
     latency_ms: Latency | None = None

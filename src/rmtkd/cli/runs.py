@@ -85,7 +85,11 @@ def compress(
     optimizer: Annotated[
         str | None, typer.Option(help="Of recovery: adamw, or sgd (with momentum; wants a larger --lr, such as 0.05).")
     ] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate of recovery.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate of recovery; see --gentle.")] = None,
+    gentle: Annotated[
+        float | None,
+        typer.Option(help="Nats that a cut must cost for the whole learning rate; milder cuts take less. 0: any cut."),
+    ] = None,
     alpha: Annotated[float | None, typer.Option(help="Weight of the labels against the teacher.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Of both softmaxes.")] = None,
     hidden: Annotated[float | None, typer.Option(help="Weight of the difference of hidden states.")] = None,
@@ -155,6 +159,7 @@ def compress(
     steps = {
         "optimizer": optimizer,
         "lr": lr,
+        "gentle": gentle,
         "alpha": alpha,
         "temperature": temperature,
         "hidden": hidden,

@@ -166,7 +166,9 @@ ROUND_COLUMNS = (
     "parameters",
     "accuracy after the cut",
     "after recovery",
+    "nats from its teacher, cut → recovered",
     "steps",
+    "learning rate",
     "loss, first → last",
     "latency",
     "off the reference",
@@ -176,19 +178,25 @@ ROUND_COLUMNS = (
 
 def round_row(done: Round) -> tuple[str, ...]:
     """A round in the columns of `ROUND_COLUMNS`."""
-    loss = "–" if done.loss_first is None else f"{numbers.small(done.loss_first)} → {numbers.small(done.loss_last)}"
     return (
         f"{done.number}{' (taken back)' if done.rolled_back else ''}",
         numbers.count(len(done.sites)),
         numbers.count(done.parameters),
         numbers.percent(done.accuracy_cut),
         numbers.percent(done.accuracy),
+        _change(done.divergence_cut, done.divergence),
         numbers.count(done.steps),
-        loss,
+        "–" if done.lr is None else f"{done.lr:.2g}",
+        _change(done.loss_first, done.loss_last),
         _round_latency(done),
         f"{done.check_error:.0e}",
         f"{duration(done.seconds_cut)}, {duration(done.seconds_recovery)}",
     )
+
+
+def _change(first: float | None, last: float | None) -> str:
+    """From one number to another; a dash where they are not known."""
+    return "–" if first is None or last is None else f"{numbers.small(first)} → {numbers.small(last)}"
 
 
 def _round_latency(done: Round) -> str:
