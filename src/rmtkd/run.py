@@ -46,7 +46,7 @@ from rmtkd.pretrained import presented
 from rmtkd.result import Compressed
 from rmtkd.roles import Answered, Roles, check_report, check_teacher, fingerprint, share_of
 from rmtkd.schedule import History, Options, Round, kept_widths, stop_reason, thinned, too_much_lost
-from rmtkd.sensitivity import ROWS, gathered, spread
+from rmtkd.sensitivity import ROWS, spread
 from rmtkd.sites import (
     Site,
     after_cuts,
@@ -119,7 +119,7 @@ class Run:
         batching.first(rows.train, "training rows")
         self.fingerprints: dict[str, str] = {"training rows": fingerprint(self.calibration, "training")[0]}
         self.selection = self._labelled("selection", rows.selection)
-        self.near = gathered(spread(self.selection, ROWS))
+        self.near = spread(self.selection, ROWS)
         """The selection rows on which students are held against their teachers."""
         self.report = None if rows.report is None else self._labelled("report", rows.report)
         self.example = batching.to(rows.example or batching.first(rows.selection, "selection"), options.device)
