@@ -77,9 +77,9 @@ def evaluate(
 
     \b
     $ rmtkd evaluate runs/digits/model --recipe digits
-    accuracy 97.11% ± 0.79%, macro F1 97.19% ± 0.76% (n = 450)
+    accuracy 96.89% ± 0.82%, macro F1 96.97% ± 0.79% (n = 450)
     $ rmtkd evaluate runs/digits/model --recipe digits --json
-    {"accuracy": {"value": 0.9711111111111111, "n": 450, "stderr": 0.0078...
+    {"accuracy": {"value": 0.9688888888888889, "n": 450, "stderr": 0.0081...
     $ rmtkd evaluate m --recipe text --file rows.csv --columns a,b --label c
     """
     from rmtkd import recipes, reporting
