@@ -159,7 +159,7 @@ class TrainingFile:
                 f"{self.path} must be as it was written. Reading it gave: {error or type(error).__name__}. "
                 "Remove it to train from the start."
             ) from error
-        if facts["identity"] != self.identity:
+        if facts.get("identity") != self.identity:
             raise RunError(
                 f"{self.path} must be of this training. It is of one with another start, other rows or other options. "
                 "Finish that one with its own command, remove the file, or choose another --out."
