@@ -156,6 +156,7 @@ class Work:
         with evaluation(self.model), torch.autocast("cpu", torch.bfloat16, enabled=has_bf16("cpu")):
             for batch in self.rows.train:
                 teacher.logits(batch)
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(teacher.kept, path)
         return teacher
 

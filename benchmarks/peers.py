@@ -306,7 +306,6 @@ def main() -> None:
     given = parser.parse_args()
     results, is_tiny = given.results or RESULTS, given.scale == "tiny"
     task, teacher = ("digits", given.cache / "teacher") if is_tiny else (given.task, given.teacher)
-    given.cache.mkdir(parents=True, exist_ok=True)
     if is_tiny and not given.table and not teacher.exists():
         from rmtkd import recipes
         from rmtkd.teaching import train_teacher

@@ -119,8 +119,6 @@ class Run:
         batching.first(rows.train, "training rows")
         self.fingerprints: dict[str, str] = {"training rows": fingerprint(self.calibration, "training")[0]}
         self.selection = self._labelled("selection", rows.selection)
-        self.near = spread(self.selection, ROWS)
-        """The selection rows on which students are held against their teachers."""
         self.report = None if rows.report is None else self._labelled("report", rows.report)
         self.example = batching.to(rows.example or batching.first(rows.selection, "selection"), options.device)
         self.batches_per_epoch = sum(1 for _ in rows.train)
@@ -141,7 +139,7 @@ class Run:
         )
 
     def _once(self, name: str, measure: Callable[[], Any]) -> Any:
-        """What was measured of the untouched model, by this run or one to another target."""
+        """What is known of the untouched model and its rows, by this run or one to another target."""
         if name not in self.known:
             self.known[name] = measure()
         return self.known[name]
@@ -392,7 +390,8 @@ class Run:
 
     def apart(self, student: nn.Module, teacher: nn.Module) -> float:
         """How far the student's answers are from the teacher's, over some selection rows."""
-        return divergence(student, teacher, self.near, pieces=self.pieces)
+        rows = self._once("near", lambda: spread(self.selection, ROWS))
+        return divergence(student, teacher, rows, pieces=self.pieces)
 
     def recover(
         self,
