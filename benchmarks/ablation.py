@@ -20,7 +20,6 @@ dropped ones of a plan, or as many of those that were kept (the weakest, or the 
 answers is what these directions cause.
 """
 
-import argparse
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -35,7 +34,7 @@ from torch import Tensor, nn
 import rmtkd
 from figures import BEFORE, Panel, chart
 from forms import FORM
-from records import percent, publish, read_largest_scale, spread, tried
+from records import arguments, percent, publish, read_largest_scale, spread, tried
 from rmtkd import compression, recipes
 from rmtkd.activations import attach, collect
 from rmtkd.bases import Basis
@@ -320,16 +319,10 @@ def figure(results: Path) -> str:
 
 def main() -> None:
     """Run cells, and write tables and figure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", choices=("tiny", "cpu", "full"), default="tiny")
+    parser = arguments("ablation", __doc__)
     parser.add_argument("--kinds", nargs="+", default=list(settings("cpu")), choices=list(settings("cpu")))
     parser.add_argument("--task", default="digits", choices=("digits", *SLICED))
     parser.add_argument("--teacher", help="Of another task than digits.")
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--seeds", nargs="+", type=int)
-    parser.add_argument("--cache", type=Path, default=Path("runs") / "ablation", help="Teachers.")
-    parser.add_argument("--results", type=Path, help="Folder of the records; those of the repository by default.")
-    parser.add_argument("--table", action="store_true", help="Only write tables and figure.")
     given = parser.parse_args()
     results = given.results or RESULTS
     seeds = given.seeds or ([0] if given.scale == "tiny" else [0, 1, 2])
@@ -344,11 +337,9 @@ def main() -> None:
                 file = file_of(kind, name)
                 one = partial(_described, file, seed, given.scale, act, work)
                 tried(results / f"{prefix}-{file}-seed{seed}.json", one)
+    publish("ablation", table(results), given.results)
     if given.results is None:
-        publish("ablation", table(results))
         FIGURE.write_text(figure(results))
-    else:
-        print(table(results))
 
 
 def file_of(kind: str, name: str) -> str:

@@ -4,13 +4,15 @@
     python benchmarks/layers.py needed --task sst2 --model TEACHER --data DIR
     python benchmarks/layers.py table                                    # Markdown and docs/layers.svg of all records
 
-What was collected is kept beside the record (`TASK.npz`), so that rules which come later are counted without the model.
-The column `needed` is the least width at which, this one alone cut in closed form, the KL to the teacher on all
-selection rows is at most 0.02 and 99 % of the answers agree: `needed-TASK.json` (site → width), by bisection.
+A record is named after its task, or after the published network where the task is `cifar10`. What was collected is kept
+beside it (`NAME.npz`), so that rules which come later are counted without the model. The column `needed` is the least
+width at which, this one alone cut in closed form, the KL to the teacher on all selection rows is at most 0.02 and 99 %
+of the answers agree: `needed-NAME.json` (site → width), by bisection.
 """
 
 import argparse
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from itertools import islice
@@ -19,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from records import cell
+from records import cell, publish
 from rmtkd import compression, recipes
 from rmtkd.activations import collect, observe
 from rmtkd.environment import has_bf16
@@ -37,13 +39,19 @@ SHOWN = ("mp", "rdpa")
 """Rules whose edges are marked in the figure."""
 
 
+def record_name(task: str, model: str) -> str:
+    """What the records of a model are named after."""
+    return Path(model).name if task == "cifar10" else task
+
+
 def spectra_cell(task_name: str, teacher: str, data: Path, share: float, batches: int | None) -> dict[str, Any]:
-    """Collect the spectra of all streams into `TASK.npz`."""
+    """Collect the spectra of all streams into `NAME.npz`."""
     task = recipes.get(task_name)
-    source = task.load(teacher)
+    source = task.load(teacher, data)
     rows = task.rows(data, source, 0)
     calibration = list(islice(compression.share_of(rows.train, share), batches))
-    observed = observe(source.model, find_sites(source.model), calibration, replicate_seed=0)
+    draws = None if task_name == "cifar10" else 0  # networks without dropout have no second pass
+    observed = observe(source.model, find_sites(source.model), calibration, replicate_seed=draws)
     arrays: dict[str, Any] = {
         f"{name}/{i}/{field}": np.asarray(value)
         for name, streams in spectra_of(observed).items()
@@ -51,14 +59,14 @@ def spectra_cell(task_name: str, teacher: str, data: Path, share: float, batches
         for field, value in asdict(spectrum).items()
         if value is not None
     }
-    np.savez_compressed(RESULTS / f"{task_name}.npz", **arrays)
+    np.savez_compressed(RESULTS / f"{record_name(task_name, teacher)}.npz", **arrays)
     return {"task": task_name, "share": share, "batches": len(calibration)}
 
 
 def needed_widths(task_name: str, teacher: str, data: Path, share: float, batches: int | None) -> dict[str, int]:
     """By site, the least width that hardly moves an answer. Query/key and value share theirs."""
     task = recipes.get(task_name)
-    source = task.load(teacher)
+    source = task.load(teacher, data)
     rows, sites = task.rows(data, source, 0), find_sites(source.model)
     calibration = list(islice(compression.share_of(rows.train, share), batches))
     judge = Sensitivity(
@@ -83,12 +91,12 @@ def needed_widths(task_name: str, teacher: str, data: Path, share: float, batche
     return found
 
 
-def read_spectra(task: str) -> dict[str, Spectrum]:
+def read_spectra(name: str) -> dict[str, Spectrum]:
     """By name of the stream: `layer.0.ffn`, or `layer.0.query_key/1` where a site has several."""
-    with np.load(RESULTS / f"{task}.npz") as arrays:
+    with np.load(RESULTS / f"{name}.npz") as arrays:
         prefixes = sorted({key.rsplit("/", 1)[0] for key in arrays})
         return {
-            prefix if f"{prefix[:-2]}/1" in prefixes else prefix[:-2]: Spectrum(
+            prefix if f"{prefix.rsplit('/', 1)[0]}/1" in prefixes else prefix.rsplit("/", 1)[0]: Spectrum(
                 **{
                     f.name: value if (value := arrays[f"{prefix}/{f.name}"]).ndim else value.item()
                     for f in fields(Spectrum)
@@ -124,19 +132,19 @@ def count_cell(spectrum: Spectrum) -> dict[str, Any]:
     return found
 
 
-def tasks() -> list[str]:
-    """Those with a record."""
+def recorded() -> list[str]:
+    """The names of all records."""
     return sorted(path.stem for path in RESULTS.glob("*.npz"))
 
 
-def table(task: str) -> str:
+def table(name: str) -> str:
     """One line a stream."""
-    record = json.loads((RESULTS / f"{task}.json").read_text())
-    path = RESULTS / f"needed-{task}.json"
+    record = json.loads((RESULTS / f"{name}.json").read_text())
+    path = RESULTS / f"needed-{name}.json"
     needed: Mapping[str, int] = json.loads(path.read_text()) if path.exists() else {}
-    names = [name for name in RULES if name != "fixed"]
+    names = [rule for rule in RULES if rule != "fixed"]
     lines = [
-        f"| {task} | d | n | n_eff/n | KS | {' | '.join(names)} | needed |",
+        f"| {name} | d | n | n_eff/n | KS | {' | '.join(names)} | needed |",
         "|---|--:|--:|--:|--:|" + "--:|" * (len(names) + 1),
     ]
     for stream, found in record["streams"].items():
@@ -151,9 +159,9 @@ def table(task: str) -> str:
             "–" if "error" in published else f"{published['ks']:.2f}{'!' if published['misfit'] else ''}",
             *(
                 "–"
-                if "error" in (rule := found["rules"].get(name, {"error": ""}))
-                else f"{rule['count']:.{1 if heads else 0}f}"
-                for name in names
+                if "error" in (counted := found["rules"].get(rule, {"error": ""}))
+                else f"{counted['count']:.{1 if heads else 0}f}"
+                for rule in names
             ),
             str(needed.get(stream.split("/")[0], "–")),
         ]
@@ -169,15 +177,24 @@ PANELS = {
     "keys": "query_key/1",
     "values": "value",
     "feed-forward": "ffn",
+    "first stage": "^conv1|^layer1",
+    "second stage": "^layer2",
+    "third stage": "^layer3",
 }
+"""By title, what the names of the streams of a panel match."""
 COLOURS = ("#440154", "#443a83", "#31688e", "#21918c", "#35b779", "#c8b020", "#d95f02", "#b2182b")
 SIZE, GAP = 190, 46
 
 
 def figure() -> str:
     """All spectra of all records, log-log, with the edges of the rules in `SHOWN`, as SVG."""
-    found = tasks()
-    width, height = len(PANELS) * (SIZE + GAP) + GAP, len(found) * (SIZE + GAP) + GAP
+    found = {name: read_spectra(name) for name in recorded()}
+    rows = {
+        name: {title: [s for s in spectra if re.search(part, s)] for title, part in PANELS.items()}
+        for name, spectra in found.items()
+    }
+    rows = {name: {title: streams for title, streams in row.items() if streams} for name, row in rows.items()}
+    width, height = max(map(len, rows.values())) * (SIZE + GAP) + GAP, len(rows) * (SIZE + GAP) + GAP
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
         'font-family="sans-serif" font-size="11">',
@@ -185,13 +202,11 @@ def figure() -> str:
         f'<text x="{GAP}" y="14">eigenvalue over the median against rank (pooled over heads); '
         "dark blue: first layer. ● edge of mp, ○ edge of rdpa</text>",
     ]
-    for row, task in enumerate(found):
-        record = json.loads((RESULTS / f"{task}.json").read_text())["streams"]
-        spectra = read_spectra(task)
-        for column, (title, part) in enumerate(PANELS.items()):
-            streams = [name for name in spectra if part in name]
-            at = (GAP + column * (SIZE + GAP), GAP + row * (SIZE + GAP))
-            parts += panel(f"{task}: {title}", {n: (spectra[n], record[n]["rules"]) for n in streams}, at)
+    for down, (name, row) in enumerate(rows.items()):
+        record = json.loads((RESULTS / f"{name}.json").read_text())["streams"]
+        for across, (title, streams) in enumerate(row.items()):
+            at = (GAP + across * (SIZE + GAP), GAP + down * (SIZE + GAP))
+            parts += panel(f"{name}: {title}", {s: (found[name][s], record[s]["rules"]) for s in streams}, at)
     return "\n".join([*parts, "</svg>\n"])
 
 
@@ -234,27 +249,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Collect a model's spectra, or render what was collected."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", default="collect", choices=("collect", "needed", "table"))
-    parser.add_argument("--task", choices=("sst2", "ag_news"))
+    parser.add_argument("--task", choices=("sst2", "ag_news", "cifar10"))
     parser.add_argument("--model")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--share", type=float, default=0.1)
     parser.add_argument("--batches", type=int, help="at most so many of them")
     chosen = parser.parse_args(arguments)
     RESULTS.mkdir(parents=True, exist_ok=True)
+    name = None if chosen.part == "table" else record_name(chosen.task, chosen.model)
     if chosen.part == "collect":
         run = lambda: spectra_cell(chosen.task, chosen.model, chosen.data, chosen.share, chosen.batches)  # noqa: E731
-        cell(RESULTS / f"{chosen.task}.json", run)
+        cell(RESULTS / f"{name}.json", run)
     if chosen.part == "needed":
         widths = needed_widths(chosen.task, chosen.model, chosen.data, chosen.share, chosen.batches)
-        (RESULTS / f"needed-{chosen.task}.json").write_text(json.dumps(widths, indent=1) + "\n")
-    for task in tasks():
-        path = RESULTS / f"{task}.json"
+        (RESULTS / f"needed-{name}.json").write_text(json.dumps(widths, indent=1) + "\n")
+    for known in recorded():
+        path = RESULTS / f"{known}.json"
         record = json.loads(path.read_text())
-        record["streams"] = {name: count_cell(spectrum) for name, spectrum in read_spectra(task).items()}
+        record["streams"] = {stream: count_cell(spectrum) for stream, spectrum in read_spectra(known).items()}
         path.write_text(json.dumps(record, indent=1) + "\n")
-        print(table(task), end="\n\n")
+    tables = "\n\n".join(table(known) for known in recorded())
     if chosen.part == "table":
+        publish("layers", tables)
         FIGURE.write_text(figure())
+    else:
+        print(tables)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ where it was left; and every measurement is one JSON file in `benchmarks/results
 in `--cache`.
 """
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -23,7 +22,7 @@ from torch import nn
 import rmtkd
 from packed import unpack
 from paper_table import table
-from records import print_event, publish, tried
+from records import arguments, print_event, publish, tried
 from rmtkd import batches as batching
 from rmtkd import recipes
 from rmtkd.checkpoint import checksum, new_folder
@@ -315,21 +314,15 @@ def main(
     reasons: Mapping[str, str],
 ) -> None:
     """The command line of a table."""
-    parser = argparse.ArgumentParser(description=describe, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", choices=list(scales), default="tiny")
+    parser = arguments(name, describe)
     parser.add_argument("--only", nargs="+", help="Names of entries, such as bert-tiny-sst2.")
     parser.add_argument("--settings", nargs="+", default=list(settings), choices=list(settings))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--data", type=Path)
     parser.add_argument("--pretrained", help="A checkpoint to fine-tune, of the entries that start from one.")
-    parser.add_argument("--cache", type=Path, default=Path("runs") / name)
-    parser.add_argument("--results", type=Path, help="Folder of the records; those of the repository by default.")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--meter", type=Path, help="CSV of a meter of power: columns seconds (Unix time) and watts.")
-    parser.add_argument("--table", action="store_true", help="Only write the table.")
     chosen = parser.parse_args()
     results = chosen.results or RESULTS / name
-    for seed in () if chosen.table else chosen.seeds:
+    for seed in () if chosen.table else chosen.seeds or [0]:
         bench = Bench(
             name=name,
             scale=chosen.scale,
@@ -345,11 +338,7 @@ def main(
         for entry in scales[chosen.scale]:
             if chosen.only is None or entry.key in chosen.only:
                 bench.run(entry)
-    made = table(results, published, reasons)
-    if chosen.results is None:
-        publish(name, made)
-    else:
-        print(made)
+    publish(name, table(results, published, reasons), chosen.results)
 
 
 def from_random(model: nn.Module, seed: int, **companions: Any) -> Source:

@@ -23,7 +23,6 @@ Checked by tests: halving keeps the teacher's layers bit for bit; at probability
 computes, and at zero what the teacher does; the losses of hidden states are zero for the teacher's own.
 """
 
-import argparse
 import copy
 import json
 import statistics
@@ -38,7 +37,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from curve import Work, energy, guarded, magnitude
-from records import cell, percent, print_event, publish, spread
+from records import arguments, cell, percent, print_event, publish, spread
 from rmtkd.distillation import Recovery, Teacher
 from rmtkd.environment import has_bf16
 from rmtkd.measurement import accuracy, count_parameters
@@ -292,17 +291,11 @@ def _mean(cells: Sequence[Mapping[str, Any]], key: str) -> float:
 
 def main() -> None:
     """Run cells, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", choices=("tiny", "cpu", "full"), default="tiny")
+    parser = arguments("peers", __doc__)
     parser.add_argument("--task", default="sst2")
     parser.add_argument("--teacher", help="A trained BERT; at the smallest scale one is trained.")
-    parser.add_argument("--data", type=Path)
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(PEERS))
-    parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument("--epochs", type=float)
-    parser.add_argument("--cache", type=Path, default=Path("runs") / "peers")
-    parser.add_argument("--results", type=Path, help="Folder of the records; those of the repository by default.")
-    parser.add_argument("--table", action="store_true", help="Only write the table.")
     given = parser.parse_args()
     results, is_tiny = given.results or RESULTS, given.scale == "tiny"
     task, teacher = ("digits", given.cache / "teacher") if is_tiny else (given.task, given.teacher)
@@ -318,10 +311,7 @@ def main() -> None:
                 epochs = given.epochs or (0.25 if is_tiny else 1.0)
                 file = results / f"{given.scale}-{task}-{peer}-{lr:g}-{epochs:g}epochs-seed{seed}.json"
                 cell(file, partial(run, work, peer, lr, epochs))
-    if given.results is None:
-        publish("peers", table(results))
-    else:
-        print(table(results))
+    publish("peers", table(results), given.results)
 
 
 if __name__ == "__main__":

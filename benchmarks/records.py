@@ -1,6 +1,7 @@
 """Cells of a benchmark: each is one JSON file, and one that has its file is not run again, so that a killed benchmark
 goes on where it stopped."""
 
+import argparse
 import json
 import statistics
 import time
@@ -71,14 +72,28 @@ def print_event(event: Mapping[str, Any]) -> None:
 DOCUMENT = Path(__file__).parent.parent / "docs" / "results.md"
 
 
-def publish(name: str, markdown: str, document: Path = DOCUMENT) -> None:
-    """Print a table, and put it in place of the one of this name in the document, between `<!-- name -->` and
-    `<!-- /name -->`; where there is no such place, say so."""
+def arguments(name: str, describe: str | None) -> argparse.ArgumentParser:
+    """What every table of the published evaluation takes: its scale, rows, seeds, and where files lie."""
+    parser = argparse.ArgumentParser(description=describe, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=SCALES, default="tiny")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--seeds", nargs="+", type=int)
+    parser.add_argument("--cache", type=Path, default=Path("runs") / name, help="Models that are made on the way.")
+    parser.add_argument("--results", type=Path, help="Folder of the records; those of the repository by default.")
+    parser.add_argument("--table", action="store_true", help="Run nothing, write the table.")
+    return parser
+
+
+def publish(name: str, markdown: str, results: Path | None = None) -> None:
+    """Print a table. One of the repository's records, where `results` names no other folder, also takes the place of
+    the one of this name in the document, between `<!-- name -->` and `<!-- /name -->`; where there is none, say so."""
     print(markdown)
+    if results is not None:
+        return
     begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
-    text = document.read_text(encoding="utf-8")
+    text = DOCUMENT.read_text(encoding="utf-8")
     before, _, rest = text.partition(begin)
     if end not in rest:
-        print(f"{document.name} has no place for {name}: `<!-- {name} -->`, an empty line, `<!-- /{name} -->`.")
+        print(f"{DOCUMENT.name} has no place for {name}: `<!-- {name} -->`, an empty line, `<!-- /{name} -->`.")
         return
-    document.write_text(before + begin + markdown + end + rest.partition(end)[2], encoding="utf-8")
+    DOCUMENT.write_text(before + begin + markdown + end + rest.partition(end)[2], encoding="utf-8")

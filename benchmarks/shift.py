@@ -19,7 +19,6 @@ rows, row by row: a loss has the standard error of paired differences. How image
 differs from the published corruptions, is in `corruptions.py`.
 """
 
-import argparse
 import copy
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +32,7 @@ from torch import Tensor, nn
 
 from corruptions import TYPOS, corrupted, mistyped
 from domains import IMAGES, RECOVERED, SCALES, SEEN, Work
-from records import percent, publish, read_largest_scale, spread, tried
+from records import arguments, percent, publish, read_largest_scale, spread, tried
 from rmtkd import batches as batching
 from rmtkd import recipes
 from rmtkd.levels import count_tokens
@@ -275,16 +274,10 @@ def _tokens(records: Sequence[Mapping[str, Any]]) -> str:
 
 def main() -> None:
     """Run cells, and write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", choices=list(SCALES), default="tiny")
+    parser = arguments("shift", __doc__)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--tasks", nargs="+", default=list(SCALES["tiny"].targets), help="At the smallest scale.")
     parser.add_argument("--teachers", nargs="+", default=[], metavar="TASK=TEACHER")
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--seeds", nargs="+", type=int)
-    parser.add_argument("--cache", type=Path, default=Path("runs") / "shift", help="Compressed models.")
-    parser.add_argument("--results", type=Path, help="Folder of the records; those of the repository by default.")
-    parser.add_argument("--table", action="store_true", help="Only write the tables.")
     given = parser.parse_args()
     results, is_tiny = given.results or RESULTS, given.scale == "tiny"
     teachers = dict(words.split("=", 1) for words in given.teachers)
@@ -302,10 +295,7 @@ def main() -> None:
                     facts["command"] = f"rmtkd bench shift --scale {given.scale}"
                     tried(results / f"{file}-seed{seed}.json", partial(_described, facts, act, work))
     made = table(results)
-    if given.results is None:
-        publish("shift", made)
-    else:
-        print(made)
+    publish("shift", made, given.results)
 
 
 def taught(task: str, cache: Path) -> str:

@@ -70,6 +70,15 @@ def test_padding_is_masked_and_only_padding():
     assert batch["labels"].tolist() == [1, 2, 0]
 
 
+def test_batches_are_as_long_as_a_multiple_of_eight_tokens_or_as_the_longest_row():
+    def shapes(*lengths: int) -> list[int]:
+        rows = TokenRows([[5] * length for length in lengths], None, batch_size=1)
+        return [batch["input_ids"].shape[1] for batch in rows]
+
+    assert shapes(3, 8, 9, 20) == [8, 8, 16, 20]
+    assert shapes(5, 5) == [5, 5]
+
+
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_a_row_keeps_its_number_whatever_the_order(shuffle: bool):
     rows = random_rows(61, shuffle=shuffle)

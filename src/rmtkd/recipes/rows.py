@@ -9,6 +9,9 @@ from torch import Tensor
 
 POOL = 50
 """Batches' worth of shuffled rows that are sorted by length together: little padding, still random."""
+STEP = 8
+"""Batches are as long as a multiple of so many tokens, or as the longest row of all: few shapes, for which memory is
+used again and kernels are kept. At any length a step on a CPU takes 1.3 times as long (docs/log.md)."""
 
 
 class TokenRows:
@@ -68,7 +71,8 @@ class TokenRows:
         return [batches[i] for i in rng.permutation(len(batches))]
 
     def _batch(self, rows: np.ndarray) -> dict[str, Tensor]:
-        real = np.arange(self.lengths[rows].max())[None] < self.lengths[rows, None]
+        length = min(-(-self.lengths[rows].max() // STEP) * STEP, self.lengths.max())
+        real = np.arange(length)[None] < self.lengths[rows, None]
         batch = {"input_ids": _pad(self.ids, rows, real, self.pad_id), "attention_mask": torch.from_numpy(real).long()}
         if self.types is not None:
             batch["token_type_ids"] = _pad(self.types, rows, real, 0)

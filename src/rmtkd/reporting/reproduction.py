@@ -30,7 +30,7 @@ def how_to_go_on(evidence: Evidence) -> str:
 
 def _call(evidence: Evidence) -> str:
     """The call in Python, with the options that are not the usual ones."""
-    given = dict(_changed(evidence))
+    given = dict(_arguments(evidence))
     if evidence.config and evidence.config.get("plan"):
         given = {"plan": "rmtkd.Plan.read(…)", **given}
     if evidence.config and evidence.config.get("control"):
@@ -44,8 +44,8 @@ def _has_report(evidence: Evidence) -> bool:
     return "report rows" in ((evidence.config or {}).get("began_with") or {})
 
 
-def _changed(evidence: Evidence) -> list[tuple[str, str]]:
-    """Options of the run that are not the usual ones, as Python has them."""
+def _arguments(evidence: Evidence) -> list[tuple[str, str]]:
+    """Options of the run that are not the usual ones, as arguments of the call in Python."""
     asked, usual = (evidence.config or {}).get("options", {}), Options().to_dict()
     found = []
     for name, value in asked.items():
