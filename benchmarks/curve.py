@@ -18,6 +18,7 @@ the rows, the number of steps and the loss. The learning rate of a method is the
 """
 
 import argparse
+import copy
 import json
 import math
 import statistics
@@ -34,6 +35,7 @@ from figures import BEFORE, Panel, chart
 from records import percent, print_event, publish, spread, tried
 from rmtkd import compression, recipes
 from rmtkd.activations import observe
+from rmtkd.blending import blend
 from rmtkd.checkpoint import checksum
 from rmtkd.cutting import cut_in_order
 from rmtkd.distillation import Recovery, Teacher
@@ -41,9 +43,11 @@ from rmtkd.dry_run import metrics_of
 from rmtkd.environment import has_bf16
 from rmtkd.errors import PlanError
 from rmtkd.levels import in_levels
-from rmtkd.measurement import accuracy, count_parameters, evaluation
+from rmtkd.measurement import accuracy, count_parameters, divergence, evaluation
 from rmtkd.planning import Plan, retarget, spectra_of
 from rmtkd.schedule import Options
+from rmtkd.sensitivity import ROWS
+from rmtkd.sensitivity import spread as spread_rows
 from rmtkd.sites import Site, blocks_of, by_width, find_sites
 from rmtkd.surgery import fold, tensors_of
 from rmtkd.training import Phase
@@ -259,9 +263,10 @@ def start(work: Work, method: str, size: float) -> tuple[nn.Module, dict[str, An
 
 
 def run(work: Work, method: str, size: float, epochs: float, recovery: Recovery) -> dict[str, Any]:
-    """One cell. With a hidden-state term the teacher runs along, as its hidden states are not kept."""
+    """One cell. With a hidden-state term the teacher runs along, as its hidden states are not kept. What a student was
+    before it was blended stands beside."""
     student, facts = start(work, method, size)
-    before = work.nearness(student)
+    before, cut_weights = work.nearness(student), copy.deepcopy(dict(student.named_parameters()))
     torch.manual_seed(work.seed)
     steps = round(epochs * len(work.rows.train))
     Phase(
@@ -273,6 +278,10 @@ def run(work: Work, method: str, size: float, epochs: float, recovery: Recovery)
         blocks=blocks_of(find_sites(work.model)),
         precision="bf16" if has_bf16("cpu") else "fp32",
     ).run(lambda phase: print_event({"event": "step", "step": len(phase.losses), "loss": phase.losses[-1]}))
+    if recovery.blend:
+        rows = spread_rows(work.rows.selection, ROWS)
+        facts["unblended"] = {"accuracy": asdict(accuracy(student, work.rows.report)), "near": work.nearness(student)}
+        facts["share"] = blend(student, cut_weights, lambda: divergence(student, work.model, rows), lambda: None)
     return {
         "task": work.task,
         "method": method,
@@ -282,6 +291,7 @@ def run(work: Work, method: str, size: float, epochs: float, recovery: Recovery)
         "epochs": epochs,
         "hidden": recovery.hidden,
         "alpha": recovery.alpha,
+        "blend": float(recovery.blend),
         "steps": steps,
         "baseline_parameters": count_parameters(work.model),
         "teacher": work.own,
@@ -294,7 +304,7 @@ def run(work: Work, method: str, size: float, epochs: float, recovery: Recovery)
     }
 
 
-PLAIN = {"epochs": 1.0, "hidden": 0.0, "alpha": Recovery().alpha}
+PLAIN = {"epochs": 1.0, "hidden": 0.0, "alpha": Recovery().alpha, "blend": 0.0}
 """How cells of the curve recover, but for the rate."""
 
 
@@ -342,20 +352,53 @@ def table() -> str:
                         f"| {spread(percent(cells, 'accuracy_selection'))} |"
                     )
         lines.append("")
-    others = [r for r in every_record() if not is_plain(r) or r["lr"] != chosen_rate(found, r["task"], r["method"])]
-    if others:
-        lines.append(
-            "| other recovery | size | seed | epochs | hidden | α | lr | report before | after | selection after "
-            "| divergence before | after |"
-        )
-        lines.append("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
-    for r in others:
-        setting = " | ".join(f"{r.get(name, usual):g}" for name, usual in PLAIN.items())
+    every = every_record()
+    others = [r for r in every if not is_plain(r) or r["lr"] != chosen_rate(found, r["task"], r["method"])]
+    return "\n".join([*lines, *other_recovery([r for r in others if "unblended" not in r]), "", *blended(every)])
+
+
+def other_recovery(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Cells that recovered otherwise, a line each."""
+    lines = [
+        "| other recovery | size | seed | epochs | hidden | α | lr | report before | after | selection after "
+        "| divergence before | after |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for r in found:
+        setting = " | ".join(f"{r.get(name, PLAIN[name]):g}" for name in ("epochs", "hidden", "alpha"))
         numbers = (spread(percent([r], key)) for key in ("accuracy_cut", "accuracy", "accuracy_selection"))
-        near = (f"{r[key]['divergence']['value']:.3f}" if key in r else "" for key in ("near_cut", "near"))
-        facts = f"{r['task']} {r['method']} | {r['size']:.0%} | {r['seed']} | {setting} | {r['lr']:g}"
-        lines.append(f"| {facts} | " + " | ".join([*numbers, *near]) + " |")
-    return "\n".join(lines)
+        lines.append(
+            f"| {_cell(r)} | {setting} | {r['lr']:g} | "
+            + " | ".join([*numbers, _nats(r, "near_cut"), _nats(r, "near")])
+            + " |"
+        )
+    return lines
+
+
+def blended(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Cells that were blended with their cut: report accuracy and divergence of the cut, at the end of recovery, and
+    between."""
+    lines = [
+        "| blended | size | seed | epochs | lr | report, cut | recovered | between | share | nats, cut | recovered "
+        "| between |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for r in found:
+        if "unblended" in r:
+            ends = [r["accuracy_cut"], r["unblended"]["accuracy"], r["accuracy"]]
+            reached = " | ".join(f"{100 * end['value']:.2f}" for end in ends)
+            near = f"{_nats(r, 'near_cut')} | {_nats(r['unblended'], 'near')} | {_nats(r, 'near')}"
+            lines.append(f"| {_cell(r)} | {r['epochs']:g} | {r['lr']:g} | {reached} | {r['share']:g} | {near} |")
+    return lines
+
+
+def _cell(record: Mapping[str, Any]) -> str:
+    return f"{record['task']} {record['method']} | {record['size']:.0%} | {record['seed']}"
+
+
+def _nats(record: Mapping[str, Any], key: str) -> str:
+    """A divergence; nothing in records of before it was measured."""
+    return f"{record[key]['divergence']['value']:.3f}" if key in record else ""
 
 
 def figure() -> str:
@@ -410,7 +453,7 @@ def main() -> None:
                 for lr in chosen.learning_rates or usual_rates:
                     other = "".join(f"-{name}{given[name]:g}" for name, usual in PLAIN.items() if given[name] != usual)
                     name = f"{chosen.task}-{method}-{size:g}-seed{seed}-{lr:g}{other}"
-                    recovery = Recovery(lr=lr, hidden=chosen.hidden, alpha=chosen.alpha)
+                    recovery = Recovery(lr=lr, hidden=chosen.hidden, alpha=chosen.alpha, blend=bool(chosen.blend))
                     one = partial(run, work, method, size, chosen.epochs, recovery)
                     tried(RESULTS / f"{name}.json", one)  # the least that a method can leave may be more
 

@@ -108,7 +108,7 @@ SETTINGS = {
         "policy": "paper",
         "metric": "output",
         "granularity": "layer",
-        "recovery": {"alpha": 0.7, "temperature": 1.0, "weight_decay": 5e-4, "lr": 1e-4, "gentle": 0.0},
+        "recovery": {"alpha": 0.7, "temperature": 1.0, "weight_decay": 5e-4, "lr": 1e-4, "gentle": 0.0, "blend": False},
     },
     "same-size": lambda entry: {"target": f"{REMAIN.get(entry.name, 25.0)}%params"},
     "tenth": lambda entry: {"target": "25%params" if entry.task == "digits" else "10%params"},

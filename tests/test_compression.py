@@ -12,6 +12,7 @@ import torch
 import rmtkd
 from conftest import Sentiment, assert_untouched, random_rows, snapshot, tiny_bert
 from rmtkd import compression, recipes
+from rmtkd.blending import SHARES
 from rmtkd.compression import Compressed, compress, plan
 from rmtkd.cutting import cut_in_order
 from rmtkd.distillation import Recovery
@@ -169,6 +170,15 @@ def test_after_a_mild_cut_recovery_takes_smaller_steps(teacher: torch.nn.Module,
     assert last.divergence == pytest.approx(divergence(small.model, before.model, task.selection), rel=0.05)
 
 
+def test_blending_with_the_cut_never_ends_farther_from_the_teacher(teacher: torch.nn.Module, task: Rows):
+    whole, kept = (run(teacher, task, recovery=Recovery(lr=1e-2, gentle=0.0, blend=on)) for on in (False, True))
+    (before,), (after,) = whole.rounds, kept.rounds
+    assert before.blend is None and before.losses == after.losses
+    assert before.divergence is not None and after.divergence is not None
+    assert (after.blend in SHARES) == (after.divergence < before.divergence)
+    assert (after.blend == 1) == (after.divergence == before.divergence)
+
+
 def test_the_summary_prints_as_a_table(finished):
     text = finished[1].summary()
     assert "parameters" in text and "accuracy, report rows (n = 90)" in text and "\x1b" not in text
@@ -232,11 +242,11 @@ def test_a_round_that_breaks_the_tolerance_is_taken_back_and_ends_the_run(
 ):
     calls = []
 
-    def spoil(_: Run, student: torch.nn.Module, *_rest: object, **_given: Any) -> tuple[list[float], float]:
+    def spoil(_: Run, student: torch.nn.Module, *_rest: object, **_given: Any) -> tuple[list[float], float, None]:
         calls.append(student)
         if len(calls) == spoiled:
             student.get_parameter("classifier.weight").data.mul_(-1)
-        return [1.0], 0.0
+        return [1.0], 0.0, None
 
     monkeypatch.setattr(Run, "recover", spoil)
     result = run(teacher, task, granularity="site", tolerance=0.1)

@@ -62,11 +62,12 @@ def test_options_become_plain_json():
     assert json.loads(json.dumps(options.to_dict(), allow_nan=False))["recovery"]["lr"] == 1e-3
 
 
-def test_a_run_that_began_before_there_was_gentle_goes_on_without():
+def test_a_run_that_began_before_there_were_gentle_and_blend_goes_on_without():
     values = Options().to_dict()
     assert Options.from_dict(values) == Options()
-    del values["recovery"]["gentle"]
-    assert Options.from_dict(values).recovery == Recovery(gentle=0.0)
+    for name in ("gentle", "blend"):
+        del values["recovery"][name]
+    assert Options.from_dict(values).recovery == Recovery(gentle=0.0, blend=False)
 
 
 def made_round(number: int = 1, accuracy: float = 0.9, **fields: object) -> Round:

@@ -35,6 +35,8 @@ class Recovery:
         warmup: share of the steps of a phase that warm up.
         clip: largest gradient norm.
         freeze_embeddings: leave embedding tables as they are.
+        blend: after recovery, go back on the straight line to the cut as far as makes the answers nearest to the
+            teacher's on selection rows (a quarter of the way at least stays; see `rmtkd.blending`).
         average: decay of a moving average of the weights, which is what a phase ends with (and what then teaches the
             next one); 0 ends with the last weights.
         cache_teacher: keep the teacher's answers to rows that come again.
@@ -50,6 +52,7 @@ class Recovery:
     warmup: float = 0.1
     clip: float = 1.0
     freeze_embeddings: bool = False
+    blend: bool = True
     average: float = 0.0
     cache_teacher: bool = True
 

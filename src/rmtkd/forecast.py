@@ -92,8 +92,9 @@ def forecast(
     parameters, kept = count_parameters(model), count_parameters(student)
     size = next(model.parameters()).element_size()
     moments = sum(8 * site.groups * site.size**2 * len(site.streams) for site in sites)
-    # weights, gradients and the two moments of AdamW, the moving average, and the batch's activations
-    training = size * kept * (5 if recovery.average else 4) + BACKWARD * activations
+    more = bool(recovery.average) + recovery.blend
+    # weights, gradients and the two moments of AdamW, the average, the cut, and the batch's activations
+    training = size * kept * (4 + more) + BACKWARD * activations
     slack = SLACK.get(device.type, 1.0)
     hidden = _hidden_bytes(model, largest, blocks_of(sites))
     held, free = held_bytes(device), available_bytes(device)
@@ -104,7 +105,7 @@ def forecast(
         steps=steps,
         memory_bytes=held + round(slack * max(training, moments + activations)),
         free_bytes=None if free is None else held + free,
-        disk_bytes=size * (parameters + kept * (4 if recovery.average else 3)) + batches * hidden,
+        disk_bytes=size * (parameters + kept * (3 + more)) + batches * hidden,
     )
 
 

@@ -85,8 +85,9 @@ def describe(event: Mapping[str, Any]) -> str | None:
 
 def _near(event: Mapping[str, Any]) -> str:
     """How far from the teacher, and by which steps; nothing in records of earlier versions."""
-    apart, lr = event.get("divergence"), event.get("lr")
+    apart, lr, blend = event.get("divergence"), event.get("lr"), event.get("blend")
     pace = "" if lr is None else f" at a learning rate of {lr:.2g}"
+    pace += "" if blend is None else f", of whose changes {blend:.0%} are kept"
     return pace if apart is None else f"{pace}, {apart:.2g} nats from the teacher"
 
 

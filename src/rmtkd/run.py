@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rmtkd import artifact, progress, reporting
 from rmtkd import batches as batching
 from rmtkd.batches import Batch
+from rmtkd.blending import blend
 from rmtkd.checkpoint import RunFolder, checksum
 from rmtkd.cutting import cut_in_order
 from rmtkd.distillation import Teacher
@@ -41,6 +42,7 @@ from rmtkd.measurement import (
 )
 from rmtkd.memory import Pieces, peak_bytes
 from rmtkd.modules import randomize
+from rmtkd.norms import batch_norms, gather_statistics
 from rmtkd.planning import Plan, Spectrum
 from rmtkd.pretrained import presented
 from rmtkd.result import Compressed
@@ -67,6 +69,9 @@ Planned = tuple[Plan, Mapping[str, tuple[Spectrum, ...]]]
 
 ROUND_REPEATS = 10
 """Timed passes of each model after a round; the result is timed longer."""
+
+START = "start."
+"""Begins the names of the parameters before recovery, in what is saved within a round."""
 
 CONTROL = 0
 """The number under which the control's training goes; rounds begin at 1."""
@@ -364,7 +369,7 @@ class Run:
             student = shaped(self.start, self.sites, standing.kept | {site.name: widths[site.name] for site in sites})
             facts = saved.facts
         lr = self.options.recovery.rate_after(facts.get("divergence_cut"))
-        losses, seconds = self.recover(student, teacher, number, steps, facts, saved, lr=lr)
+        losses, seconds, kept = self.recover(student, teacher, number, steps, facts, saved, lr=lr)
         after = accuracy(student, self.selection, pieces=self.pieces).value if losses else facts["accuracy_cut"]
         untouched, latency = time_forward([self.model, student], self.example, repeats=ROUND_REPEATS)
         return student, Round(
@@ -383,6 +388,7 @@ class Run:
             divergence_cut=facts.get("divergence_cut"),
             divergence=self.apart(student, teacher) if losses else facts.get("divergence_cut"),
             lr=lr if losses else None,
+            blend=kept,
             losses=thinned(losses),
             latency_ms=latency,
             latency_ms_untouched=untouched,
@@ -402,10 +408,11 @@ class Run:
         facts: dict[str, Any],
         saved: PhaseState | None,
         **recovery: Any,
-    ) -> tuple[list[float], float]:
-        """Train the student, saving where it stands; the losses, and the seconds of all sessions."""
+    ) -> tuple[list[float], float, float | None]:
+        """Train the student, saving where it stands; the losses, the seconds of all sessions, and, where it is blended
+        with the cut, the share of recovery that is kept."""
         if steps == 0:
-            return [], 0.0
+            return [], 0.0, None
         began = time.monotonic() - facts.get("seconds", 0.0)
         chosen = replace(self.options.recovery, **recovery)
         phase = Phase(
@@ -419,6 +426,11 @@ class Run:
             blocks=self.blocks,
             pieces=self.pieces,
         )
+        start: dict[str, Tensor] = {}
+        if chosen.blend:
+            now = {f"{START}{name}": value for name, value in student.named_parameters()}
+            begun = now if saved is None else saved.tensors
+            start = {name: value.detach().clone() for name, value in begun.items() if name.startswith(START)}
         if saved is not None:
             try:
                 phase.restore(saved)
@@ -428,11 +440,16 @@ class Run:
                     "the run goes on from the start of its round."
                 ) from error
         with interruptible() as asked:
-            phase.run(self.between(number, steps, facts, began, asked))
-        return phase.losses, time.monotonic() - began
+            phase.run(self.between(number, steps, facts, began, asked, start))
+        kept = None
+        if start:
+            settle = partial(gather_statistics, student, batch_norms(student), self.calibration, pieces=self.pieces)
+            cut = {name.removeprefix(START): value for name, value in start.items()}
+            kept = blend(student, cut, partial(self.apart, student, teacher), settle)
+        return phase.losses, time.monotonic() - began, kept
 
     def between(
-        self, number: int, steps: int, facts: dict[str, Any], began: float, asked: Any
+        self, number: int, steps: int, facts: dict[str, Any], began: float, asked: Any, start: dict[str, Tensor]
     ) -> Callable[[Phase], None]:
         """What happens after each step: tell, save now and then, and stop if asked to."""
         last = time.monotonic()
@@ -444,7 +461,7 @@ class Run:
             if self.folder is not None and (asked.stop or time.monotonic() - last >= self.options.save_every_s):
                 state = phase.state()
                 own = {"number": number, "seconds": time.monotonic() - began}
-                self.folder.save_state("step", state.tensors, {**facts, **state.facts, **own})
+                self.folder.save_state("step", {**state.tensors, **start}, {**facts, **state.facts, **own})
                 last = time.monotonic()
             if asked.stop:
                 where = "in the control" if number == CONTROL else f"in round {number}"

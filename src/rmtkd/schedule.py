@@ -167,8 +167,8 @@ class Options:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Options":
-        """The options that `to_dict` gave; a run that began before there was `gentle` goes on without."""
-        return cls(**{**values, "recovery": Recovery(**{"gentle": 0.0, **values["recovery"]})})
+        """The options that `to_dict` gave; a run that began before there were `gentle` and `blend` goes on without."""
+        return cls(**{**values, "recovery": Recovery(**{"gentle": 0.0, "blend": False, **values["recovery"]})})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +198,8 @@ class Round:
     """The same after recovery."""
     lr: float | None = None
     """The peak learning rate of recovery."""
+    blend: float | None = None
+    """The share of what recovery changed that is kept; None where the weights were not blended with the cut's."""
     losses: tuple[tuple[int, float], ...] = ()
     """The loss of recovery over steps, see `thinned`."""
     latency_ms: Latency | None = None

@@ -93,6 +93,12 @@ def compress(
     alpha: Annotated[float | None, typer.Option(help="Weight of the labels against the teacher.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Of both softmaxes.")] = None,
     hidden: Annotated[float | None, typer.Option(help="Weight of the difference of hidden states.")] = None,
+    blend: Annotated[
+        bool | None,
+        typer.Option(
+            "--blend/--no-blend", help="Go back towards the cut as far as selection rows say. [default: blend]"
+        ),
+    ] = None,
     average: Annotated[
         float | None, typer.Option(help="Decay of a moving average of the weights; 0 keeps the last weights.")
     ] = None,
@@ -163,6 +169,7 @@ def compress(
         "alpha": alpha,
         "temperature": temperature,
         "hidden": hidden,
+        "blend": blend,
         "average": average,
     }
     options: dict[str, Any] = {
