@@ -41,6 +41,7 @@ ORDER = [
     "planning",
     "sensitivity",
     "distillation",
+    "blending",
     "training",
     "forecast",
     "schedule",
