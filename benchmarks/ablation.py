@@ -74,6 +74,8 @@ KINDS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     },
     "alpha": {"0.3": {}, **{f"{alpha:g}": {"recovery": {"alpha": alpha}} for alpha in (0.0, 0.5, 0.7, 1.0)}},
     "temperature": {"2": {}, **{f"{t:g}": {"recovery": {"temperature": t}} for t in (0.5, 1.0, 1.5, 4.0)}},
+    "gentle": {"0.4": {}, "0": {"recovery": {"gentle": 0.0}}},
+    "blend": {"nearest": {}, "end": {"recovery": {"blend": False}}},
     "calibration": {"10 %": {}, **{f"{100 * s:g} %": {"calibration_share": s} for s in (0.001, 0.01, 0.03, 0.2)}},
 }
 """Options that differ from the reference, by kind and name; where none does, it is the reference, which is run once."""
