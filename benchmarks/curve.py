@@ -32,11 +32,10 @@ import torch
 from torch import Tensor, nn
 
 from figures import BEFORE, Panel, chart
-from records import percent, print_event, publish, spread, tried
+from records import identity, percent, print_event, publish, spread, tried
 from rmtkd import compression, recipes
 from rmtkd.activations import observe
 from rmtkd.blending import blend
-from rmtkd.checkpoint import checksum
 from rmtkd.cutting import cut_in_order
 from rmtkd.distillation import Recovery, Teacher
 from rmtkd.dry_run import metrics_of
@@ -49,7 +48,7 @@ from rmtkd.schedule import Options
 from rmtkd.sensitivity import ROWS
 from rmtkd.sensitivity import spread as spread_rows
 from rmtkd.sites import Site, blocks_of, by_width, find_sites
-from rmtkd.surgery import fold, tensors_of
+from rmtkd.surgery import fold
 from rmtkd.training import Phase
 from shift import beside, scored
 from sst2 import magnitude_bases
@@ -89,8 +88,7 @@ class Work:
 
     @cached_property
     def teacher_id(self) -> str:
-        """Begins the checksum of the teacher's weights: what is kept for one teacher is of no use to another."""
-        return checksum(tensors_of(self.model))[:8]
+        return identity(self.model)
 
     @cached_property
     def rows(self) -> Any:

@@ -12,16 +12,14 @@ import torch
 from torch import nn
 
 from corruptions import CORRUPTIONS, SEVERITIES, mixture
-from records import print_event
+from records import identity, print_event
 from rmtkd import batches as batching
 from rmtkd import compression, recipes
 from rmtkd.batches import Batch
-from rmtkd.checkpoint import checksum
 from rmtkd.distillation import Recovery, Teacher
 from rmtkd.environment import has_bf16
 from rmtkd.recipes.images import ImageRows
 from rmtkd.recipes.rows import TokenRows
-from rmtkd.surgery import tensors_of
 from rmtkd.training import Phase
 
 SEEN = ("own", "other", "mixed")
@@ -118,6 +116,11 @@ class Work:
         return self.recipe.load(self.teacher, self.data)
 
     @cached_property
+    def teacher_id(self) -> str:
+        """Its weights, in a word."""
+        return identity(self.source.model)
+
+    @cached_property
     def own(self) -> Any:
         """Its rows by role."""
         return self.recipe.rows(self.data, self.source, self.seed)
@@ -143,9 +146,8 @@ class Work:
 
     def student(self, which: str, recovered: str, levels: int = 1) -> nn.Module:
         """A compressed model, made once for all parts."""
-        scale = f"{self.scale.targets[self.task]}-{self.scale.epochs:g}epochs"
-        teacher = checksum(tensors_of(self.source.model))[:8]
-        name = f"{self.task}-{teacher}-{which}-{levels}levels-{recovered.replace(' ', '_')}-{scale}-seed{self.seed}.pt"
+        done = f"{recovered.replace(' ', '_')}-{self.scale.targets[self.task]}-{self.scale.epochs:g}epochs"
+        name = f"{self.task}-{self.teacher_id}-{which}-{levels}levels-{done}-seed{self.seed}.pt"
         path = self.cache / name
         if not path.exists():
             torch.manual_seed(self.seed)

@@ -37,6 +37,7 @@ from rmtkd import batches as batching
 from rmtkd import recipes
 from rmtkd.levels import count_tokens
 from rmtkd.measurement import count_parameters, predict, proportion
+from rmtkd.recipes.cifar import SMALL
 from rmtkd.recipes.published import TASKS
 from rmtkd.recipes.rows import TokenRows
 from rmtkd.recipes.text import HELD_BATCH, Examples, encode, fetch_examples, find_file, read_examples
@@ -288,10 +289,11 @@ def main() -> None:
             work = Work(
                 task=task, teacher=teacher, data=given.data, seed=seed, cache=given.cache, scale=SCALES[given.scale]
             )
+            named = (task, teacher) if SMALL.fullmatch(teacher) else (task,)
             for name, (part, act) in cells(work).items():
                 if part in given.parts:
-                    file = f"{given.scale}-{task}-{part}-{name}"
-                    facts = {"file": file, "task": task, "part": part, "scale": given.scale, "seed": seed}
+                    file = f"{given.scale}-{'-'.join(named)}-{part}-{name}"
+                    facts = {"file": file, "task": ", ".join(named), "part": part, "scale": given.scale, "seed": seed}
                     facts["command"] = f"rmtkd bench shift --scale {given.scale}"
                     tried(results / f"{file}-seed{seed}.json", partial(_described, facts, act, work))
     made = table(results)
