@@ -1,5 +1,6 @@
 """The command line does what it promises, and says what is wrong in one message without a trace behind."""
 
+import copy
 import html
 import json
 import re
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,9 @@ import rmtkd
 from conftest import Sentiment, make_tokenizer, tiny_bert, write_sentiment_rows
 from rmtkd import artifact, cli, recipes
 from rmtkd.checkpoint import RunFolder
+from rmtkd.errors import DataError
 from rmtkd.planning import LatencyTable, Plan
+from rmtkd.recipes.checkpoints import check_same_inputs, load_classifier
 from rmtkd.sites import find_sites
 
 Result = tuple[int, str, str]
@@ -407,6 +411,7 @@ def test_env_tells_versions_and_machine(command: Command):
         (["compress", "sst2", "--out", "OUT", "--epochs", "many"], "Invalid value for '--epochs'"),
         (["compress", "sst2", "--out", "OUT"], "\nrmtkd train sst2 --model PATH_OR_HUB_NAME --out sst2-teacher"),
         (["plan", "cifar10", "--out", "OUT"], "\nrmtkd train cifar10 --model PATH_OR_HUB_NAME"),
+        (["compress", "sst2", "--out", "OUT", "--teacher-model", "t", "--teacher", "original"], "without --teacher."),
         (["compress", "nothing", "--out", "OUT"], "What each is: rmtkd ls"),
         (["compress", "digits", "--out", "OUT", "--target", "25"], "A share is written 25%params"),
         (["export", "TEACHER", "--out", "OUT", "--data", "DATA"], "Add --recipe NAME: rmtkd ls"),
@@ -588,6 +593,35 @@ def test_ctrl_c_prints_how_to_go_on_and_resume_ends_the_run(sentiment: Sentiment
     assert not (out / "model-so-far").exists() and not (out / "last").exists()
     code, told, log = command("resume", out)
     assert code == 0 and "this run is finished" in log and "parameters" in told
+
+
+def test_a_second_cut_learns_from_the_model_before_the_first(sentiment: Sentiment, command: Command, tmp_path: Path):
+    words = ("compress", "sst2", "--data", sentiment.data, "--multiple-of", 2, "--target", "80%params")
+    code, *_ = command(*words, "--model", sentiment.teacher, "--out", tmp_path / "first", "--epochs", 0)
+    assert code == 0
+    again = (
+        "--model",
+        tmp_path / "first" / "model",
+        "--teacher-model",
+        sentiment.teacher,
+        "--out",
+        tmp_path / "second",
+    )
+    code, told, _ = command(*words, *again, "--epochs", 0.5)
+    assert code == 0 and "teacher of " in told
+    code, told, log = command("resume", tmp_path / "second")
+    assert code == 0 and "this run is finished" in log and "teacher of " in told
+
+
+def test_a_teacher_of_other_inputs_is_refused(sentiment: Sentiment):
+    source = load_classifier(str(sentiment.teacher), labels=None)
+    words = copy.deepcopy(source.tokenizer)
+    words.add_tokens(["another"])
+    with pytest.raises(DataError, match="must have the tokenizer of its student"):
+        check_same_inputs(source, replace(source, tokenizer=words))
+    with pytest.raises(DataError, match="must have the normalisation of images of its student"):
+        check_same_inputs(source, replace(source, preprocessor={"image_mean": [0.5]}))
+    check_same_inputs(source, load_classifier(str(sentiment.teacher), labels=None))
 
 
 def test_resume_names_what_is_wrong(command: Command, tmp_path: Path):

@@ -16,8 +16,9 @@ from rmtkd.blending import SHARES
 from rmtkd.compression import Compressed, compress, plan
 from rmtkd.cutting import cut_in_order
 from rmtkd.distillation import Recovery
-from rmtkd.errors import ArtifactError, DataError, PlanError, RunError, UnsupportedModelError
+from rmtkd.errors import ArtifactError, DataError, OptionError, PlanError, RunError, UnsupportedModelError
 from rmtkd.measurement import divergence
+from rmtkd.modules import randomize
 from rmtkd.recipes import TokenRows
 from rmtkd.recipes.checkpoints import load_classifier
 from rmtkd.recipes.recipe import Rows
@@ -177,6 +178,44 @@ def test_blending_with_the_cut_never_ends_farther_from_the_teacher(teacher: torc
     assert before.divergence is not None and after.divergence is not None
     assert (after.blend in SHARES) == (after.divergence < before.divergence)
     assert (after.blend == 1) == (after.divergence == before.divergence)
+
+
+def test_a_teacher_model_takes_the_place_of_the_run_s_own(teacher: torch.nn.Module, task: Rows):
+    told: dict[str, list[Any]] = {"by itself": [], "taught": []}
+    options: dict[str, Any] = {"granularity": "layer", "control": True}
+    by_itself = run(teacher, task, **options, teacher="original", on_event=told["by itself"].append)
+    assert_untouched(run(teacher, task, granularity="layer", teacher_model=teacher).model, snapshot(by_itself.model))
+    other = copy.deepcopy(teacher)
+    other.get_parameter("classifier.weight").data.mul_(1.5)
+    untouched = snapshot(other)
+    taught = run(teacher, task, **options, teacher_model=other, on_event=told["taught"].append)
+    assert_untouched(other, untouched)
+    last = taught.rounds[-1].divergence
+    assert last == pytest.approx(divergence(taught.model, other, task.selection), rel=0.05)
+    assert last != pytest.approx(divergence(taught.model, teacher, task.selection), rel=0.05)
+    assert taught.record["teacher_model"]["accuracy_selection"] == taught.record["baseline"]["accuracy_selection"]
+    first = [next(e["loss"] for e in events if e["event"] == "step" and e["number"] == 0) for events in told.values()]
+    assert first[0] != first[1]  # the control learns from it, too
+    assert "teacher_model" not in by_itself.record
+    assert "teacher of " in taught.summary() and "teacher of " not in by_itself.summary()
+
+
+def test_a_model_that_cannot_teach_this_one_is_refused(teacher: torch.nn.Module, task: Rows):
+    with pytest.raises(OptionError, match=r"class scores of the student's shape. Got \[\(1, 3\)\]"):
+        run(teacher, task, teacher_model=tiny_bert(labels=3, vocab_size=1000, max_position_embeddings=128))
+    wider = tiny_bert(labels=2, vocab_size=1000, max_position_embeddings=128, hidden_size=64)
+    with pytest.raises(OptionError, match=r"hidden states of the student's shape.*leave hidden at 0"):
+        run(teacher, task, teacher_model=wider, recovery=Recovery(hidden=1.0))
+    with pytest.raises(OptionError, match="must answer the rows"):
+        run(teacher, task, teacher_model=torch.nn.Linear(3, 2))
+    with pytest.raises(DataError, match="must do better than chance"):
+        run(teacher, task, teacher_model=randomized(teacher))
+
+
+def randomized(model: torch.nn.Module) -> torch.nn.Module:
+    made = copy.deepcopy(model)
+    randomize(made, seed=0)
+    return made
 
 
 def test_the_summary_prints_as_a_table(finished):

@@ -305,6 +305,8 @@ def test_another_model_or_other_rows_are_refused(model: torch.nn.Module, rows: d
             rmtkd.resume(stopped, model, **{**rows, name: relabelled(rows[name])})
     with pytest.raises(RunError, match="goes on with the report rows that it began with"):
         rmtkd.resume(stopped, model, **{**rows, "report": None})
+    with pytest.raises(RunError, match="goes on with the teacher model that it began with"):
+        rmtkd.resume(stopped, model, **rows, teacher_model=model)
 
 
 def test_altered_weights_of_a_finished_run_are_refused(model: torch.nn.Module, rows: dict[str, Any], tmp_path: Path):

@@ -30,6 +30,7 @@ def compress(
     example: Any = None,
     sites: Sequence[Site] | None = None,
     forward: Forward | None = None,
+    teacher_model: nn.Module | None = None,
     plan: Plan | None = None,
     control: bool = False,
     out: str | Path | None = None,
@@ -56,6 +57,8 @@ def compress(
         sites: the widths that may be narrowed; those of the model's family by default.
         forward: class scores from the model and what the collections of rows give, for models that are called neither
             as `model(**batch)` nor as `model(batch[0])`.
+        teacher_model: another model to learn from in all rounds, in place of one of the run's: a larger one, or the one
+            that an earlier cut was made from. It is called as the model is.
         plan: use the widths of this plan, which may have been changed by hand. What else it says is derived anew, and
             its target, rule, tau, multiple_of, min_share and uniform stand for those options.
         control: also train the same final shape from a random start for the same number of steps.
@@ -79,7 +82,15 @@ def compress(
     extra_files = artifact.check_extra_files(extra_files)
     rows = Roles(train=train, selection=selection, report=report, calibration=calibration, example=example)
     with seeded(chosen):
-        run = Run(model, rows.called(forward), chosen, sites=sites, control=control, on_event=on_event)
+        run = Run(
+            model,
+            rows.called(forward),
+            chosen,
+            sites=sites,
+            teacher_model=teacher_model,
+            control=control,
+            on_event=on_event,
+        )
         if out is None:
             return run.execute(plan)
         config = {**run.config(), "plan": plan and json.loads(plan.to_json()), "command": dict(command or {})}
@@ -105,6 +116,7 @@ def resume(
     example: Any = None,
     sites: Sequence[Site] | None = None,
     forward: Forward | None = None,
+    teacher_model: nn.Module | None = None,
     extra_files: Iterable[Path] = (),
     on_event: progress.Listener | None = None,
 ) -> Compressed:
@@ -114,7 +126,7 @@ def resume(
 
     Args:
         run_folder: the `out` of `compress`.
-        model: the model that the run began with; it and the rows are given as they were to `compress`.
+        model: the model that the run began with; it, a teacher model and the rows are given as they were to `compress`.
 
     Returns:
         What `compress` returns; of a finished run, what it returned.
@@ -127,7 +139,15 @@ def resume(
         chosen, given, control, began_with = _asked(folder)
         rows = Roles(train=train, selection=selection, report=report, calibration=calibration, example=example)
         with seeded(chosen):
-            run = Run(model, rows.called(forward), chosen, sites=sites, control=control, on_event=on_event)
+            run = Run(
+                model,
+                rows.called(forward),
+                chosen,
+                sites=sites,
+                teacher_model=teacher_model,
+                control=control,
+                on_event=on_event,
+            )
             now = run.config()["began_with"]
             for name in {**began_with, **now}:
                 if now.get(name) != began_with.get(name):

@@ -15,6 +15,7 @@ from rmtkd import batches as batching
 from rmtkd.activations import first_output
 from rmtkd.batches import Batch
 from rmtkd.errors import DataError, OptionError, check_kinds
+from rmtkd.measurement import evaluation
 
 OPTIMIZERS = ("adamw", "sgd")
 
@@ -190,6 +191,30 @@ class Teacher:
                 grown[:known] = self.kept
             self.kept = grown
         self.kept[ids] = answers  # type: ignore[index]
+
+
+def check_pair(student: nn.Module, teacher: nn.Module, batch: Batch, blocks: Sequence[str] = ()) -> None:
+    """Raise `OptionError` unless a model can learn from another: both answer the batch with as many class scores, and
+    have hidden states of the same shapes after each of the blocks."""
+    shapes: list[list[tuple[int, ...]]] = []
+    row = batching.head(batch, 1)
+    for model in (student, teacher):
+        try:
+            with evaluation(model), outputs_of(model, blocks) as hidden:
+                scores = batching.logits(model, row)
+        except Exception as error:  # whatever a model makes of rows that are not meant for it
+            raise OptionError(
+                f"a teacher model must answer the rows that its student answers. {type(model).__name__} gave: "
+                f"{error!r}. Choose another{', or leave hidden at 0' if blocks else ''}."
+            ) from error
+        shapes.append([tuple(scores.shape), *(tuple(state.shape) for state in hidden)])
+    mine, theirs = shapes
+    if mine != theirs:
+        what = "class scores" if mine[0] != theirs[0] else "hidden states"
+        raise OptionError(
+            f"a teacher model must have {what} of the student's shape. Got {theirs} of the teacher, {mine} of the "
+            f"student. Choose another{', or leave hidden at 0' if mine[0] == theirs[0] else ''}."
+        )
 
 
 class WeightAverage:

@@ -64,11 +64,12 @@ def forecast(
     precision: Precision,
     calibration: Iterable[Batch],
     seconds_plan: float,
+    teacher: nn.Module | None = None,
 ) -> Forecast:
     """Estimate a run that cuts the model to these widths.
 
     Args:
-        model: the teacher, left as it was.
+        model: what is cut, left as it was.
         sites: all sites of the model.
         widths: the width that each keeps.
         rows: training batches; the first few are trained on, by a model of the final shape that is thrown away.
@@ -77,6 +78,7 @@ def forecast(
         precision: in which precision.
         calibration: batches whose activations will be seen; the largest of them stands for the largest of all.
         seconds_plan: what planning took, mostly one pass over them for all sites.
+        teacher: whose answers are learned; the model's by default.
     """
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
@@ -84,7 +86,9 @@ def forecast(
         fill_with_zeros(student, device)
         randomize(student, seed=0)
         few = list(itertools.islice(rows, STEPS + 1))
-        seconds_step = _seconds_a_step(student, model, few, recovery, precision, blocks_of(sites)) if steps else 0.0
+        seconds_step = 0.0
+        if steps:
+            seconds_step = _seconds_a_step(student, teacher or model, few, recovery, precision, blocks_of(sites))
         batches, largest = 0, few[0]
         for batch in calibration:
             batches, largest = batches + 1, max(largest, batch, key=_positions)

@@ -22,7 +22,7 @@ from rmtkd.batches import Batch
 from rmtkd.blending import blend
 from rmtkd.checkpoint import RunFolder, checksum
 from rmtkd.cutting import cut_in_order
-from rmtkd.distillation import Teacher
+from rmtkd.distillation import Teacher, check_pair
 from rmtkd.dry_run import CHECK_ROWS, Survey, metrics_of, narrowed, plan
 from rmtkd.energy import measure_energy
 from rmtkd.environment import has_bf16, machine, versions
@@ -96,6 +96,7 @@ class Run:
         options: Options,
         *,
         sites: Sequence[Site] | None = None,
+        teacher_model: nn.Module | None = None,
         control: bool = False,
         on_event: progress.Listener | None = None,
     ):
@@ -127,6 +128,11 @@ class Run:
         self.report = None if rows.report is None else self._labelled("report", rows.report)
         self.example = batching.to(rows.example or batching.first(rows.selection, "selection"), options.device)
         self.batches_per_epoch = sum(1 for _ in rows.train)
+        self.teacher_model: nn.Module | None = None
+        if teacher_model is not None:
+            self.teacher_model = copy.deepcopy(teacher_model).to(options.device).eval()
+            check_pair(self.model, self.teacher_model, self.example, self.blocks if options.recovery.hidden else ())
+            self.fingerprints["teacher model"] = checksum(tensors_of(self.teacher_model))
         # What the first cut is made from: the same function as the teacher's.
         self.start, self.sites = in_levels(self.model, self.sites, rows.train, options.embedding_levels)
         self.fingerprints["training rows"] += f" {self.batches_per_epoch} batches"
@@ -221,9 +227,18 @@ class Run:
     def look(self) -> Estimate:
         """Look at the teacher: it must have something to teach."""
         baseline = self._once("baseline", lambda: check_teacher(self.model, self.selection, pieces=self.pieces))
+        if self.teacher_model is not None:
+            self.taught_by()
         if self.report is not None and self.measured_against["report"] == "labels":  # now, and not after hours
             self._once("report", lambda: check_report(self.report or (), self.classes()))
         return baseline
+
+    def taught_by(self) -> dict[str, Any]:
+        """How large the teacher of all rounds is, where it is a model of its own, and how well it does."""
+        model = self.teacher_model
+        assert model is not None
+        found = self._once("teacher", lambda: check_teacher(model, self.selection, pieces=self.pieces))
+        return {"parameters": count_parameters(model), "accuracy_selection": asdict(found)}
 
     def survey(self) -> Survey:
         """Measure what plans are made from."""
@@ -343,7 +358,7 @@ class Run:
         """Cut, check, evaluate, recover, evaluate. A round that was left in its recovery goes on there."""
         before, widths = standing.student, standing.plan.widths
         sites = after_cuts(sites, standing.kept)
-        teacher = self.model if self.options.teacher == "original" else before
+        teacher = self.teacher_model or (self.model if self.options.teacher == "original" else before)
         saved = self.saved_step(number)
         start = time.monotonic()
         if saved is None:
@@ -491,6 +506,7 @@ class Run:
             precision=self.precision,
             calibration=self.calibration,
             seconds_plan=seconds_plan,
+            teacher=self.teacher_model,
         )
 
     def history(self, standing: Standing, portions: int) -> History:
@@ -538,6 +554,7 @@ class Run:
             "stop_reason": reason,
             "finished": True,
             "measured_against": self.measured_against,
+            **({"teacher_model": self.taught_by()} if self.teacher_model is not None else {}),
             "classes": self.classes(),
             "config": self.options.to_dict(),
             "precision": self.precision,
@@ -556,7 +573,8 @@ class Run:
         """The same shape from a random start, distilled for as many steps: what the cut itself is worth."""
         scratch = copy.deepcopy(student)
         randomize(scratch, seed=self.options.seed)
-        self.recover(scratch, self.model, CONTROL, steps, {}, self.saved_step(CONTROL), freeze_embeddings=False)
+        teacher = self.teacher_model or self.model
+        self.recover(scratch, teacher, CONTROL, steps, {}, self.saved_step(CONTROL), freeze_embeddings=False)
         rows = self.selection if self.report is None else self.report
         return {"start": "random", "steps": steps, "accuracy": asdict(accuracy(scratch, rows, pieces=self.pieces))}
 

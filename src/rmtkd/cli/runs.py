@@ -103,6 +103,13 @@ def compress(
         float | None, typer.Option(help="Decay of a moving average of the weights; 0 keeps the last weights.")
     ] = None,
     teacher: Annotated[str | None, typer.Option(help="previous (before the cut) or original.")] = None,
+    teacher_model: Annotated[
+        str | None,
+        typer.Option(
+            help="In place of both another model that answers the same rows, a folder or a name on the hub: a larger "
+            "one, or the one that an earlier cut was made from."
+        ),
+    ] = None,
     tolerance: Annotated[
         float | None,
         typer.Option(help="Largest loss of selection accuracy (0.02 is two points); else roll back."),
@@ -187,6 +194,9 @@ def compress(
             f"{usual.lr:g} here. Add --lr, such as 0.001 for adamw or 0.05 for sgd."
         )
     options["recovery"] = replace(usual, **given(steps))
+    for flag, other in (("--teacher", teacher), ("--trim-vocabulary", trim_vocabulary)):
+        if teacher_model is not None and other:
+            raise OptionError(f"--teacher-model must come without {flag}. Got both. Leave one out.")
     if plan_file is not None:
         if shape:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in given(shape))
@@ -219,11 +229,12 @@ def compress(
     model = needed(model, recipe)
     command = {
         "recipe": recipe,
-        "model": str(Path(model).absolute()) if Path(model).exists() else model,
+        "model": absolute(model),
         "data": None if data is None else str(data.absolute()),
         "columns": columns,
         "label": label,
         "max_length": max_length,
+        "teacher_model": teacher_model and absolute(teacher_model),
         "trim_vocabulary": trim_vocabulary,
         "words": command_line(),
     }
@@ -249,6 +260,11 @@ def compress(
             **given_to_run, plan=made, control=control, out=out, command=command, on_event=on_event, **options
         )
         show_result(result, out, given_to_run["extra_files"], as_json=as_json)
+
+
+def absolute(model: str) -> str:
+    """A path that is right from any folder; other names as they are."""
+    return str(Path(model).absolute()) if Path(model).exists() else model
 
 
 @app.command()
@@ -285,20 +301,20 @@ def prepared(command: Mapping[str, Any], seed: int) -> Iterator[tuple[dict[str, 
     """Model, rows and extra files of a run, and who watches it."""
     from rmtkd import recipes
     from rmtkd.progress import watcher
-    from rmtkd.recipes.checkpoints import save_companions
+    from rmtkd.recipes.checkpoints import check_same_inputs, save_companions
     from rmtkd.result import VOCABULARY
 
     task = recipes.get(command["recipe"], **{name: command[name] for name in ("columns", "label", "max_length")})
-    source = task.load(command["model"], None if command["data"] is None else Path(command["data"]))
-    rows = task.rows(None if command["data"] is None else Path(command["data"]), source, seed)
+    data = None if command["data"] is None else Path(command["data"])
+    source = task.load(command["model"], data)
+    rows = task.rows(data, source, seed)
     log(rows.note)
     facts = None
     if command.get("trim_vocabulary"):
         from rmtkd.recipes.trimmed import trimmed
         from rmtkd.reporting import vocabulary_line
 
-        place = None if command["data"] is None else Path(command["data"])
-        source, rows, facts = trimmed(task, source, rows, place, seed)
+        source, rows, facts = trimmed(task, source, rows, data, seed)
         log(vocabulary_line(facts))
     with tempfile.TemporaryDirectory() as written, watcher(log_console) as on_event:
         if facts is not None:
@@ -312,6 +328,10 @@ def prepared(command: Mapping[str, Any], seed: int) -> Iterator[tuple[dict[str, 
             "example": task.example(source.model, rows),
             "extra_files": sorted(Path(written).iterdir()),
         }
+        if command.get("teacher_model"):
+            teacher = task.load(command["teacher_model"], data)
+            check_same_inputs(source, teacher)
+            parts["teacher_model"] = teacher.model
         yield parts, on_event
 
 

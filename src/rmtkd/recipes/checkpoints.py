@@ -117,6 +117,14 @@ def load_tokenizer(path: str, model: nn.Module) -> Any:
     return tokenizer
 
 
+def check_same_inputs(source: Source, teacher: Source) -> None:
+    """Raise `DataError` unless rows that were prepared for one model mean the same to another."""
+    words, theirs = (one.tokenizer and one.tokenizer.get_vocab() for one in (source, teacher))
+    if words != theirs or source.preprocessor != teacher.preprocessor:
+        what = "tokenizer" if words != theirs else "normalisation of images"
+        raise DataError(f"a teacher model must have the {what} of its student. It has another. Choose another teacher.")
+
+
 def save_classifier(source: Source, folder: Path) -> None:
     """Write a model as a transformers folder, with its tokenizer."""
     model: Any = source.model

@@ -35,6 +35,8 @@ def _call(evidence: Evidence) -> str:
         given = {"plan": "rmtkd.Plan.read(…)", **given}
     if evidence.config and evidence.config.get("control"):
         given["control"] = "True"
+    if "teacher model" in ((evidence.config or {}).get("began_with") or {}):
+        given["teacher_model"] = "…"
     options = "".join(f", {name}={value}" for name, value in given.items())
     rows = "train=…, selection=…" + (", report=…" if _has_report(evidence) else "")
     return f"rmtkd.compress(model, {rows}{options})"

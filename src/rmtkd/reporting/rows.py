@@ -36,6 +36,9 @@ class Row:
 def summary_rows(record: Mapping[str, Any]) -> list[Row]:
     """Lines of the result: what both models cost and how well they do."""
     rows = [*_size_rows(record), *_cost_rows(record), *_quality_rows(record)]
+    if taught_by := record.get("teacher_model"):
+        name = f"teacher of {numbers.count(taught_by['parameters'])} parameters, selection rows"
+        rows.append(Row("teacher_model", name, numbers.estimate(taught_by["accuracy_selection"]), "", ""))
     if record.get("control"):
         control, before = record["control"], record["baseline"]["accuracy"]
         value = control["accuracy"]
