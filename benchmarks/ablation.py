@@ -8,8 +8,9 @@ thing changed at a time.
 
 The reference is the default at 13 % of the parameters, about the least that noise edges can leave (SST-2: 10 %).
 `threshold` and `rule` have no target: there the rule says how much is cut, as published (`--policy paper --metric
-output`). `calibration` is a share of the rows that are used, and at least one batch: of digits that is 0.5 %. Every
-cell is one JSON file in `benchmarks/results/ablation/`; one that has its file is not run again.
+output`); recovery is the reference's, which `form` alone takes without `gentle` and `blend`. `calibration` is a share
+of the rows that are used, and at least one batch: of digits that is 0.5 %. Every cell is one JSON file in
+`benchmarks/results/ablation/`; one that has its file is not run again.
 
 `form`: the same widths in other forms. *inserted* is the published projection that stays, principal directions in front
 of every feed-forward reader, which leaves the writers as they are; *no reconstruction* drops units and directions
@@ -74,8 +75,8 @@ KINDS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     },
     "alpha": {"0.3": {}, **{f"{alpha:g}": {"recovery": {"alpha": alpha}} for alpha in (0.0, 0.5, 0.7, 1.0)}},
     "temperature": {"2": {}, **{f"{t:g}": {"recovery": {"temperature": t}} for t in (0.5, 1.0, 1.5, 4.0)}},
-    "gentle": {"0.4": {}, "0": {"recovery": {"gentle": 0.0}}},
-    "blend": {"nearest": {}, "end": {"recovery": {"blend": False}}},
+    "gentle": {"0.4": {}, "0": {"gentle": 0.0}},
+    "blend": {"nearest": {}, "end": {"blend": False}},
     "calibration": {"10 %": {}, **{f"{100 * s:g} %": {"calibration_share": s} for s in (0.001, 0.01, 0.03, 0.2)}},
 }
 """Options that differ from the reference, by kind and name; where none does, it is the reference, which is run once."""

@@ -260,7 +260,9 @@ def start(work: Work, method: str, size: float) -> tuple[nn.Module, dict[str, An
     return torch.load(path, weights_only=False)
 
 
-def run(work: Work, method: str, size: float, epochs: float, recovery: Recovery) -> dict[str, Any]:
+def run(
+    work: Work, method: str, size: float, epochs: float, recovery: Recovery, is_blended: bool = False
+) -> dict[str, Any]:
     """One cell. With a hidden-state term the teacher runs along, as its hidden states are not kept. What a student was
     before it was blended stands beside."""
     student, facts = start(work, method, size)
@@ -276,7 +278,7 @@ def run(work: Work, method: str, size: float, epochs: float, recovery: Recovery)
         blocks=blocks_of(find_sites(work.model)),
         precision="bf16" if has_bf16("cpu") else "fp32",
     ).run(lambda phase: print_event({"event": "step", "step": len(phase.losses), "loss": phase.losses[-1]}))
-    if recovery.blend:
+    if is_blended:
         rows = spread_rows(work.rows.selection, ROWS)
         facts["unblended"] = {"accuracy": asdict(accuracy(student, work.rows.report)), "near": work.nearness(student)}
         facts["share"] = blend(student, cut_weights, lambda: divergence(student, work.model, rows), lambda: None)
@@ -289,7 +291,7 @@ def run(work: Work, method: str, size: float, epochs: float, recovery: Recovery)
         "epochs": epochs,
         "hidden": recovery.hidden,
         "alpha": recovery.alpha,
-        "blend": float(recovery.blend),
+        "blend": float(is_blended),
         "steps": steps,
         "baseline_parameters": count_parameters(work.model),
         "teacher": work.own,
@@ -451,8 +453,8 @@ def main() -> None:
                 for lr in chosen.learning_rates or usual_rates:
                     other = "".join(f"-{name}{given[name]:g}" for name, usual in PLAIN.items() if given[name] != usual)
                     name = f"{chosen.task}-{method}-{size:g}-seed{seed}-{lr:g}{other}"
-                    recovery = Recovery(lr=lr, hidden=chosen.hidden, alpha=chosen.alpha, blend=bool(chosen.blend))
-                    one = partial(run, work, method, size, chosen.epochs, recovery)
+                    recovery = Recovery(lr=lr, hidden=chosen.hidden, alpha=chosen.alpha)
+                    one = partial(run, work, method, size, chosen.epochs, recovery, bool(chosen.blend))
                     tried(RESULTS / f"{name}.json", one)  # the least that a method can leave may be more
 
 

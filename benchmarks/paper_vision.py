@@ -61,11 +61,11 @@ SETTINGS = {
         "policy": "paper",
         "metric": "output",
         "target": None,
+        "gentle": 0.0,
+        "blend": False,
         "recovery": {
             "optimizer": "adamw",
             "lr": 1e-3,
-            "gentle": 0.0,
-            "blend": False,
             "alpha": 0.7,
             "temperature": 1.0,
             "weight_decay": 5e-4,

@@ -30,7 +30,7 @@ def test_weights_are_left_where_the_answers_are_nearest_with_the_statistics_of_t
     student, share, settled = moved(best)
     assert share == best == student.weight[0] == student.bias[0]
     assert student.running_mean is not None and student.running_mean[0] == best
-    assert settled == [*SHARES, best]
+    assert settled == [*SHARES]
 
 
 @pytest.mark.parametrize("best", [1.0, 5.0])
@@ -38,6 +38,13 @@ def test_where_recovery_ended_nearest_nothing_changes(best: float):
     student, share, _ = moved(best)
     assert share == student.weight[0] == 1
     assert student.running_mean is not None and student.running_mean[0] == 7
+
+
+def test_an_end_that_is_no_number_is_left():
+    student = nn.Linear(1, 1)
+    start = {name: torch.zeros_like(parameter) for name, parameter in student.named_parameters()}
+    distances = iter([float("nan"), 0.5, 0.4, float("nan")])
+    assert blend(student, start, lambda: next(distances), lambda: None) == SHARES[1]
 
 
 def test_a_quarter_of_recovery_is_kept_at_least():

@@ -264,8 +264,10 @@ def test_the_policy_the_largest_loss_and_the_metric_are_the_user_s(
     assert code == 0 and looser.target is None and looser.predicted["params"] <= made.predicted["params"]
     code, _, log = command("compress", "sst2", *common, "--out", run, "--plan", run / "plan.json", *PAPER)
     assert code == 2 and "Got --policy too" in log
-    code, told, _ = command("compress", "sst2", *common, "--out", run, *words, "--epochs", 0, "--json")
-    assert code == 0 and json.loads(told)["config"]["metric"] == "output"
+    more = ("--epochs", 0, "--gentle", 0.1, "--no-blend", "--json")
+    code, told, _ = command("compress", "sst2", *common, "--out", run, *words, *more)
+    config = json.loads(told)["config"]
+    assert code == 0 and (config["metric"], config["gentle"], config["blend"]) == ("output", 0.1, False)
     code, told, _ = command("plan", run, *PAPER, "--out", tmp_path / "paper", "--json")
     assert code == 0 and Plan.from_json(told).policy == "paper"
     code, _, log = command("plan", tmp_path / "paper", "--max-loss", 0.1)

@@ -34,22 +34,6 @@ def test_the_loss_equals_its_formula(temperature: float, alpha: float):
     assert float(got) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("gentle", "divergence", "share"),
-    [
-        (0.4, 0.1, 0.5),
-        (0.4, 0.004, 0.1),
-        (0.4, 0.4, 1.0),
-        (0.4, 3.0, 1.0),
-        (0.4, 0.0, 0.0),
-        (0.4, None, 1.0),
-        (0.0, 0.01, 1.0),
-    ],
-)
-def test_the_rate_after_a_mild_cut_is_less_by_the_square_root(gentle: float, divergence: float | None, share: float):
-    assert Recovery(lr=2e-4, gentle=gentle).rate_after(divergence) == pytest.approx(share * 2e-4)
-
-
 def test_a_student_that_is_the_teacher_has_no_loss_and_no_gradient():
     teacher = scores(0)
     student = teacher.clone().requires_grad_(True)

@@ -47,6 +47,18 @@ def test_work_that_does_not_rise_above_rest_has_no_number_and_a_reason() -> None
     assert found.joules is None and "did not rise above rest" in (found.reason or "")
 
 
+@pytest.mark.parametrize("fault", [ValueError("no number"), OSError("gone"), None])
+def test_a_counter_that_tells_no_number_ends_no_run(fault: Exception | None) -> None:
+    class Broken(Meter):
+        def joules(self, start: float, end: float) -> float:
+            if fault is not None:
+                raise fault
+            return float("nan")
+
+    (found,) = measure_energy([lambda: None], CPU, counter=Broken([]), seconds=0.01)
+    assert found.joules is None and found.reason
+
+
 def zones(root: Path, **energies: int) -> Path:
     names = {"intel-rapl:0": "package-0", "intel-rapl:0:0": "core", "intel-rapl:0:1": "dram", "intel-rapl:1": "psys"}
     for zone, name in names.items():

@@ -20,6 +20,7 @@ def look(model: torch.nn.Module, **options) -> Forecast:
     given = {
         "steps": 100,
         "recovery": Recovery(),
+        "blend": False,
         "precision": "fp32",
         "calibration": list(random_rows(160)),
         "seconds_plan": 2.0,
@@ -70,6 +71,13 @@ def test_disk_holds_the_teacher_the_state_and_the_kept_calls():
     assert many > few
     nothing = look(model, calibration=[]).disk_bytes
     assert (few - nothing) % (5 * 16 * 32 * 4) == 0  # five batches of 16 rows of width 32, of the largest length
+
+
+def test_the_weights_of_the_cut_take_memory_and_disk():
+    model = tiny_bert()
+    without, kept = look(model), look(model, blend=True)
+    assert kept.memory_bytes > without.memory_bytes
+    assert kept.disk_bytes > without.disk_bytes
 
 
 def test_a_forecast_is_told_in_words_and_warns_of_too_little_memory():

@@ -5,6 +5,7 @@ No clock runs here: the time of a call is the number of its floating-point opera
 
 import itertools
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,7 @@ from rmtkd.planning import (
     spectra_of,
 )
 from rmtkd.planning.latency import Grid, cache_folder, circumstances, in_turns
+from rmtkd.planning.timed_parts import MOST_KNOTS, parts_by_shape
 from rmtkd.schedule import History, Options, plan_finished
 from rmtkd.sites import Site, feed_forward_site, find_sites
 
@@ -187,6 +189,39 @@ def test_layers_of_one_shape_are_measured_once() -> None:
     assert calls[0] == calls[1] < 30
 
 
+class Strided(nn.Module):
+    """Two blocks of the same parameters, of which the second does a sixteenth of the work."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = (
+            nn.Sequential(nn.Conv2d(4, 8, 3, stride, 1), nn.ReLU(), nn.Conv2d(8, 4, 3, 1, 1)) for stride in (1, 4)
+        )
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.one(x).mean((2, 3)) + self.two(x).mean((2, 3)))
+
+
+def test_parts_that_do_other_work_with_the_same_parameters_are_measured_apart() -> None:
+    model = Strided().eval()
+    batch = (torch.randn(2, 4, 16, 16), torch.zeros(2, dtype=torch.long))
+    sites = find_sites(model, batch)
+    found = [part.path for parts in parts_by_shape(model, sites, batch) for part in parts[:1]]
+    assert "one" in found and "two" in found
+
+
+def test_a_long_chain_of_widths_is_timed_at_no_more_points_than_a_short_one() -> None:
+    """Every width meets the next in a parameter: together they would have two to the ninth combinations."""
+    layers = [part for _ in range(9) for part in (nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
+    batch = (torch.randn(2, 4, 8, 8), torch.zeros(2, dtype=torch.long))
+    sites = find_sites(model, batch)
+    assert len(sites) == 9
+    parts = [part for parts in parts_by_shape(model, sites, batch) for part in parts]
+    assert sum(math.prod(part.shape) for part in parts) < 9 * MOST_KNOTS
+
+
 def test_parts_are_scaled_to_the_whole_model() -> None:
     """Alone a part may take another time than within the model: all widths at their least take what was measured."""
 
@@ -243,15 +278,16 @@ def test_a_table_is_measured_once(cache: Path) -> None:
     assert len(list(cache.iterdir())) == 1
 
 
-@pytest.mark.parametrize("other", ["batch", "model", "threads"])
-def test_another_batch_model_or_number_of_threads_is_measured_anew(
+@pytest.mark.parametrize("other", ["batch", "model", "threads", "attention"])
+def test_another_batch_model_attention_or_number_of_threads_is_measured_anew(
     cache: Path, other: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cached()
     if other == "threads":
         monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     batch = next(iter(random_rows(3))) if other == "batch" else BATCH
-    cached(model=tiny_bert(intermediate_size=40) if other == "model" else MODEL, batch=batch)
+    models = {"model": tiny_bert(intermediate_size=40), "attention": tiny_bert(attn_implementation="eager")}
+    cached(model=models.get(other, MODEL), batch=batch)
     assert len(list(cache.iterdir())) == 2
 
 

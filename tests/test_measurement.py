@@ -283,6 +283,8 @@ def test_the_divergence_is_that_of_the_formula_and_nothing_from_itself() -> None
     assert divergence(student, teacher, rows) == pytest.approx(expected, rel=1e-9) and expected > 0
     with pytest.raises(DataError, match="at least one row"):
         divergence(student, teacher, [])
+    student.get_parameter("classifier.bias").data.fill_(float("nan"))
+    assert math.isnan(divergence(student, teacher, rows))  # not the nearest of all
 
 
 def test_predictions_come_in_order_without_gradient_and_without_dropout() -> None:

@@ -56,10 +56,13 @@ def test_nothing_but_the_statistics_changes() -> None:
 def test_a_batch_of_one_row_does_not_count_where_there_are_others() -> None:
     model: Any = Scores(network())
     single = (torch.full((1, 3, 8, 8), 100.0),)
-    gather_statistics(model, batch_norms(model), [*rows(), single])
-    found = model.body[1].running_mean.clone()
     gather_statistics(model, batch_norms(model), rows())
-    assert torch.equal(found, model.body[1].running_mean)
+    alone = model.body[1].running_mean.clone()
+    for batches in ([*rows(), single], [single, *rows()]):
+        gather_statistics(model, batch_norms(model), batches)
+        assert torch.equal(model.body[1].running_mean, alone)
+    gather_statistics(model, batch_norms(model), [single])
+    assert not torch.equal(model.body[1].running_mean, alone)
 
 
 @pytest.mark.parametrize("fails", [False, True])

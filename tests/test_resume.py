@@ -191,6 +191,23 @@ def test_ctrl_c_finishes_the_step_saves_and_returns_a_usable_model(
     assert_same(rmtkd.resume(tmp_path / "run", model, **rows), whole)
 
 
+def test_ctrl_c_while_going_back_to_the_cut_loses_nothing(
+    model: torch.nn.Module, rows: dict[str, Any], whole: Compressed, tmp_path: Path
+):
+    def press(event: Mapping[str, Any]) -> None:
+        if event["event"] == "blend":
+            signal.raise_signal(signal.SIGINT)
+
+    stopped = run(model, rows, tmp_path / "run", control=True, on_event=press, save_every_s=1e6)
+    assert stopped.record["finished"] is False
+    steps = whole.rounds[0].steps
+    assert stopped.record["stop_reason"] == f"interrupted after step {steps} of {steps} in round 1"
+    told: list[Any] = []
+    again = rmtkd.resume(tmp_path / "run", model, **rows, on_event=told.append)
+    assert_same(again, whole)
+    assert not any(event["event"] == "step" and event["number"] == 1 for event in told)
+
+
 def test_a_second_ctrl_c_ends_the_run_at_once(model: torch.nn.Module, rows: dict[str, Any], tmp_path: Path):
     def press(event: Mapping[str, Any]) -> None:
         if event["event"] == "step" and event["step"] == 2:
@@ -360,10 +377,10 @@ def test_starting_again_in_the_folder_of_a_run_names_resume(
 
 
 class Loader:
-    """A loader that shuffles by the global random numbers, as users' loaders do."""
+    """A loader that shuffles by the global random numbers, as users' loaders do. Even one that does not draws one."""
 
-    def __init__(self, rows: TokenRows):
-        self.loader = DataLoader(list(rows), batch_size=None, shuffle=True)  # type: ignore
+    def __init__(self, rows: TokenRows, *, shuffle: bool):
+        self.loader = DataLoader(list(rows), batch_size=None, shuffle=shuffle)  # type: ignore
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.loader)
@@ -372,9 +389,11 @@ class Loader:
 def test_a_loader_with_a_random_order_of_its_own_goes_on_in_that_order(
     model: torch.nn.Module, rows: dict[str, Any], tmp_path: Path
 ):
-    loaded = {**rows, "train": Loader(rows["train"])}
+    loaded = {**rows, "train": Loader(rows["train"], shuffle=True)}
+    for role in ("selection", "calibration"):
+        loaded[role] = Loader(rows["selection"], shuffle=False)
     expected = run(model, loaded, tmp_path / "whole")
-    for moment in (7, 12, 18):
+    for moment in (7, 8, 12, 16, 18):
         out = tmp_path / f"killed at {moment}"
         with pytest.raises(Killed):
             run(model, loaded, out, on_event=killing_at(moment))

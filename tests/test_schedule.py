@@ -65,9 +65,29 @@ def test_options_become_plain_json():
 def test_a_run_that_began_before_there_were_gentle_and_blend_goes_on_without():
     values = Options().to_dict()
     assert Options.from_dict(values) == Options()
+    values["recovery"] |= {name: values.pop(name) for name in ("gentle", "blend")}  # as they were for a while
+    assert Options.from_dict(values) == Options()
     for name in ("gentle", "blend"):
         del values["recovery"][name]
-    assert Options.from_dict(values).recovery == Recovery(gentle=0.0, blend=False)
+    assert Options.from_dict(values) == Options(gentle=0.0, blend=False)
+
+
+@pytest.mark.parametrize(
+    ("gentle", "divergence", "share"),
+    [
+        (0.4, 0.1, 0.5),
+        (0.4, 0.004, 0.1),
+        (0.4, 0.4, 1.0),
+        (0.4, 3.0, 1.0),
+        (0.4, 0.0, 0.001),  # no rate at all would be none
+        (0.4, float("nan"), 1.0),
+        (0.4, None, 1.0),
+        (0.0, 0.01, 1.0),
+    ],
+)
+def test_the_rate_after_a_mild_cut_is_less_by_the_square_root(gentle: float, divergence: float | None, share: float):
+    options = Options(gentle=gentle, recovery=Recovery(lr=2e-4))
+    assert options.rate_after(divergence) == pytest.approx(share * 2e-4)
 
 
 def made_round(number: int = 1, accuracy: float = 0.9, **fields: object) -> Round:

@@ -56,6 +56,19 @@ def test_the_loss_of_a_width_is_that_of_the_narrowed_model(shares: str) -> None:
     assert SENSITIVITY.loss({shares: width}) == pytest.approx(divergence(fold(MODEL, group, bases)), rel=1e-3, abs=1e-6)
 
 
+def test_a_last_batch_of_one_row_does_not_end_measuring_behind_norms() -> None:
+    """A norm has no statistics of a single row."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(6, 16), torch.nn.BatchNorm1d(16), torch.nn.ReLU(), torch.nn.Linear(16, 8),
+        torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 3),
+    ).eval()  # fmt: skip
+    inputs = torch.randn(65, 6)
+    rows = [(part, part[:, :3].argmax(-1)) for part in inputs.split(32)]
+    made, _ = rmtkd.plan(model, calibration=rows[:2], selection=rows, target="60%params", multiple_of=2)
+    assert made.policy == "guarded"
+
+
 def test_nothing_is_lost_at_full_width() -> None:
     assert SENSITIVITY.loss({}) == 0
     assert SENSITIVITY.loss({shares: group[0].width for shares, group in by_width(SITES).items()}) == 0

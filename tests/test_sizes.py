@@ -11,7 +11,7 @@ import torch
 import rmtkd
 from conftest import Sentiment, assert_untouched, random_rows, snapshot, tiny_bert
 from rmtkd import dry_run, progress, run
-from rmtkd.checkpoint import REPORT
+from rmtkd.checkpoint import REPORT, RunFolder
 from rmtkd.errors import OptionError, PlanError, RunError
 from rmtkd.planning import LatencyTable
 from rmtkd.sensitivity import Sensitivity
@@ -194,6 +194,26 @@ def test_other_options_and_other_folders_are_refused(model: torch.nn.Module, com
     with pytest.raises(RunError, match=r"holds config\.json|holds "):
         rmtkd.compress_sizes(model, targets=["50%params"], out=out / "70%params", **common)
     assert contents(out) == before
+
+
+def test_sizes_of_an_earlier_version_go_on(
+    model: torch.nn.Module, common: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out, options = tmp_path / "sizes", {**common, "epochs": 0.0, "policy": "paper", "gentle": 0.0, "blend": False}
+    rmtkd.compress_sizes(model, targets=["70%params"], out=out, **options)
+    now = RunFolder.config
+
+    def then(folder: RunFolder) -> dict[str, Any]:
+        config = now(folder)
+        early = {name: value for name, value in config["options"].items() if name not in ("gentle", "blend")}
+        return {**config, "options": early}
+
+    monkeypatch.setattr(RunFolder, "config", then)
+    events: list[Any] = []
+    rmtkd.compress_sizes(model, targets=["70%params"], out=out, on_event=events.append, **options)
+    assert "finished" in [event["event"] for event in events]
+    with pytest.raises(RunError, match="other values were given for: gentle, blend"):
+        rmtkd.compress_sizes(model, targets=["70%params"], out=out, **{**options, "gentle": 0.4, "blend": True})
 
 
 # The command

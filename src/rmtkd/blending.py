@@ -8,6 +8,7 @@ Reference:
     fine-tuning, interpolated).
 """
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -25,30 +26,29 @@ def blend(
 
     Args:
         student: after recovery.
-        start: its parameters before recovery, by name.
+        start: all its parameters before recovery, by name.
         distance: of the student, as it is when called, from its teacher.
         settle: called at every point but the end: it gives norms the statistics of these weights.
 
     Returns:
         The share of the way that is kept: one of `SHARES`, or 1.
     """
-    parameters = {name: parameter for name, parameter in student.named_parameters() if name in start}
-    end = {name: parameter.clone() for name, parameter in parameters.items()}
-    gathered = {name: buffer.clone() for name, buffer in student.named_buffers()}
+    end = {name: parameter.clone() for name, parameter in student.named_parameters()}
 
     def go_to(share: float) -> None:
-        for name, parameter in parameters.items():
+        for name, parameter in student.named_parameters():
             parameter.copy_(start[name].to(parameter.device).lerp(end[name], share))
-        if share < 1:
-            settle()
-        else:
-            for name, buffer in student.named_buffers():
-                buffer.copy_(gathered[name])
 
-    least, best = distance(), 1.0
+    def buffers() -> dict[str, Tensor]:
+        return {name: buffer.clone() for name, buffer in student.named_buffers()}
+
+    best, least, statistics = 1.0, distance(), buffers()
     for share in SHARES:
         go_to(share)
-        if (found := distance()) < least:
-            least, best = found, share
+        settle()
+        if (found := distance()) < least or math.isnan(least):
+            best, least, statistics = share, found, buffers()
     go_to(best)
+    for name, buffer in student.named_buffers():
+        buffer.copy_(statistics[name])
     return best

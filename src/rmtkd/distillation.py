@@ -30,14 +30,10 @@ class Recovery:
         hidden: weight of the difference of hidden states after each block; 0 leaves them free.
         optimizer: `adamw`, or `sgd` with Nesterov's momentum of 0.9.
         lr: peak learning rate. Linear warm-up, then linear decay to a tenth.
-        gentle: the divergence of a cut, in nats a row, from which on recovery takes the whole `lr`; after milder cuts
-            see `rate_after`. 0 takes it after any cut.
         weight_decay: on matrices and filters, not on biases and norms.
         warmup: share of the steps of a phase that warm up.
         clip: largest gradient norm.
         freeze_embeddings: leave embedding tables as they are.
-        blend: after recovery, go back on the straight line to the cut as far as makes the answers nearest to the
-            teacher's on selection rows (a quarter of the way at least stays; see `rmtkd.blending`).
         average: decay of a moving average of the weights, which is what a phase ends with (and what then teaches the
             next one); 0 ends with the last weights.
         cache_teacher: keep the teacher's answers to rows that come again.
@@ -48,12 +44,10 @@ class Recovery:
     hidden: float = 0.0
     optimizer: str = "adamw"
     lr: float = 2e-4
-    gentle: float = 0.4
     weight_decay: float = 0.01
     warmup: float = 0.1
     clip: float = 1.0
     freeze_embeddings: bool = False
-    blend: bool = True
     average: float = 0.0
     cache_teacher: bool = True
 
@@ -66,23 +60,12 @@ class Recovery:
                 raise OptionError(f"{name} must be within [0, 1]. Got {getattr(self, name)}.")
         if not 0 <= self.average < 1:
             raise OptionError(f"average must be within [0, 1). Got {self.average}.")
-        for name in ("weight_decay", "hidden", "gentle"):
+        for name in ("weight_decay", "hidden"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise OptionError(f"{name} must be at least 0. Got {getattr(self, name)}.")
         for name in ("temperature", "lr", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise OptionError(f"{name} must be greater than 0. Got {getattr(self, name)}.")
-
-    def rate_after(self, divergence: float | None) -> float:
-        """The peak learning rate after a cut that moved the answers so far from the teacher's, in nats a row:
-        `lr √(divergence / gentle)`, and never more than `lr`, which it is where the divergence is not known.
-
-        Steps of one size leave a student at one distance from its teacher, whatever it began at: a cut that has cost
-        little would lose by steps that are right for one that has cost much.
-        """
-        if divergence is None or divergence >= self.gentle:
-            return self.lr
-        return self.lr * math.sqrt(divergence / self.gentle)
 
 
 def distillation_loss(

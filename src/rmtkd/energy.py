@@ -222,6 +222,8 @@ def _measured(call: Callable[[], object], device: torch.device, counter: Counter
         return _above_rest(call, device, counter or counter_of(device), seconds)
     except DataError as error:
         return Energy(reason=str(error))
+    except (OSError, ValueError) as error:  # of a counter that goes away, or tells what is no number
+        return Energy(reason=f"the counter of energy could not be read ({error or type(error).__name__})")
 
 
 def _above_rest(call: Callable[[], object], device: torch.device, counter: Counter, seconds: float) -> Energy:
@@ -241,7 +243,7 @@ def _above_rest(call: Callable[[], object], device: torch.device, counter: Count
     joules, took = _watch(counter, work)
     beyond = joules - rest * took
     found = Energy(watts=joules / took, rest_watts=rest, passes=passes, seconds=took, source=counter.source)
-    if beyond <= 0:
+    if not beyond > 0:
         return replace(found, reason="the work did not rise above rest: others use the machine")
     return replace(found, joules=beyond / passes)
 

@@ -61,6 +61,7 @@ def forecast(
     *,
     steps: int,
     recovery: Recovery,
+    blend: bool,
     precision: Precision,
     calibration: Iterable[Batch],
     seconds_plan: float,
@@ -75,6 +76,7 @@ def forecast(
         rows: training batches; the first few are trained on, by a model of the final shape that is thrown away.
         steps: of the whole recovery.
         recovery: how the run will train.
+        blend: whether the weights of the cut are kept for afterwards.
         precision: in which precision.
         calibration: batches whose activations will be seen; the largest of them stands for the largest of all.
         seconds_plan: what planning took, mostly one pass over them for all sites.
@@ -96,7 +98,7 @@ def forecast(
     parameters, kept = count_parameters(model), count_parameters(student)
     size = next(model.parameters()).element_size()
     moments = sum(8 * site.groups * site.size**2 * len(site.streams) for site in sites)
-    more = bool(recovery.average) + recovery.blend
+    more = bool(recovery.average) + blend
     # weights, gradients and the two moments of AdamW, the average, the cut, and the batch's activations
     training = size * kept * (4 + more) + BACKWARD * activations
     slack = SLACK.get(device.type, 1.0)
@@ -109,7 +111,8 @@ def forecast(
         steps=steps,
         memory_bytes=held + round(slack * max(training, moments + activations)),
         free_bytes=None if free is None else held + free,
-        disk_bytes=size * (parameters + kept * (3 + more)) + batches * hidden,
+        # the state of a step twice, while one takes the place of the other
+        disk_bytes=size * (parameters + 2 * kept * (3 + more)) + batches * hidden,
     )
 
 

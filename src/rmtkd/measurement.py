@@ -235,7 +235,12 @@ def divergence(student: nn.Module, teacher: nn.Module, rows: Iterable[Batch], *,
         total, count = total + float((theirs.exp() * (theirs - mine)).sum()), count + len(mine)
     if count == 0:
         raise DataError("at least one row is needed to compare answers. Got none. Pass more rows.")
-    return max(0.0, total / count)
+    return at_least_zero(total / count)
+
+
+def at_least_zero(divergence: float) -> float:
+    """A divergence without what rounding takes it below; NaN, of answers that are not numbers, stays NaN."""
+    return divergence if math.isnan(divergence) else max(0.0, divergence)
 
 
 def quality(model: nn.Module, rows: Iterable[Batch], *, pieces: Pieces | None = None) -> dict[str, Estimate]:

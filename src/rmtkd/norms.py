@@ -81,9 +81,22 @@ def gather_statistics(
                 norm.reset_running_stats()
                 norm.momentum = None  # the plain mean over batches
                 norm.train()
-            for i, batch in enumerate(batches):
-                if i == 0 or batching.rows(batch) > 1:
-                    pieces(batch, run)
+            for batch in _without_single_rows(batches):
+                pieces(batch, run)
         finally:
             for norm, momentum, tracked in before:
                 norm.momentum, norm.num_batches_tracked = momentum, tracked
+
+
+def _without_single_rows(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches of several rows; where there is none, the first."""
+    alone: Batch | None = None
+    found = False
+    for batch in batches:
+        if batching.rows(batch) > 1:
+            found = True
+            yield batch
+        elif alone is None:
+            alone = batch
+    if alone is not None and not found:
+        yield alone

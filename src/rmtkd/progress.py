@@ -58,6 +58,8 @@ def describe(event: Mapping[str, Any]) -> str | None:
                 f"round {event['number']}: {event['parameters']:,} parameters, {event['accuracy']:.2%} on selection "
                 f"after {event['steps']} steps{_near(event)}{back}"
             )
+        case "blend":
+            return f"round {event['number']}: going back towards the cut"
         case "forecast":
             return f"this will take {forecast_line(event)}"
         case "memory":

@@ -152,7 +152,8 @@ class Run:
     def _once(self, name: str, measure: Callable[[], Any]) -> Any:
         """What is known of the untouched model and its rows, by this run or one to another target."""
         if name not in self.known:
-            self.known[name] = measure()
+            with seeded(self.options):  # whenever it is first asked for, what is drawn later stays the same
+                self.known[name] = measure()
         return self.known[name]
 
     def aimed(self, target: str) -> "Run":
@@ -376,15 +377,17 @@ class Run:
             rows = batching.head(batching.first(self.selection, "selection"), CHECK_ROWS)
             error = check_cut(before, student, sites, bases, rows)
             cut = accuracy(student, self.selection, pieces=self.pieces)
-            apart = self.apart(student, teacher)
+            apart = self.apart(student)
             self.emit("check", number=number, error=error, selection_accuracy=cut.value, divergence=apart)
             facts = {"error": error, "accuracy_cut": cut.value, "divergence_cut": apart}
             facts["seconds_cut"] = time.monotonic() - start
         else:
             student = shaped(self.start, self.sites, standing.kept | {site.name: widths[site.name] for site in sites})
             facts = saved.facts
-        lr = self.options.recovery.rate_after(facts.get("divergence_cut"))
-        losses, seconds, kept = self.recover(student, teacher, number, steps, facts, saved, lr=lr)
+        lr = self.options.rate_after(facts.get("divergence_cut"))
+        losses, seconds, kept = self.recover(
+            student, teacher, number, steps, facts, saved, blended=self.options.blend, lr=lr
+        )
         after = accuracy(student, self.selection, pieces=self.pieces).value if losses else facts["accuracy_cut"]
         untouched, latency = time_forward([self.model, student], self.example, repeats=ROUND_REPEATS)
         return student, Round(
@@ -401,7 +404,7 @@ class Run:
             seconds_cut=facts["seconds_cut"],
             seconds_recovery=seconds,
             divergence_cut=facts.get("divergence_cut"),
-            divergence=self.apart(student, teacher) if losses else facts.get("divergence_cut"),
+            divergence=self.apart(student) if losses else facts.get("divergence_cut"),
             lr=lr if losses else None,
             blend=kept,
             losses=thinned(losses),
@@ -409,10 +412,11 @@ class Run:
             latency_ms_untouched=untouched,
         )
 
-    def apart(self, student: nn.Module, teacher: nn.Module) -> float:
-        """How far the student's answers are from the teacher's, over some selection rows."""
+    def apart(self, student: nn.Module) -> float:
+        """How far the student's answers are from those of the untouched model, or of the teacher model, over some
+        selection rows. Not from those of a round's teacher, which many small cuts may have taken far away."""
         rows = self._once("near", lambda: spread(self.selection, ROWS))
-        return divergence(student, teacher, rows, pieces=self.pieces)
+        return divergence(student, self.teacher_model or self.model, rows, pieces=self.pieces)
 
     def recover(
         self,
@@ -422,6 +426,8 @@ class Run:
         steps: int,
         facts: dict[str, Any],
         saved: PhaseState | None,
+        *,
+        blended: bool = False,
         **recovery: Any,
     ) -> tuple[list[float], float, float | None]:
         """Train the student, saving where it stands; the losses, the seconds of all sessions, and, where it is blended
@@ -442,10 +448,15 @@ class Run:
             pieces=self.pieces,
         )
         start: dict[str, Tensor] = {}
-        if chosen.blend:
+        if blended:
             now = {f"{START}{name}": value for name, value in student.named_parameters()}
             begun = now if saved is None else saved.tensors
             start = {name: value.detach().clone() for name, value in begun.items() if name.startswith(START)}
+            if not start:
+                raise RunError(
+                    "last/step.safetensors must hold the weights of the cut. It does not. Remove it: then the run goes "
+                    "on from the start of its round."
+                )
         if saved is not None:
             try:
                 phase.restore(saved)
@@ -456,11 +467,14 @@ class Run:
                 ) from error
         with interruptible() as asked:
             phase.run(self.between(number, steps, facts, began, asked, start))
-        kept = None
-        if start:
-            settle = partial(gather_statistics, student, batch_norms(student), self.calibration, pieces=self.pieces)
-            cut = {name.removeprefix(START): value for name, value in start.items()}
-            kept = blend(student, cut, partial(self.apart, student, teacher), settle)
+            kept = None
+            if start:
+                self.emit("blend", number=number)
+                settle = partial(gather_statistics, student, batch_norms(student), self.calibration, pieces=self.pieces)
+                cut = {name.removeprefix(START): value for name, value in start.items()}
+                kept = blend(student, cut, partial(self.apart, student), settle)
+            if asked.stop:
+                raise Interrupted(student, f"after step {steps} of {steps} {_where(number)}")
         return phase.losses, time.monotonic() - began, kept
 
     def between(
@@ -473,14 +487,14 @@ class Run:
             nonlocal last
             step = len(phase.losses)
             self.emit("step", number=number, step=step, steps=steps, loss=phase.losses[-1])
-            if self.folder is not None and (asked.stop or time.monotonic() - last >= self.options.save_every_s):
+            due = asked.stop or step == steps or time.monotonic() - last >= self.options.save_every_s
+            if self.folder is not None and due:
                 state = phase.state()
                 own = {"number": number, "seconds": time.monotonic() - began}
                 self.folder.save_state("step", {**state.tensors, **start}, {**facts, **state.facts, **own})
                 last = time.monotonic()
             if asked.stop:
-                where = "in the control" if number == CONTROL else f"in round {number}"
-                raise Interrupted(phase.student, f"after step {step} of {steps} {where}")
+                raise Interrupted(phase.student, f"after step {step} of {steps} {_where(number)}")
 
         return act
 
@@ -503,6 +517,7 @@ class Run:
             self.train_rows,
             steps=control * round(self.options.epochs * self.batches_per_epoch),
             recovery=self.options.recovery,
+            blend=self.options.blend,
             precision=self.precision,
             calibration=self.calibration,
             seconds_plan=seconds_plan,
@@ -591,6 +606,10 @@ def report_on(folder: Path, emit: progress.Emitter) -> None:
         reporting.write_report(folder)
     except Exception as error:  # whatever a page may fail of
         emit("unreported", folder=str(folder), reason=str(error) or type(error).__name__)
+
+
+def _where(number: int) -> str:
+    return "in the control" if number == CONTROL else f"in round {number}"
 
 
 def made_with() -> dict[str, str]:

@@ -34,6 +34,10 @@ class Options:
         granularity: what is cut between two recoveries: one width (`site`), one layer, or all (`round`).
         epochs: recovery over the whole run, in passes over the training rows; 0 cuts only.
         teacher: `previous` is the checkpoint before the cut, `original` the untouched model.
+        gentle: the divergence of a cut, in nats a row, from which on recovery takes the whole learning rate; after
+            milder cuts see `rate_after`. 0 takes it after any cut.
+        blend: after recovery, go back on the straight line to the cut as far as makes the answers nearest to the
+            teacher's on selection rows (a quarter of the way at least stays; see `rmtkd.blending`).
         tolerance: largest loss of selection accuracy, as a fraction (0.02 is two points); a cut that
             breaks it is taken back and the run stops. None sets no bound.
         max_rounds: stop after as many rounds. None sets no bound.
@@ -63,6 +67,8 @@ class Options:
     granularity: Granularity = "round"
     epochs: float = 1.0
     teacher: Literal["previous", "original"] = "previous"
+    gentle: float = 0.4
+    blend: bool = True
     tolerance: float | None = None
     max_rounds: int | None = None
     multiple_of: int = 8
@@ -96,6 +102,7 @@ class Options:
             ("tau", 0 < self.tau < 1, "within (0, 1)"),
             ("max_loss", 0 < self.max_loss < math.inf, "greater than 0"),
             ("epochs", 0 <= self.epochs < math.inf, "at least 0"),
+            ("gentle", 0 <= self.gentle < math.inf, "at least 0"),
             ("tolerance", self.tolerance is None or 0 <= self.tolerance <= 1, "within [0, 1]"),
             ("max_rounds", self.max_rounds is None or self.max_rounds >= 1, "at least 1"),
             ("multiple_of", self.multiple_of >= 1, "at least 1"),
@@ -121,6 +128,18 @@ class Options:
     def pairs(self) -> tuple[tuple[str, int], ...]:
         """`keep` as pairs of name and width."""
         return tuple((pair[0], pair[1]) for pair in self.keep)  # type: ignore[index]
+
+    def rate_after(self, divergence: float | None) -> float:
+        """The peak learning rate after a cut that moved the answers so far from the teacher's, in nats a row:
+        `lr √(divergence / gentle)`, from a thousandth of `lr` to `lr`, which it is where the divergence is not known.
+
+        Steps of one size leave a student at one distance from its teacher, whatever it began at: a cut that has cost
+        little would lose by steps that are right for one that has cost much.
+        """
+        lr = self.recovery.lr
+        if divergence is None or not divergence < self.gentle:
+            return lr
+        return lr * max(math.sqrt(divergence / self.gentle), 1e-3)
 
     def follow(self, plan: Plan, given: Iterable[str]) -> "Options":
         """These options with the choices that a plan has already made.
@@ -167,8 +186,11 @@ class Options:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Options":
-        """The options that `to_dict` gave; a run that began before there were `gentle` and `blend` goes on without."""
-        return cls(**{**values, "recovery": Recovery(**{"gentle": 0.0, "blend": False, **values["recovery"]})})
+        """The options that `to_dict` gave; a run that began before there were `gentle` and `blend`, which were of
+        `Recovery` for a while, goes on without."""
+        recovery = dict(values["recovery"])
+        early = {name: recovery.pop(name, usual) for name, usual in (("gentle", 0.0), ("blend", False))}
+        return cls(**{**early, **values, "recovery": Recovery(**recovery)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,9 +215,10 @@ class Round:
     seconds_recovery: float
     rolled_back: bool = False
     divergence_cut: float | None = None
-    """From the answers of the round's teacher after the cut, in nats a row, over some selection rows."""
+    """After the cut, from the answers of the untouched model, or of the teacher model where the run has one: in nats a
+    row, over some selection rows."""
     divergence: float | None = None
-    """The same after recovery."""
+    """The same after recovery; a little too small where these rows have chosen `blend`."""
     lr: float | None = None
     """The peak learning rate of recovery."""
     blend: float | None = None

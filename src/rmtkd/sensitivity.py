@@ -26,7 +26,7 @@ from rmtkd.covariance import Covariance
 from rmtkd.cutting import Fit, fitting, follow_each_other
 from rmtkd.errors import DataError
 from rmtkd.fisher import Metrics
-from rmtkd.measurement import evaluation
+from rmtkd.measurement import at_least_zero, evaluation
 from rmtkd.memory import Pieces
 from rmtkd.norms import norms_of, of_each_batch
 from rmtkd.planning import Curve, Plan
@@ -81,7 +81,10 @@ class Sensitivity:
         self.pieces = pieces or Pieces()
         # Never more at once than the caller runs: in how many pieces a batch fits into memory is found for those.
         most = min(TOGETHER, max(map(batching.rows, rows), default=TOGETHER))
-        self.batches = [batching.to(batch, self.device) for batch in gathered(spread(rows, most_rows), most)]
+        together = gathered(spread(rows, most_rows), most)
+        if norms_of(sites):  # a single row has no statistics
+            together = [batch for batch in together if batching.rows(batch) > 1] or together
+        self.batches = [batching.to(batch, self.device) for batch in together]
         self.blocks = blocks_of(sites) if follow_each_other(self.model, self.batches, blocks_of(sites)) else []
         self._bases: dict[str, dict[int, tuple[tuple[Basis, ...], ...]]] = {}
         """Of each shared width, those at the width where we stand and those that were fitted last."""
@@ -113,7 +116,7 @@ class Sensitivity:
         """That divergence, and the share of rows that keep their answer."""
         student = self._log_probabilities(widths, same=self._first_change(widths))
         agreement = float((student.argmax(-1) == self.teacher.argmax(-1)).double().mean())
-        return max(0.0, float((self.teacher.exp() * (self.teacher - student)).sum(-1).mean())), agreement
+        return at_least_zero(float((self.teacher.exp() * (self.teacher - student)).sum(-1).mean())), agreement
 
     def curve(self, shares: str, widths: Iterable[int]) -> Curve:
         """The losses of one shared width, all others full.

@@ -152,6 +152,7 @@ def _open(path: Path, run: Run) -> RunFolder:
     folder = RunFolder.open(path)
     try:
         asked, now = folder.config(), json.loads(json.dumps(run.config()))
+        asked["options"] = json.loads(json.dumps(Options.from_dict(asked["options"]).to_dict()))
         theirs, ours = ({**c["options"], "control": c["control"], **c["began_with"]} for c in (asked, now))
         if differ := [name for name in ours | theirs if ours.get(name) != theirs.get(name)]:
             raise RunError(

@@ -170,7 +170,12 @@ class Phase:
                 f"the loss must stay finite. It became {loss} at step {step + 1}. "
                 "Lower the learning rate, or look for bad rows."
             )
-        nn.utils.clip_grad_norm_(self.trained.values(), self.recovery.clip)
+        norm = nn.utils.clip_grad_norm_(self.trained.values(), self.recovery.clip)
+        if not norm.isfinite():
+            raise DataError(
+                f"gradients must stay finite. Their norm became {float(norm)} at step {step + 1}. "
+                "Lower the learning rate, or look for bad rows."
+            )
         self.optimizer.step()
         if self.average:
             self.average.update()

@@ -173,6 +173,7 @@ def plan(
         rows.train,
         steps=round(chosen.epochs * len(rows.train)),
         recovery=chosen.recovery,
+        blend=chosen.blend,
         precision="bf16" if has_bf16(device) else "fp32",
         calibration=calibration,
         seconds_plan=seconds_plan,

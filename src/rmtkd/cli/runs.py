@@ -139,8 +139,8 @@ def compress(
     $ rmtkd compress text --model M --data r.csv --columns a --label b --out o
     $ rmtkd compress digits --out runs/digits   (trains its own teacher first)
     parameters                         │        648,202 │        160,666 │   24.8%
-    accuracy, report rows (n = 450)    │ 96.89% ± 0.82% │ 96.89% ± 0.82% │ +0.00
-    accuracy, selection rows (n = 150) │ 97.33% ± 1.32% │ 96.00% ± 1.60% │ -1.33
+    accuracy, report rows (n = 450)    │ 96.44% ± 0.87% │ 96.00% ± 0.92% │ -0.44
+    accuracy, selection rows (n = 150) │ 96.67% ± 1.47% │ 96.67% ± 1.47% │ +0.00
     1 round; stopped: target: 25%params reached
     runs/digits/summary.json holds the record, runs/digits/model the model
     """
@@ -166,17 +166,17 @@ def compress(
         "granularity": granularity,
         "epochs": epochs,
         "teacher": teacher,
+        "gentle": gentle,
+        "blend": blend,
         "tolerance": tolerance,
         "max_rounds": max_rounds,
     }
     steps = {
         "optimizer": optimizer,
         "lr": lr,
-        "gentle": gentle,
         "alpha": alpha,
         "temperature": temperature,
         "hidden": hidden,
-        "blend": blend,
         "average": average,
     }
     options: dict[str, Any] = {

@@ -30,7 +30,7 @@ from rmtkd.surgery import skeleton
 
 SECONDS, FEWEST, MOST = 20.0, 5, 100
 """How long all parts are timed, in turns, unless these are fewer or more turns."""
-VERSION = 2
+VERSION = 3
 """Of the files in the cache; another one is measured anew."""
 
 Stopwatch = Callable[[Sequence[Callable[[], object]], torch.device], Sequence[float]]
@@ -261,6 +261,7 @@ def _key(model: nn.Module, sites: Sequence[Site], batch: Batch) -> str:
         VERSION,
         circumstances(model, batch),
         repr(model),
+        getattr(getattr(model, "config", None), "_attn_implementation", None),
         shapes_of(model),
         [(site.name, site.block, site.least, site.width, site.groups) for site in sites],
         outlines(batching.inputs(batch)),

@@ -94,14 +94,16 @@ def parts_by_shape(model: nn.Module, sites: Sequence[Site], batch: Batch) -> lis
             knots=tuple(_knots(group, most) for group in groups),
         )
         inner = [[(site.name.removeprefix(site.block), site.groups) for site in group] for group in groups]
-        shape = repr((shapes_of(model.get_submodule(path)), outlines(part.arguments), part.times, part.knots, inner))
+        module = model.get_submodule(path)
+        shape = repr((module, shapes_of(module), outlines(part.arguments), part.times, part.knots, inner))
         shapes.setdefault(shape if path else groups[0][0].name, []).append(part)
     return list(shapes.values())
 
 
 def _clusters(block: Sequence[Site]) -> list[tuple[tuple[Site, ...], ...]]:
     """The sites of a block by shared width, those widths together that meet in a parameter. Others add up: attention
-    and feed-forward of MiniLM to 2 % of the block."""
+    and feed-forward of MiniLM to 2 % of the block. So are those of a long chain taken, which have too many
+    combinations."""
     found: list[tuple[set[str], tuple[tuple[Site, ...], ...]]] = []
     for group in by_width(block).values():
         parameters = {
@@ -111,7 +113,11 @@ def _clusters(block: Sequence[Site]) -> list[tuple[tuple[Site, ...], ...]]:
         found = [cluster for cluster in found if not cluster[0] & parameters]
         groups = (*itertools.chain(*(groups for _, groups in meeting)), group)
         found.append((parameters.union(*(names for names, _ in meeting)), groups))
-    return [groups for _, groups in found]
+    return [
+        part
+        for _, groups in found
+        for part in ([groups] if 2 ** len(groups) <= POINTS else [(group,) for group in groups])
+    ]
 
 
 def _paths(block: Iterable[Site]) -> list[str]:

@@ -43,6 +43,7 @@ class TokenRows:
         self.labels: Any = None if labels is None else np.asarray(labels, dtype=np.int64)
         self.batch_size, self.pad_id, self.seed = batch_size, pad_id, seed
         self.lengths = np.array([len(row) for row in ids], dtype=np.int64)
+        self.longest = int(self.lengths.max(initial=0))
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -71,7 +72,7 @@ class TokenRows:
         return [batches[i] for i in rng.permutation(len(batches))]
 
     def _batch(self, rows: np.ndarray) -> dict[str, Tensor]:
-        length = min(-(-self.lengths[rows].max() // STEP) * STEP, self.lengths.max())
+        length = min(-(-self.lengths[rows].max() // STEP) * STEP, self.longest)
         real = np.arange(length)[None] < self.lengths[rows, None]
         batch = {"input_ids": _pad(self.ids, rows, real, self.pad_id), "attention_mask": torch.from_numpy(real).long()}
         if self.types is not None:

@@ -9,7 +9,7 @@ from rmtkd.artifact import is_artifact
 from rmtkd.checkpoint import RunFolder, is_size, read_planned
 from rmtkd.errors import RunError
 from rmtkd.planning import Plan
-from rmtkd.schedule import Round, kept_widths
+from rmtkd.schedule import Options, Round, kept_widths
 from rmtkd.spectra import Spectrum
 
 
@@ -37,6 +37,12 @@ class Evidence:
     def name(self) -> str:
         """What the folder is called."""
         return self.folder.resolve().name
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the run was asked; for options that there were not yet, what was done without them."""
+        assert self.config is not None
+        return Options.from_dict(self.config["options"]).to_dict()
 
     @property
     def rounds(self) -> tuple[Round, ...]:

@@ -48,7 +48,7 @@ def _has_report(evidence: Evidence) -> bool:
 
 def _arguments(evidence: Evidence) -> list[tuple[str, str]]:
     """Options of the run that are not the usual ones, as arguments of the call in Python."""
-    asked, usual = (evidence.config or {}).get("options", {}), Options().to_dict()
+    asked, usual = evidence.options, Options().to_dict()
     found = []
     for name, value in asked.items():
         if value == usual.get(name):
@@ -67,7 +67,7 @@ def configuration(evidence: Evidence) -> list[tuple[str, str]]:
         names = ("target", "policy", "max_loss", "rule", "tau", "multiple_of", "min_share", "uniform", "low_rank")
         return [(name, _shown(getattr(evidence.plan, name))) for name in names]
     command = {k: v for k, v in (evidence.config.get("command") or {}).items() if k != "words" and v is not None}
-    found = {**command, **_flat(evidence.config["options"]), "control": evidence.config["control"]}
+    found = {**command, **_flat(evidence.options), "control": evidence.config["control"]}
     return [(name, _shown(value)) for name, value in found.items()]
 
 

@@ -169,7 +169,7 @@ ROUND_COLUMNS = (
     "parameters",
     "accuracy after the cut",
     "after recovery",
-    "nats from its teacher, cut → recovered",
+    "nats from the teacher, cut → recovered",
     "steps",
     "learning rate",
     "kept of recovery",
