@@ -143,7 +143,7 @@ def test_nothing_of_the_rows_or_the_machine_is_in_the_model_folder(finished, sen
 def test_the_record_tells_the_events_in_order_without_steps(finished):
     out, _, events, _ = finished
     kinds = [event["event"] for event in events if event["event"] != "step"]
-    rounds = ["cut", "check", "round"]
+    rounds = ["cut", "check", "blend", "round"]
     assert kinds == ["start", "plan", "forecast", *rounds * kinds.count("round"), "measure", "done"]
     lines = [json.loads(line) for line in (out / "record.jsonl").read_text().splitlines()]
     assert lines == [json.loads(json.dumps(event)) for event in events if event["event"] != "step"]

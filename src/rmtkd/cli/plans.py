@@ -94,8 +94,8 @@ def plan(
     $ rmtkd plan sst2 --model teacher --data DIR --out p --target 25%params
     $ rmtkd plan digits --model runs/digits-teacher --out runs/planned
     site              │ kind      │ width │ signal │ above │ keep │    loss │
-    embeddings.word   │ linear    │   128 │      3 │    64 │   48 │ 0.00038 │
-    layer.0.ffn       │ pointwise │   512 │     12 │   255 │  160 │  0.0009 │
+    embeddings.word   │ linear    │   128 │      3 │    64 │   48 │ 0.00029 │
+    layer.0.ffn       │ pointwise │   512 │     12 │   255 │  160 │  0.0012 │
     ...
     before recovery: 160,666 of 648,202 parameters (24.8%), ...
     $ rmtkd plan runs/planned --target 15%params --keep layer.0.ffn=96
