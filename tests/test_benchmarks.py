@@ -38,6 +38,9 @@ def test_a_table_is_made_from_nothing_and_goes_on_where_it_was_left(name: str, t
         assert (tmp_path / "results" / file).read_bytes() == content
     record = json.loads((tmp_path / "results" / f"tiny-digits-{task}-same-size-seed0.json").read_text())
     assert record["cost"]["parameters"] <= 0.53 * record["baseline"]["parameters"]
+    published = json.loads((tmp_path / "results" / f"tiny-digits-{task}-published-seed0.json").read_text())
+    for setting, (gentle, blend) in ((published, (0.0, False)), (record, (0.4, True))):  # what is ours is not theirs
+        assert (setting["options"]["gentle"], setting["options"]["blend"]) == (gentle, blend)
     assert record["latency_at_1_ms"]["repeats"] == 20 and record["rows_per_second"]["median"] > 0
     energy = record["energy_at_1"]
     assert (energy["joules"] is None) != (energy["reason"] is None)  # a number, or why there is none
