@@ -191,7 +191,7 @@ def cells(work: Work) -> dict[str, tuple[str, Callable[[Work], dict[str, Any]]]]
 def table(results: Path) -> str:
     """The records as Markdown, a table a part."""
     found = read_largest_scale(results)
-    made = {"domains": _domains, "noise": _shifts, "corruptions": _shifts, "tokens": _tokens}
+    made = {"domains": _domains, "noise": _shifts, "corruptions": _corruptions, "tokens": _tokens}
     texts = [write([r for r in found if r["part"] == part]) for part, write in made.items()]
     return "\n\n".join(text for text in texts if text)
 
@@ -252,6 +252,40 @@ def _shifts(records: Sequence[Mapping[str, Any]]) -> str:
                 numbers = [f"{len(mine)}", spread(percent(mine, "accuracy")), *losses]
                 lines.append(f"| {task} | {first['shift']} | {name} | " + " | ".join([*numbers, near]) + " |")
     return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _corruptions(records: Sequence[Mapping[str, Any]]) -> str:
+    """Means over kinds and seeds, a line a severity; in brackets the least and the most of any kind."""
+    lines = [
+        "| task | severity | model | kinds | accuracy | loss by the shift | beyond the teacher's | divergence "
+        "| same answers |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    found: dict[tuple[str, str, str], dict[str, list[Mapping[str, Any]]]] = {}
+    for record in records:
+        for shift in record["shifts"]:
+            kind, _, severity = shift["shift"].rpartition(", ")
+            for name, measures in shift["models"].items():
+                kinds = found.setdefault((record["task"], severity, name), {})
+                kinds.setdefault(kind or "clean", []).append(measures)
+    for (task, severity, name), kinds in sorted(found.items(), key=_clean_first):
+        clean, cells = severity == "none", [cell for cells in kinds.values() for cell in cells]
+
+        def over_kinds(key: str, kinds: Mapping[str, list[Mapping[str, Any]]] = kinds) -> str:
+            means = [statistics.mean(percent(cells, key)) for cells in kinds.values()]
+            return f"{statistics.mean(means):+.1f} ({min(means):+.1f} to {max(means):+.1f})"
+
+        losses = ["", ""] if clean else [over_kinds("loss"), "" if name == "teacher" else over_kinds("beyond")]
+        near = "| " if name == "teacher" else f"{statistics.mean(c['divergence']['value'] for c in cells):.2f} | "
+        near += "" if name == "teacher" else f"{statistics.mean(percent(cells, 'agreement')):.1f}"
+        numbers = [str(len(kinds)), f"{statistics.mean(percent(cells, 'accuracy')):.1f}", *losses, near]
+        lines.append(f"| {task} | {'clean' if clean else severity} | {name} | " + " | ".join(numbers) + " |")
+    return "\n".join(lines) if found else ""
+
+
+def _clean_first(item: tuple[tuple[str, str, str], Any]) -> tuple[Any, ...]:
+    (task, severity, _), _ = item
+    return task, severity != "none", severity
 
 
 def _tokens(records: Sequence[Mapping[str, Any]]) -> str:
