@@ -41,7 +41,7 @@ from rmtkd.activations import attach, collect
 from rmtkd.bases import Basis
 from rmtkd.distillation import Recovery
 from rmtkd.dry_run import metrics_of, narrowed
-from rmtkd.measurement import accuracy, count_flops, count_parameters, evaluation, predict
+from rmtkd.measurement import accuracy, count_flops, count_parameters, divergence, evaluation, predict
 from rmtkd.planning import Plan
 from rmtkd.schedule import Options
 from rmtkd.sensitivity import projection
@@ -189,6 +189,8 @@ def run(work: Work, options: Mapping[str, Any]) -> dict[str, Any]:
         "flops": record["compressed"]["flops"] / record["baseline"]["flops"],
         "before": accuracy(closed_form, work.rows.report).value,
         "after": record["compressed"]["accuracy"]["value"],
+        "nats_before": divergence(closed_form, work.teacher, work.rows.report),
+        "nats_after": divergence(result.model, work.teacher, work.rows.report),
         "steps": sum(done["steps"] for done in record["rounds"]),
     }
 
@@ -204,11 +206,16 @@ def form(work: Work, name: str) -> dict[str, Any]:
         "parameters": count_parameters(student) / count_parameters(work.teacher),
         "flops": count_flops(student, work.example) / count_flops(work.teacher, work.example),
         "before": before,
+        "nats_before": divergence(student, work.teacher, work.rows.report),
     }
     torch.manual_seed(work.seed)
     steps = round(work.recovery * len(work.rows.train))
     train(student, work.rows.train, steps=steps, teacher=work.teacher, recovery=work.recover)
-    return {**facts, "after": accuracy(student, work.rows.report).value, "steps": steps}
+    after = {
+        "after": accuracy(student, work.rows.report).value,
+        "nats_after": divergence(student, work.teacher, work.rows.report),
+    }
+    return {**facts, **after, "steps": steps}
 
 
 def causal(work: Work, which: str) -> dict[str, Any]:
@@ -283,8 +290,8 @@ def _tables(found: Sequence[Mapping[str, Any]]) -> str:
             ]
             lines.append("|---|--:|--:|--:|--:|--:|")
         else:
-            lines += ["", f"| {kind} | seeds | parameters | FLOPs | before recovery | after | against teacher |"]
-            lines.append("|---|--:|--:|--:|--:|--:|--:|")
+            told = "before recovery | after | against teacher | nats from it, before → after"
+            lines += ["", f"| {kind} | seeds | parameters | FLOPs | {told} |", "|---|--:|--:|--:|--:|--:|--:|--:|"]
         for name, cells in mine.items():
             if cells and kind == "causal":
                 shares = f"{cells[0]['directions']:,} of {cells[0]['of']:,}"
@@ -295,8 +302,15 @@ def _tables(found: Sequence[Mapping[str, Any]]) -> str:
                 losses = [100 * (r["after"] - r["teacher"]) for r in cells]
                 against = f"{statistics.mean(losses):+.2f}"
                 numbers = [_percent(cells, key) for key in ("parameters", "flops", "before", "after")]
-                lines.append(f"| {name} | {len(cells)} | " + " | ".join([*numbers, against]) + " |")
+                lines.append(f"| {name} | {len(cells)} | " + " | ".join([*numbers, against, _nats(cells)]) + " |")
     return "\n".join(lines).strip()
+
+
+def _nats(cells: Sequence[Mapping[str, Any]]) -> str:
+    """On report rows; the first records do not hold it."""
+    if any("nats_after" not in r for r in cells):
+        return "–"
+    return " → ".join(spread([r[key] for r in cells], ".3f") for key in ("nats_before", "nats_after"))
 
 
 def _percent(cells: Sequence[Mapping[str, Any]], key: str) -> str:
