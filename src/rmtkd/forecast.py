@@ -83,6 +83,7 @@ def forecast(
         teacher: whose answers are learned; the model's by default.
     """
     device = next(model.parameters()).device
+    teacher = model if teacher is None else teacher
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
         student = skeleton(model, sites, widths)
         fill_with_zeros(student, device)
@@ -90,7 +91,7 @@ def forecast(
         few = list(itertools.islice(rows, STEPS + 1))
         seconds_step = 0.0
         if steps:
-            seconds_step = _seconds_a_step(student, teacher or model, few, recovery, precision, blocks_of(sites))
+            seconds_step = _seconds_a_step(student, teacher, few, recovery, precision, blocks_of(sites))
         batches, largest = 0, few[0]
         for batch in calibration:
             batches, largest = batches + 1, max(largest, batch, key=_positions)

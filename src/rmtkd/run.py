@@ -234,6 +234,11 @@ class Run:
             self._once("report", lambda: check_report(self.report or (), self.classes()))
         return baseline
 
+    @property
+    def first_teacher(self) -> nn.Module:
+        """The untouched model, or the teacher model where the run has one."""
+        return self.model if self.teacher_model is None else self.teacher_model
+
     def taught_by(self) -> dict[str, Any]:
         """How large the teacher of all rounds is, where it is a model of its own, and how well it does."""
         model = self.teacher_model
@@ -359,7 +364,8 @@ class Run:
         """Cut, check, evaluate, recover, evaluate. A round that was left in its recovery goes on there."""
         before, widths = standing.student, standing.plan.widths
         sites = after_cuts(sites, standing.kept)
-        teacher = self.teacher_model or (self.model if self.options.teacher == "original" else before)
+        is_previous = self.teacher_model is None and self.options.teacher == "previous"
+        teacher = before if is_previous else self.first_teacher
         saved = self.saved_step(number)
         start = time.monotonic()
         if saved is None:
@@ -413,10 +419,10 @@ class Run:
         )
 
     def apart(self, student: nn.Module) -> float:
-        """How far the student's answers are from those of the untouched model, or of the teacher model, over some
-        selection rows. Not from those of a round's teacher, which many small cuts may have taken far away."""
+        """How far the student's answers are from those of the first teacher, over some selection rows. Not from those
+        of a round's teacher, which many small cuts may have taken far away."""
         rows = self._once("near", lambda: spread(self.selection, ROWS))
-        return divergence(student, self.teacher_model or self.model, rows, pieces=self.pieces)
+        return divergence(student, self.first_teacher, rows, pieces=self.pieces)
 
     def recover(
         self,
@@ -588,8 +594,7 @@ class Run:
         """The same shape from a random start, distilled for as many steps: what the cut itself is worth."""
         scratch = copy.deepcopy(student)
         randomize(scratch, seed=self.options.seed)
-        teacher = self.teacher_model or self.model
-        self.recover(scratch, teacher, CONTROL, steps, {}, self.saved_step(CONTROL), freeze_embeddings=False)
+        self.recover(scratch, self.first_teacher, CONTROL, steps, {}, self.saved_step(CONTROL), freeze_embeddings=False)
         rows = self.selection if self.report is None else self.report
         return {"start": "random", "steps": steps, "accuracy": asdict(accuracy(scratch, rows, pieces=self.pieces))}
 
