@@ -153,15 +153,16 @@ def test_a_plan_is_made_anew_edited_and_applied(sentiment: Sentiment, command: C
     code, *_ = command("plan", "sst2", *common, "--out", run, *QUICK, "--exclude", "embeddings.word")
     assert code == 0
 
-    code, told, _ = command("plan", run, "--target", "60%params", "--keep", "layer.0.ffn=20", "--json")
+    code, told, _ = command("plan", run, "--target", "40%params", "--keep", "layer.0.ffn=20", "--json")
     made = json.loads(told)
     kept = {site["name"]: site["keep"] for site in made["sites"]}
-    assert code == 0 and made["target"] == "60%params" and made["multiple_of"] == 4
+    assert code == 0 and made["target"] == "40%params" and made["multiple_of"] == 4
     assert made["fixed"] == {"embeddings.word": 32, "layer.0.ffn": 20}
     assert kept["layer.0.ffn"] == 20 and kept["embeddings.word"] == 32
-    assert made["predicted"]["params"] <= 0.6 * made["baseline"]["params"]
+    assert made["predicted"]["params"] <= 0.4 * made["baseline"]["params"]
     assert sorted(path.name for path in run.iterdir()) == ["plan.1.json", "plan.json", "spectra.1.npz", "spectra.npz"]
 
+    # narrow at this target whatever the teacher: wider, the target cannot be met
     site = next(site for site in made["sites"] if site["name"] == "layer.1.ffn")
     site["keep"], planned = 47, site["keep"]
     (run / "plan.json").write_text(json.dumps(made, indent=1))
@@ -171,14 +172,14 @@ def test_a_plan_is_made_anew_edited_and_applied(sentiment: Sentiment, command: C
     code, told, log = command(*compress)
     assert code == 0
     assert "47*" in told and f"changed by hand: layer.1.ffn {planned} → 47." in told
-    assert "the target 60%params is not met" in told.replace("The", "the") and "reached" not in told + log
+    assert "the target 40%params is not met" in told.replace("The", "the") and "reached" not in told + log
 
     record = json.loads((run / "summary.json").read_text())
     applied = json.loads((run / "plan.json").read_text())
-    assert record["stop_reason"] == "plan: every cut is made; its widths do not meet the target 60%params"
+    assert record["stop_reason"] == "plan: every cut is made; its widths do not meet the target 40%params"
     assert record["compressed"]["parameters"] == applied["predicted"]["params"] > made["predicted"]["params"]
     assert record["rounds"][0]["widths"]["layer.1.ffn"] == [48, 47]
-    assert record["config"]["target"] == "60%params" and record["config"]["multiple_of"] == 4
+    assert record["config"]["target"] == "40%params" and record["config"]["multiple_of"] == 4
     assert f"changed by hand: {planned} → 47" in (run / "model" / "README.md").read_text()
 
     code, _, log = command("plan", run, "--target", "50%params")
