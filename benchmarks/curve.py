@@ -266,7 +266,8 @@ def run(
     """One cell. With a hidden-state term the teacher runs along, as its hidden states are not kept. What a student was
     before it was blended stands beside."""
     student, facts = start(work, method, size)
-    before, cut_weights = work.nearness(student), copy.deepcopy(dict(student.named_parameters()))
+    before = work.nearness(student)
+    cut_weights = copy.deepcopy(dict(student.named_parameters())) if is_blended else {}
     torch.manual_seed(work.seed)
     steps = round(epochs * len(work.rows.train))
     Phase(

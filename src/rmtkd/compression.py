@@ -82,15 +82,8 @@ def compress(
     extra_files = artifact.check_extra_files(extra_files)
     rows = Roles(train=train, selection=selection, report=report, calibration=calibration, example=example)
     with seeded(chosen):
-        run = Run(
-            model,
-            rows.called(forward),
-            chosen,
-            sites=sites,
-            teacher_model=teacher_model,
-            control=control,
-            on_event=on_event,
-        )
+        rows = rows.called(forward)
+        run = Run(model, rows, chosen, sites=sites, teacher_model=teacher_model, control=control, on_event=on_event)
         if out is None:
             return run.execute(plan)
         config = {**run.config(), "plan": plan and json.loads(plan.to_json()), "command": dict(command or {})}
@@ -139,15 +132,8 @@ def resume(
         chosen, given, control, began_with = _asked(folder)
         rows = Roles(train=train, selection=selection, report=report, calibration=calibration, example=example)
         with seeded(chosen):
-            run = Run(
-                model,
-                rows.called(forward),
-                chosen,
-                sites=sites,
-                teacher_model=teacher_model,
-                control=control,
-                on_event=on_event,
-            )
+            rows = rows.called(forward)
+            run = Run(model, rows, chosen, sites=sites, teacher_model=teacher_model, control=control, on_event=on_event)
             now = run.config()["began_with"]
             for name in {**began_with, **now}:
                 if now.get(name) != began_with.get(name):

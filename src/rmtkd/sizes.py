@@ -85,15 +85,8 @@ def compress_sizes(
     extra_files = artifact.check_extra_files(extra_files)
     rows = Roles(train=train, selection=selection, report=report, calibration=calibration, example=example)
     with seeded(chosen), ExitStack() as held:
-        first = Run(
-            model,
-            rows.called(forward),
-            chosen,
-            sites=sites,
-            teacher_model=teacher_model,
-            control=control,
-            on_event=on_event,
-        )
+        rows = rows.called(forward)
+        first = Run(model, rows, chosen, sites=sites, teacher_model=teacher_model, control=control, on_event=on_event)
         runs = {name: first.aimed(name) for name in names}
         folders = {} if place is None else {name: _open(place / name, run) for name, run in runs.items()}
         for folder in folders.values():
