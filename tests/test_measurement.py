@@ -31,6 +31,7 @@ from rmtkd.measurement import (
     quality,
     time_forward,
 )
+from rmtkd.memory import Pieces
 
 BATCH = next(iter(random_rows(6, batch_size=6)))
 PAIR = (torch.zeros(5, 7), torch.zeros(5, dtype=torch.long))
@@ -281,6 +282,8 @@ def test_the_divergence_is_that_of_the_formula_and_nothing_from_itself() -> None
     p, q = (predict(model, rows)[0].double().softmax(-1) for model in (teacher, student))
     expected = float((p * (p / q).log()).sum(-1).mean())
     assert divergence(student, teacher, rows) == pytest.approx(expected, rel=1e-9) and expected > 0
+    kept = [measurement.answers(teacher, batch, Pieces()) for batch in rows]
+    assert divergence(student, kept, rows) == divergence(student, teacher, rows)
     with pytest.raises(DataError, match="at least one row"):
         divergence(student, teacher, [])
     student.get_parameter("classifier.bias").data.fill_(float("nan"))

@@ -1,4 +1,7 @@
-"""Make a trained PyTorch model several times smaller and faster, dense and as accurate (RMT-KD, arXiv 2509.15724)."""
+"""Make a trained PyTorch model several times smaller, faster, and dense, with the evidence of what that costs.
+
+It implements RMT-KD (arXiv 2509.15724).
+"""
 
 from rmtkd.artifact import Inspection as Inspection
 from rmtkd.artifact import inspect as inspect

@@ -227,11 +227,19 @@ def accuracy(model: nn.Module, rows: Iterable[Batch], *, pieces: Pieces | None =
     return proportion(int((scores.argmax(-1) == labels).sum()), len(labels))
 
 
-def divergence(student: nn.Module, teacher: nn.Module, rows: Iterable[Batch], *, pieces: Pieces | None = None) -> float:
-    """`KL(teacher ‖ student)` of the answers, in nats, averaged over rows, with or without labels."""
+def divergence(
+    student: nn.Module,
+    teacher: nn.Module | Sequence[Float[Tensor, "_ classes"]],
+    rows: Iterable[Batch],
+    *,
+    pieces: Pieces | None = None,
+) -> float:
+    """`KL(teacher ‖ student)` of the answers, in nats, averaged over rows, with or without labels. The teacher is a
+    model, or what `answers` gave of it for each batch."""
     total, count, pieces = 0.0, 0, pieces or Pieces()
-    for batch in rows:
-        theirs, mine = (answers(model, batch, pieces).double().log_softmax(-1) for model in (teacher, student))
+    for i, batch in enumerate(rows):
+        known = answers(teacher, batch, pieces) if isinstance(teacher, nn.Module) else teacher[i]
+        theirs, mine = (scores.double().log_softmax(-1) for scores in (known, answers(student, batch, pieces)))
         total, count = total + float((theirs.exp() * (theirs - mine)).sum()), count + len(mine)
     if count == 0:
         raise DataError("at least one row is needed to compare answers. Got none. Pass more rows.")

@@ -59,7 +59,7 @@ def gather_statistics(
     Args:
         model: run in evaluation mode but for these norms, which take the statistics of each batch.
         paths: of the norms; with none, nothing is run.
-        batches: of calibration. One of a single row is left out where there are others.
+        batches: of calibration; see `without_single_rows`.
         pieces: in how many pieces a batch is run, should memory run out.
     """
     norms: list[_BatchNorm] = [model.get_submodule(path) for path in paths]  # type: ignore[misc]
@@ -81,22 +81,14 @@ def gather_statistics(
                 norm.reset_running_stats()
                 norm.momentum = None  # the plain mean over batches
                 norm.train()
-            for batch in _without_single_rows(batches):
+            for batch in without_single_rows(batches):
                 pieces(batch, run)
         finally:
             for norm, momentum, tracked in before:
                 norm.momentum, norm.num_batches_tracked = momentum, tracked
 
 
-def _without_single_rows(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches of several rows; where there is none, the first."""
-    alone: Batch | None = None
-    found = False
-    for batch in batches:
-        if batching.rows(batch) > 1:
-            found = True
-            yield batch
-        elif alone is None:
-            alone = batch
-    if alone is not None and not found:
-        yield alone
+def without_single_rows(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches of several rows, as a single one may have no statistics; where there is none, all."""
+    has_several = any(batching.rows(batch) > 1 for batch in batches)
+    return (batch for batch in batches if batching.rows(batch) > 1 or not has_several)

@@ -34,6 +34,7 @@ from rmtkd.levels import in_levels
 from rmtkd.measurement import (
     Estimate,
     accuracy,
+    answers,
     compare,
     count_parameters,
     divergence,
@@ -421,8 +422,13 @@ class Run:
     def apart(self, student: nn.Module) -> float:
         """How far the student's answers are from those of the first teacher, over some selection rows. Not from those
         of a round's teacher, which many small cuts may have taken far away."""
-        rows = self._once("near", lambda: spread(self.selection, ROWS))
-        return divergence(student, self.first_teacher, rows, pieces=self.pieces)
+        rows, theirs = self._once("near", self._near)
+        return divergence(student, theirs, rows, pieces=self.pieces)
+
+    def _near(self) -> tuple[list[Batch], list[Tensor]]:
+        """Those rows, and what the first teacher answers."""
+        rows = spread(self.selection, ROWS)
+        return rows, [answers(self.first_teacher, batch, self.pieces) for batch in rows]
 
     def recover(
         self,

@@ -28,7 +28,7 @@ from rmtkd.errors import DataError
 from rmtkd.fisher import Metrics
 from rmtkd.measurement import at_least_zero, evaluation
 from rmtkd.memory import Pieces
-from rmtkd.norms import norms_of, of_each_batch
+from rmtkd.norms import norms_of, of_each_batch, without_single_rows
 from rmtkd.planning import Curve, Plan
 from rmtkd.sites import Site, blocks_of, by_width
 
@@ -82,8 +82,8 @@ class Sensitivity:
         # Never more at once than the caller runs: in how many pieces a batch fits into memory is found for those.
         most = min(TOGETHER, max(map(batching.rows, rows), default=TOGETHER))
         together = gathered(spread(rows, most_rows), most)
-        if norms_of(sites):  # a single row has no statistics
-            together = [batch for batch in together if batching.rows(batch) > 1] or together
+        if norms_of(sites):
+            together = list(without_single_rows(together))
         self.batches = [batching.to(batch, self.device) for batch in together]
         self.blocks = blocks_of(sites) if follow_each_other(self.model, self.batches, blocks_of(sites)) else []
         self._bases: dict[str, dict[int, tuple[tuple[Basis, ...], ...]]] = {}

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 app = typer.Typer(
-    help="Make a trained model several times smaller and faster, dense and as accurate, with the evidence.",
+    help="Make a trained model several times smaller and faster, dense, with the evidence of what that costs in accuracy.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
