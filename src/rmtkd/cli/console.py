@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 app = typer.Typer(
-    help="Make a trained model several times smaller and faster, dense, with the evidence of what that costs in accuracy.",
+    help="Make a trained model several times smaller, faster and dense, with the evidence of what that costs.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
