@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from rmtkd.checkpoint import write_json
 from rmtkd.errors import DataError
 from rmtkd.recipes.images import ImageRows
 from rmtkd.recipes.recipe import Rows
@@ -37,7 +38,7 @@ def pack(rows: Rows, folder: Path, largest: int = LARGEST) -> None:
             if (folder / name).stat().st_size > largest:
                 raise DataError(f"{name} must have at most {largest:,} bytes. Its rows are too unequal.")
         facts[role] = {"files": names, **_facts(collection)}
-    (folder / "rows.json").write_text(json.dumps(facts, indent=1) + "\n")
+    write_json(folder / "rows.json", facts)
 
 
 def unpack(folder: Path, seed: int) -> Rows:

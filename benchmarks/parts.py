@@ -33,6 +33,7 @@ import paper_vision
 from packed import pack
 from paper import RESULTS, Bench
 from rmtkd import recipes
+from rmtkd.checkpoint import write_json
 from rmtkd.energy import Counter, counter_of
 from rmtkd.environment import machine, versions
 from rmtkd.errors import DataError
@@ -55,7 +56,7 @@ def prepare(table: str, scale: str, only: Sequence[str] | None, data: Path | Non
     if data is not None and (data / paper_text.VOCABULARY).is_file():
         shutil.copy(data / paper_text.VOCABULARY, out)
     facts = {"table": table, "scale": scale, "entries": entries, "versions": versions()}
-    (out / CONTENTS).write_text(json.dumps(facts, indent=1) + "\n")
+    write_json(out / CONTENTS, facts)
 
 
 def run(folder: Path, given: argparse.Namespace) -> bool:
@@ -97,7 +98,7 @@ def run(folder: Path, given: argparse.Namespace) -> bool:
         "versions": versions(),
     }
     number = len(list(log.glob(f"{scale}-*.json")))
-    (log / f"{scale}-{number:03}.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json(log / f"{scale}-{number:03}.json", record)
     return finished
 
 

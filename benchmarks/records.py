@@ -1,5 +1,5 @@
-"""Cells of a benchmark: each is one JSON file, and one that has its file is not run again, so that a killed benchmark
-goes on where it stopped."""
+"""Cells of a benchmark: each is one JSON file, written whole or not at all, and one that has its file is not run again,
+so that a killed benchmark goes on where it stopped."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from rmtkd.checkpoint import checksum
+from rmtkd.checkpoint import checksum, write_atomically, write_json
 from rmtkd.environment import machine, versions
 from rmtkd.errors import RmtkdError
 from rmtkd.surgery import tensors_of
@@ -26,7 +26,7 @@ def cell(path: Path, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         start = time.monotonic()
         record = {**run(), "seconds": time.monotonic() - start, "machine": machine(), "versions": versions()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(path, record)
     record = json.loads(path.read_text())
     print(f"{path.stem}: {headline(record)}", flush=True)
     return record
@@ -105,4 +105,4 @@ def publish(name: str, markdown: str, results: Path | None = None) -> None:
     if end not in rest:
         print(f"{DOCUMENT.name} has no place for {name}: `<!-- {name} -->`, an empty line, `<!-- /{name} -->`.")
         return
-    DOCUMENT.write_text(before + begin + markdown + end + rest.partition(end)[2], encoding="utf-8")
+    write_atomically(DOCUMENT, (before + begin + markdown + end + rest.partition(end)[2]).encode())
