@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from rmtkd.memory import Pieces
 from rmtkd.norms import batch_norms, gather_statistics, of_each_batch
 
 
@@ -83,3 +84,79 @@ def test_statistics_of_each_batch_are_for_the_time_being(fails: bool) -> None:
     assert not torch.allclose(inside, before)
     assert torch.equal(model(x), before)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
+
+
+class FrozenNorm(nn.BatchNorm2d):
+    """Stays in evaluation mode, as a detector's backbone has it."""
+
+    def train(self, mode: bool = True) -> "FrozenNorm":
+        return super().train(False)
+
+
+def frozen_by_its_class(model: Any) -> None:
+    frozen = FrozenNorm(6).eval()
+    frozen.load_state_dict(model.body[1].state_dict())
+    model.body[1] = frozen
+
+
+def frozen_by_itself(model: Any) -> None:
+    norm = model.body[1]
+    norm.train = lambda mode=True: norm
+
+
+@pytest.mark.parametrize("freeze", [frozen_by_its_class, frozen_by_itself])
+def test_a_frozen_norm_keeps_its_statistics_and_others_are_gathered_behind_it(freeze: Any) -> None:
+    model: Any = Scores(network())
+    gather_statistics(model, ["body.1"], rows())
+    freeze(model)
+    mean, var = model.body[1].running_mean.clone(), model.body[1].running_var.clone()
+    with torch.no_grad():
+        behind = torch.stack([model.body[:4](x).mean((0, 2, 3)) for (x,) in rows()]).mean(0)
+        x = rows()[0][0]
+        before = model(x)
+        with of_each_batch(model, ["body.1"]):
+            assert torch.equal(model(x), before)
+    gather_statistics(model, ["body.1", "body.4"], rows())
+    assert torch.equal(model.body[1].running_mean, mean)
+    assert torch.equal(model.body[1].running_var, var)
+    torch.testing.assert_close(model.body[4].running_mean, behind)
+
+
+def test_a_norm_that_is_not_called_keeps_its_statistics() -> None:
+    model: Any = Scores(network())
+    model.aside = nn.BatchNorm2d(6)
+    model.aside.running_mean += 3
+    gather_statistics(model.eval(), batch_norms(model), rows())
+    assert torch.equal(model.aside.running_mean, torch.full((6,), 3.0))
+
+
+def test_a_norm_that_has_no_count_of_its_batches_is_gathered_like_any_other() -> None:
+    model: Any = Scores(network())
+    gather_statistics(model, ["body.1"], rows())
+    expected = model.body[1].running_mean.clone()
+    model.body[1].num_batches_tracked = None  # as checkpoints of old have it
+    gather_statistics(model, ["body.1"], rows())
+    assert torch.equal(model.body[1].running_mean, expected)
+    assert model.body[1].num_batches_tracked is None
+
+
+def test_statistics_are_those_of_the_pieces_when_memory_ran_out_half_way() -> None:
+    expected: Any = Scores(network())
+    got: Any = Scores(network())
+    halves = [(x[i : i + 16],) for (x,) in rows() for i in (0, 16)]
+    gather_statistics(expected, batch_norms(expected), halves)
+
+    def fail_late(_: object, arguments: tuple[torch.Tensor]) -> None:  # the first norm has seen the batch by then
+        if len(arguments[0]) > 16:
+            raise torch.OutOfMemoryError
+
+    got.body[3].register_forward_pre_hook(fail_late)
+    gather_statistics(got, batch_norms(got), rows(), pieces=Pieces())
+    assert torch.equal(got.body[1].running_mean, expected.body[1].running_mean)
+    assert torch.equal(got.body[4].running_var, expected.body[4].running_var)
+
+
+def test_a_piece_of_one_row_is_left_out() -> None:
+    body = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval()
+    gather_statistics(body, ["1"], [(torch.randn(5, 3),)], pieces=Pieces(count=4))  # of 2, 2 and 1
+    assert torch.isfinite(body[1].running_var).all()  # type: ignore[union-attr, arg-type]

@@ -166,6 +166,24 @@ def test_a_wrong_description_is_caught(everything: tuple[Any, list[Any]]) -> Non
         check_cut(model, student, sites, bases, rows[0])
 
 
+def test_frozen_norms_keep_their_statistics_through_a_cut_which_is_about_zero_before_them(
+    everything: tuple[Any, list[Any]],
+) -> None:
+    model, rows = everything
+    model = copy.deepcopy(model)
+    frozen = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in frozen:
+        norm.running_mean.add_(0.3)  # type: ignore[union-attr]
+        norm.train = lambda mode=True, norm=norm: norm  # type: ignore[method-assign, assignment]
+    sites = find_sites(model, rows[0])
+    assert not any(stream.norm for site in sites for stream in site.streams)
+    whole, _ = cut_in_order(model, sites, {site.name: site.width for site in sites}, rows)
+    torch.testing.assert_close(whole(rows[0][0]), model(rows[0][0]), rtol=1e-4, atol=1e-5)
+    widths = {site.name: site.width // 2 for site in sites}
+    student, bases = cut_in_order(model, sites, widths, rows)
+    assert check_cut(model, student, sites, bases, rows[0]) < 1e-5
+
+
 def test_a_convolution_that_writes_the_width_that_it_reads_is_cut_on_both_sides() -> None:
     class Plain(nn.Module):
         def __init__(self) -> None:

@@ -3,21 +3,26 @@
 A constant that a reader loses with the dropped units shows in the mean of its norm, lost energy in the variance: both
 are put right by one pass over calibration rows, without labels and without training.
 
+A norm that is frozen on purpose, so that `train` leaves it in evaluation mode, keeps the statistics that it has, folded
+by the cut: a width that is read into it is cut about zero, as nothing takes up a constant there.
+
 Reference:
     Izmailov et al., arXiv 1803.05407, §3.2 (`bn_update`, the same pass after weights were averaged).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rmtkd import batches as batching
 from rmtkd.batches import Batch
 from rmtkd.measurement import evaluation
 from rmtkd.memory import Pieces
-from rmtkd.sites import Site
+from rmtkd.sites import Site, is_frozen
 
 
 def norms_of(sites: Iterable[Site]) -> tuple[str, ...]:
@@ -26,7 +31,7 @@ def norms_of(sites: Iterable[Site]) -> tuple[str, ...]:
 
 
 def batch_norms(model: nn.Module) -> tuple[str, ...]:
-    """Paths of all norms that run on gathered statistics."""
+    """Paths of all norms that run on gathered statistics, frozen ones among them."""
     return tuple(
         path
         for path, module in model.named_modules()
@@ -36,33 +41,32 @@ def batch_norms(model: nn.Module) -> tuple[str, ...]:
 
 @contextmanager
 def of_each_batch(model: nn.Module, paths: Sequence[str]) -> Iterator[None]:
-    """The norms at these paths take the statistics of the batch that is run, and keep their own for afterwards."""
-    norms: list[_BatchNorm] = [model.get_submodule(path) for path in paths]  # type: ignore[misc]
+    """The norms at these paths take the statistics of the batch that is run, and keep their own for afterwards. Frozen
+    ones go on with their own."""
+    norms = _not_frozen(model, paths)
     before = [(norm, norm.momentum, norm.training) for norm in norms]
     try:
         for norm in norms:
-            norm.momentum = 0.0
-            norm.train()
+            norm.momentum, norm.training = 0.0, True
         yield
     finally:
         for norm, momentum, training in before:
-            norm.momentum = momentum
-            norm.train(training)
+            norm.momentum, norm.training = momentum, training
 
 
 def gather_statistics(
     model: nn.Module, paths: Sequence[str], batches: Iterable[Batch], *, pieces: Pieces | None = None
 ) -> None:
     """Give the norms at these paths, in place, the statistics of their inputs over all batches: the mean over batches
-    of what each batch has, as training would.
+    of what each batch has, as training would. Frozen norms, and such as are not called, keep what they have.
 
     Args:
         model: run in evaluation mode but for these norms, which take the statistics of each batch.
-        paths: of the norms; with none, nothing is run.
+        paths: of the norms; with none to be gathered, nothing is run.
         batches: of calibration; see `without_single_rows`.
-        pieces: in how many pieces a batch is run, should memory run out.
+        pieces: in how many pieces a batch is run, should memory run out. Each counts as a batch.
     """
-    norms: list[_BatchNorm] = [model.get_submodule(path) for path in paths]  # type: ignore[misc]
+    norms = _not_frozen(model, paths)
     if not norms:
         return
     pieces = pieces or Pieces()
@@ -70,22 +74,34 @@ def gather_statistics(
     before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
 
     def run(parts: Sequence[Batch]) -> None:
-        for part in parts:
+        """A second attempt, in smaller parts, forgets what the norms have seen of the first."""
+        for value, held in zip(_statistics(norms), begun, strict=True):
+            value.copy_(held)
+        for part in without_single_rows(parts):
             batching.logits(model, batching.to(part, device))
 
     with evaluation(model):
         try:
             for norm in norms:
-                if norm.num_batches_tracked is not None:
-                    norm.num_batches_tracked = norm.num_batches_tracked.clone()
-                norm.reset_running_stats()
-                norm.momentum = None  # the plain mean over batches
-                norm.train()
+                norm.num_batches_tracked = torch.tensor(0, device=device)  # the first batch replaces what was there
+                norm.momentum, norm.training = None, True  # the plain mean over batches
             for batch in without_single_rows(batches):
+                begun = [value.clone() for value in _statistics(norms)]
                 pieces(batch, run)
         finally:
             for norm, momentum, tracked in before:
                 norm.momentum, norm.num_batches_tracked = momentum, tracked
+
+
+def _not_frozen(model: nn.Module, paths: Sequence[str]) -> list[_BatchNorm]:
+    norms: list[Any] = [model.get_submodule(path) for path in paths]
+    return [norm for norm in norms if not is_frozen(norm)]
+
+
+def _statistics(norms: Iterable[_BatchNorm]) -> list[Tensor]:
+    """What a norm changes when it sees a batch."""
+    found: list[Any] = [(norm.running_mean, norm.running_var, norm.num_batches_tracked) for norm in norms]
+    return [value for values in found for value in values]
 
 
 def without_single_rows(batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -416,12 +416,13 @@ class _Tracer:
         return path if type(self.model.get_submodule(path)) in kinds else None
 
     def _norm_after(self, node: Node) -> str | None:
-        """The norm by batch statistics that alone reads what a map writes."""
+        """The norm by batch statistics, to be gathered anew, that alone reads what a map writes."""
         users = list(node.users)
         if len(users) != 1 or _operator(users[0]) != "batch_norm" or not isinstance(users[0].args[3], Node):
             return None
         name = self._name(users[0].args[3])
-        return None if name is None else name.rpartition(".")[0]
+        path = None if name is None else name.rpartition(".")[0]
+        return None if path is None or is_frozen(self.model.get_submodule(path)) else path
 
     def _site(self, width: _Width) -> Site:
         name = width.writing[0]
@@ -449,6 +450,17 @@ class _Tracer:
             scope=scope,
             attributes=tuple(width.attributes),
         )
+
+
+def is_frozen(norm: nn.Module) -> bool:
+    """Whether a norm keeps its statistics on purpose: whether `train`, by its class or by itself, leaves it in
+    evaluation mode."""
+    before = norm.training
+    try:
+        norm.train()
+        return not norm.training
+    finally:
+        norm.training = before
 
 
 def width_of(width: _Width) -> _Width:
