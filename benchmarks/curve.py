@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from figures import BEFORE, Panel, chart
 from records import identity, percent, print_event, publish, spread, tried
+from rmtkd import batches as batching
 from rmtkd import compression, recipes
 from rmtkd.activations import observe
 from rmtkd.blending import blend
@@ -73,6 +74,7 @@ class Work:
     data: Path
     seed: int
     cache: Path
+    device: str = "cpu"
 
     @cached_property
     def recipe(self) -> Any:
@@ -84,7 +86,7 @@ class Work:
 
     @cached_property
     def model(self) -> nn.Module:
-        return self.source.model
+        return self.source.model.to(self.device)
 
     @cached_property
     def teacher_id(self) -> str:
@@ -112,6 +114,7 @@ class Work:
             example=example,
             sites=self.sites,
             seed=self.seed,
+            device=self.device,
             **options,
         )
         return made
@@ -130,6 +133,7 @@ class Work:
             metrics=metrics,
             target="10%params",
             seed=self.seed,
+            device=self.device,
         )
         return made, spectrums, model, sites, metrics
 
@@ -155,9 +159,10 @@ class Work:
         if path.exists():
             teacher.kept = torch.load(path)
             return teacher
-        with evaluation(self.model), torch.autocast("cpu", torch.bfloat16, enabled=has_bf16("cpu")):
+        kind = torch.device(self.device).type
+        with evaluation(self.model), torch.autocast(kind, torch.bfloat16, enabled=has_bf16(self.device)):
             for batch in self.rows.train:
-                teacher.logits(batch)
+                teacher.logits(batching.to(batch, self.device))
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(teacher.kept, path)
         return teacher
@@ -257,7 +262,7 @@ def start(work: Work, method: str, size: float) -> tuple[nn.Module, dict[str, An
             "widths": {site.name: site.width for site in find_sites(student)},
         }
         torch.save((student, facts), path)
-    return torch.load(path, weights_only=False)
+    return torch.load(path, weights_only=False, map_location=work.device)
 
 
 def run(
@@ -277,7 +282,7 @@ def run(
         recovery=recovery,
         teacher=work.taught(),
         blocks=blocks_of(find_sites(work.model)),
-        precision="bf16" if has_bf16("cpu") else "fp32",
+        precision="bf16" if has_bf16(work.device) else "fp32",
     ).run(lambda phase: print_event({"event": "step", "step": len(phase.losses), "loss": phase.losses[-1]}))
     if is_blended:
         rows = spread_rows(work.rows.selection, ROWS)
@@ -355,7 +360,8 @@ def table() -> str:
         lines.append("")
     every = every_record()
     others = [r for r in every if not is_plain(r) or r["lr"] != chosen_rate(found, r["task"], r["method"])]
-    return "\n".join([*lines, *other_recovery([r for r in others if "unblended" not in r]), "", *blended(every)])
+    lines += [*other_recovery([r for r in others if "unblended" not in r]), ""]
+    return "\n".join([*lines, *blended([r for r in every if "unblended" in r])]).strip()
 
 
 def other_recovery(found: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -378,18 +384,19 @@ def other_recovery(found: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def blended(found: Sequence[Mapping[str, Any]]) -> list[str]:
     """Cells that were blended with their cut: report accuracy and divergence of the cut, at the end of recovery, and
-    between."""
+    between. No line where there is no cell."""
+    if not found:
+        return []
     lines = [
         "| blended | size | seed | epochs | lr | report, cut | recovered | between | share | nats, cut | recovered "
         "| between |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for r in found:
-        if "unblended" in r:
-            ends = [r["accuracy_cut"], r["unblended"]["accuracy"], r["accuracy"]]
-            reached = " | ".join(f"{100 * end['value']:.2f}" for end in ends)
-            near = f"{_nats(r, 'near_cut')} | {_nats(r['unblended'], 'near')} | {_nats(r, 'near')}"
-            lines.append(f"| {_cell(r)} | {r['epochs']:g} | {r['lr']:g} | {reached} | {r['share']:g} | {near} |")
+        ends = [r["accuracy_cut"], r["unblended"]["accuracy"], r["accuracy"]]
+        reached = " | ".join(f"{100 * end['value']:.2f}" for end in ends)
+        near = f"{_nats(r, 'near_cut')} | {_nats(r['unblended'], 'near')} | {_nats(r, 'near')}"
+        lines.append(f"| {_cell(r)} | {r['epochs']:g} | {r['lr']:g} | {reached} | {r['share']:g} | {near} |")
     return lines
 
 
@@ -430,6 +437,7 @@ def main() -> None:
     parser.add_argument("--task", default="sst2")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--cache", type=Path, default=Path("runs/curve"), help="Cut models and the teacher's answers.")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--sizes", nargs="+", type=float, default=list(SIZES))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
@@ -446,7 +454,8 @@ def main() -> None:
     chosen.cache.mkdir(parents=True, exist_ok=True)
     given = vars(chosen)
     for seed in chosen.seeds:
-        work = Work(task=chosen.task, teacher=chosen.teacher, data=chosen.data, seed=seed, cache=chosen.cache)
+        places = {"data": chosen.data, "cache": chosen.cache, "device": chosen.device}
+        work = Work(task=chosen.task, teacher=chosen.teacher, seed=seed, **places)
         for size in chosen.sizes:
             for method in chosen.methods:
                 best = chosen_rate(records(), chosen.task, method)

@@ -107,12 +107,12 @@ def magnitude_bases(model: nn.Module, site: Site, keep: int) -> tuple[Basis, ...
     """Bases that only look at weights."""
     mean = torch.zeros(site.groups, site.width, dtype=torch.float64)
     if site.factorizes:
-        table = model.get_submodule(site.factorizes).weight.detach().double()  # type: ignore[union-attr]
+        table = model.get_submodule(site.factorizes).weight.detach().double().cpu()  # type: ignore[union-attr]
         right = torch.linalg.svd(table, full_matrices=False).Vh[None, :keep]
         return (Basis(reduce=right, lift=right.mT, mean=mean),)
     score = torch.ones_like(mean)
     for stream in site.streams:
-        weight = model.get_parameter(stream.writers[0].parameter).detach().double()
+        weight = model.get_parameter(stream.writers[0].parameter).detach().double().cpu()
         score = score * weight.unflatten(0, (site.groups, -1)).norm(dim=-1)
     if site.streams[0].readers:
         score = score * readers(model, site)[0].norm(dim=1)

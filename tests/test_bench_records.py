@@ -1,8 +1,14 @@
-"""The claims of records of benchmarks: a cell is written whole or not at all, and is not run again."""
+"""The claims of records of benchmarks: a cell is written whole or not at all, and a table of the document is what its
+records give."""
 
+import importlib
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 FULL_DISK = """
@@ -22,3 +28,20 @@ def test_a_record_that_could_not_be_written_whole_is_not_there(tmp_path: Path) -
     done = subprocess.run(words, cwd=BENCHMARKS, capture_output=True, text=True)
     assert "File too large" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+TABLES: Mapping[str, Callable[[Any], str]] = {
+    "curve": lambda module: module.table(),
+    "vision": lambda module: module.table(),
+    "ablation": lambda module: module.table(module.RESULTS),
+    "shift": lambda module: module.table(module.RESULTS),
+    "peers": lambda module: module.table(module.RESULTS),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_of_the_document_is_what_its_records_give(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    text = (BENCHMARKS.parent / "docs" / "results.md").read_text(encoding="utf-8")
+    committed = text.partition(f"<!-- {name} -->\n")[2].partition(f"\n<!-- /{name} -->")[0]
+    assert TABLES[name](importlib.import_module(name)) == committed
