@@ -8,7 +8,7 @@
 |---|---|---|---|
 | distilbert | every second layer | labels, answers, cosine of the last hidden states | arXiv 1910.01108 |
 | pkd | the first half of the layers | labels, answers, normalised [CLS] states, β = 100 | arXiv 1908.09355 |
-| theseus | every second layer | labels, in the place of two layers of the teacher each | arXiv 2002.02925 |
+| theseus | the first half of the layers | labels, in the place of two layers of the teacher each | arXiv 2002.02925 |
 | random | every second layer's shape, Xavier | labels and answers | |
 | magnitude | largest weights, the same share of each width | labels and answers | |
 | energy | as many directions as hold the same share of the variance | labels and answers | |
@@ -17,7 +17,8 @@
 The first four have half of the layers; the others have as many parameters as these, or fewer. *distilbert* has no
 pretraining of its own, which its source has: only its start and losses are compared. *theseus* replaces with a
 probability that rises from a half to one over two thirds of the steps, the rest trains the successor alone;
-embedding and head stay the teacher's until then. Learning rate: for each the best of two on selection rows.
+embedding and head stay the teacher's until then; it begins as in its source's code (`run_glue.py`). Learning rate: for
+each the best of two on selection rows.
 
 Checked by tests: halving keeps the teacher's layers bit for bit; at probability one Theseus computes what its successor
 computes, and at zero what the teacher does; the losses of hidden states are zero for the teacher's own.
@@ -112,7 +113,7 @@ class Theseus(nn.Module):
     def __init__(self, teacher: nn.Module):
         super().__init__()
         self.whole: Any = copy.deepcopy(teacher)
-        self.successors = nn.ModuleList([copy.deepcopy(self.layers[i]) for i in every_second(teacher)])
+        self.successors = nn.ModuleList([copy.deepcopy(self.layers[i]) for i in range(len(every_second(teacher)))])
         self.probability = 1.0
         for parameter in self.whole.parameters():
             parameter.requires_grad_(False)
@@ -155,7 +156,7 @@ Peer = Callable[[Any, int, Recovery], nn.Module]
 
 def options_of(work: Work, steps: int, recovery: Recovery) -> dict[str, Any]:
     """What all phases share."""
-    return {"steps": steps, "recovery": recovery, "precision": "bf16" if has_bf16("cpu") else "fp32"}
+    return {"steps": steps, "recovery": recovery, "precision": "bf16" if has_bf16(work.device) else "fp32"}
 
 
 def distilbert(work: Work, steps: int, recovery: Recovery) -> nn.Module:
@@ -282,7 +283,7 @@ def table(results: Path) -> str:
                 selection = _mean(cells, "accuracy_selection")
                 facts = f"{len(cells)} | {share:.1%} | {lr:g} | {spread(reached)} | {against:+.2f}"
                 lines.append(f"| {task} | {peer} | {facts} | {selection:.2f} |")
-    return "\n".join(lines)
+    return "\n".join(lines) if found else ""
 
 
 def _mean(cells: Sequence[Mapping[str, Any]], key: str) -> float:
@@ -296,6 +297,7 @@ def main() -> None:
     parser.add_argument("--teacher", help="A trained BERT; at the smallest scale one is trained.")
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--epochs", type=float)
+    parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
     results, is_tiny = given.results or RESULTS, given.scale == "tiny"
     task, teacher = ("digits", given.cache / "teacher") if is_tiny else (given.task, given.teacher)
@@ -305,7 +307,8 @@ def main() -> None:
 
         train_teacher(recipes.get("digits"), out=teacher, epochs=3.0)
     for seed in () if given.table else given.seeds or ([0] if is_tiny else [0, 1, 2]):
-        work = Work(task=task, teacher=str(teacher), data=given.data, seed=seed, cache=given.cache)
+        places = {"data": given.data, "cache": given.cache, "device": given.device}
+        work = Work(task=task, teacher=str(teacher), seed=seed, **places)
         for peer in given.peers:
             for lr in (1e-3,) if is_tiny else LEARNING_RATES:
                 epochs = given.epochs or (0.25 if is_tiny else 1.0)

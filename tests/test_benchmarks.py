@@ -71,6 +71,16 @@ def test_theseus_is_its_teacher_at_probability_zero_and_its_successor_at_one(pee
 
 
 @torch.no_grad()
+def test_theseus_begins_with_the_first_layers_of_its_teacher_as_its_source_does(peers: Any) -> None:
+    teacher = tiny_bert(layers=4)
+    mine, theirs = peers.Theseus(teacher).successor().bert.encoder.layer, teacher.bert.encoder.layer
+    assert len(mine) == 2
+    for i in range(2):
+        for a, b in zip(mine[i].parameters(), theirs[i].parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+@torch.no_grad()
 def test_halving_keeps_layers_and_hidden_losses_are_zero_for_the_teachers_own(peers: Any) -> None:
     teacher = tiny_bert(layers=4)
     mine = peers.halved(teacher, peers.every_second(teacher)).bert.encoder.layer
