@@ -270,6 +270,12 @@ def test_answers_may_differ_only_where_the_two_best_are_as_good_as_equal() -> No
             comparison.hold_to(far, int8=int8)
 
 
+def test_a_difference_that_is_no_number_is_none_that_passes() -> None:
+    found = comparison.Agreement(rows=2, shapes=((2, 3),), difference=float("nan"), agreement=1.0, flipped=0)
+    with pytest.raises(ExportError, match="Scores differ by nan"):
+        comparison.hold_to(found, int8=False)
+
+
 # 8 bits
 
 

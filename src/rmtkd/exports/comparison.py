@@ -112,7 +112,7 @@ def hold_to(found: Agreement, *, int8: bool) -> Agreement:
                 f"an 8-bit network must give the model's answer to at least {LEAST_AGREEMENT:.0%} of rows. It does to "
                 f"{found.agreement:.1%} of {found.rows}. Export without --int8; nothing was written."
             )
-    elif found.difference > TOLERANCE or found.flipped:
+    elif not found.difference <= TOLERANCE or found.flipped:  # NaN is in no order
         raise ExportError(
             f"an exported network must give the model's scores to {TOLERANCE:.0e} of the largest, and its answers. "
             f"Scores differ by {found.difference:.1e}, and {found.flipped} of {found.rows} answers. Export to another "
