@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from rmtkd.errors import OptionError, RunError
+from rmtkd.errors import OptionError, RmtkdError, RunError
 from rmtkd.planning import Plan, Spectrum, Target
 
 REPORT = "report.html"
@@ -115,6 +115,20 @@ def _read_spectrum(arrays: Mapping[str, np.ndarray], prefix: str) -> Spectrum:
         if (value := arrays.get(f"{prefix}/{name}")) is not None:
             found[name] = value if value.ndim else value.item()
     return Spectrum(**found)
+
+
+def check_new(path: Path, what: str, kind: type[RmtkdError] = RunError) -> Path:
+    """Return the path of what shall come into being. Raise an error of this kind if anything has its name, be it a link
+    to nowhere.
+
+    Args:
+        path: of a file or folder.
+        what: it will be, at the beginning of a sentence.
+        kind: of the error.
+    """
+    if os.path.lexists(path):
+        raise kind(f"{what} must be new. {path} exists. Choose another name or remove it.")
+    return path
 
 
 @contextmanager

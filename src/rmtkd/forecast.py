@@ -47,11 +47,6 @@ class Forecast:
     disk_bytes: int
     """Most room in the run folder: the state, and the calls that are kept while cutting."""
 
-    @property
-    def seconds(self) -> float:
-        """Of cuts and recovery."""
-        return self.seconds_cut + self.seconds_recovery
-
 
 def forecast(
     model: nn.Module,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from rmtkd import batches as batching
-from rmtkd.checkpoint import RunFolder, checksum, new_folder, read_state, write_json, write_state
+from rmtkd.checkpoint import RunFolder, check_new, checksum, new_folder, read_state, write_json, write_state
 from rmtkd.environment import check_device, has_bf16, versions
 from rmtkd.errors import OptionError, RunError, check_choice
 from rmtkd.interruption import interruptible
@@ -67,7 +67,7 @@ def train_teacher(
         OptionError: if an option has a value that it cannot have.
         DataError: if rows or checkpoint cannot be used.
     """
-    check_new(out)
+    RunFolder.check_free(check_new(out, "--out"))
     check_device(device)
     epochs = recipe.epochs if epochs is None else epochs
     if not (0 <= epochs < math.inf and seed >= 0):
@@ -170,10 +170,3 @@ class TrainingFile:
     def drop(self) -> None:
         """Remove the file: the training is finished."""
         self.path.unlink(missing_ok=True)
-
-
-def check_new(out: Path) -> None:
-    """Raise `RunError` if the folder exists or cannot be made."""
-    if out.exists() or out.is_symlink():
-        raise RunError(f"--out must be new. {out} exists. Choose another name or remove it.")
-    RunFolder.check_free(out)

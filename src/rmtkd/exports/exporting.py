@@ -14,7 +14,7 @@ from torch import nn
 from rmtkd import batches as batching
 from rmtkd.artifact import vouch
 from rmtkd.batches import Batch
-from rmtkd.checkpoint import new_folder, write_json
+from rmtkd.checkpoint import check_new, new_folder, write_json
 from rmtkd.conformance import random_batches
 from rmtkd.environment import machine, versions
 from rmtkd.errors import ExportError
@@ -96,7 +96,8 @@ def export(
         engines = {form.describe: _open(model, form, full)}
         sizes = {form.describe: _size(full.parent)}
         checks = {form.describe: hold_to(compare(model, engines[form.describe], shown), int8=False)}
-        if form.quantize is not None and int8:
+        if int8:
+            assert form.quantize is not None, "find_format says so"
             name = f"{form.describe}, int8"
             with quiet(), told(model, name):
                 form.quantize(full, partial / form.file)
@@ -139,9 +140,7 @@ def check_free(folder: Path) -> Path:
     Raises:
         ExportError: if it exists.
     """
-    if folder.exists() or folder.is_symlink():
-        raise ExportError(f"the folder of an export must be new. {folder} exists. Choose another name or remove it.")
-    return folder
+    return check_new(folder, "the folder of an export", ExportError)
 
 
 def table(record: Mapping[str, Any]) -> Table:
