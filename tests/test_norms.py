@@ -124,10 +124,11 @@ def test_a_frozen_norm_keeps_its_statistics_and_others_are_gathered_behind_it(fr
 
 def test_a_norm_that_is_not_called_keeps_its_statistics() -> None:
     model: Any = Scores(network())
-    model.aside = nn.BatchNorm2d(6)
-    model.aside.running_mean += 3
+    aside: Any = nn.BatchNorm2d(6)
+    aside.running_mean += 3
+    model.aside = aside
     gather_statistics(model.eval(), batch_norms(model), rows())
-    assert torch.equal(model.aside.running_mean, torch.full((6,), 3.0))
+    assert torch.equal(aside.running_mean, torch.full((6,), 3.0))
 
 
 def test_a_norm_that_has_no_count_of_its_batches_is_gathered_like_any_other() -> None:

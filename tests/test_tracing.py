@@ -287,6 +287,42 @@ def test_tied_weights_are_refused_by_name() -> None:
         find_sites(model.eval(), batches()[0])
 
 
+class SharedNorm(nn.Module):
+    """What two convolutions write goes through the same norm, or the same slopes."""
+
+    def __init__(self, shared: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
+        self.shared, self.head = shared, nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.shared(self.second(F.silu(self.shared(self.first(x))))))
+        return self.head(F.relu(self.third(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("shared", [nn.BatchNorm2d(8), nn.PReLU(8)], ids=["norm", "slopes"])
+def test_widths_that_go_through_one_norm_are_one(shared: nn.Module) -> None:
+    torch.manual_seed(0)
+    rows = batches()
+    model = trained(SharedNorm(shared), rows)
+    found = {site.name: site for site in find_sites(model, rows[0])}
+    assert list(found) == ["first", "third"]
+    assert [stream.norm for stream in found["first"].streams] == [None, None]  # it cannot take up two constants
+    widths = {"first": 5, "third": 4}
+    student, bases = cut_in_order(model, list(found.values()), widths, rows)
+    assert check_cut(model, student, list(found.values()), bases, rows[0]) < 1e-5
+
+
+def test_statistics_that_two_norms_share_are_refused_by_name() -> None:
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)),
+    )
+    model[4].running_mean = model[1].running_mean
+    with pytest.raises(UnsupportedModelError, match=r"1\.running_mean and 4\.running_mean are the same"):
+        find_sites(model.eval(), batches()[0])
+
+
 def test_a_module_that_is_called_twice_has_one_width_on_each_side() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:

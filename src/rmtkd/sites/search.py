@@ -151,7 +151,7 @@ def search(model: nn.Module) -> Iterator[tuple[str, Callable[[], tuple[Site, ...
 
 
 def check_parameters(model: nn.Module, sites: Iterable[Site]) -> None:
-    """Raise `UnsupportedModelError` for parameters in half precision, or tied around a site."""
+    """Raise `UnsupportedModelError` for parameters in half precision, or parameters and buffers tied around a site."""
     _check_precision(model)
     _check_untied(model, sites)
 
@@ -256,16 +256,17 @@ def _check_precision(model: nn.Module) -> None:
 
 
 def _check_untied(model: nn.Module, sites: Iterable[Site]) -> None:
-    """A parameter with two names (layers that share their weights) would be folded twice."""
+    """A parameter or buffer with two names (layers that share their weights) would be folded twice."""
     names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
+    buffers = model.named_buffers(remove_duplicate=False)
+    for name, tensor in (*model.named_parameters(remove_duplicate=False), *buffers):
+        names.setdefault(id(tensor), []).append(name)
     sites = list(sites)
     touched = {axis.parameter for site in sites for stream in site.streams for axis in stream.writers + stream.readers}
     touched |= {f"{site.factorizes}.{name}" for site in sites if site.factorizes for name in ("weight", "bias")}
     for tied in names.values():
         if len(tied) > 1 and touched.intersection(tied):
             raise UnsupportedModelError(
-                f"a parameter around a site must belong to one module. {' and '.join(tied)} are the same. Give each "
-                "its own copy; nothing was changed."
+                f"a parameter or buffer around a site must belong to one module. {' and '.join(tied)} are the same. "
+                "Give each its own copy; nothing was changed."
             )

@@ -303,8 +303,8 @@ class _Tracer:
         if _operator(node) == "batch_norm" and len(names) < 3 and node.args[3] is None:
             self._give_up(node, f"{owner} takes its statistics from the batch that is run")
             return
-        width = width_of(channels.width)
         axes = [Axis(parameter=name, dim=0) for name in names if name is not None]
+        width = self._side(axes[0].parameter, "written", channels.width)
         width.writers += [axis for axis in axes if axis not in width.writers]
         self._pass_on(node, source)  # type: ignore[arg-type]
 
@@ -416,13 +416,16 @@ class _Tracer:
         return path if type(self.model.get_submodule(path)) in kinds else None
 
     def _norm_after(self, node: Node) -> str | None:
-        """The norm by batch statistics, to be gathered anew, that alone reads what a map writes."""
+        """The norm by batch statistics, to be gathered anew, that alone reads what a map writes. One of two maps cannot
+        take up the constants of both."""
         users = list(node.users)
-        if len(users) != 1 or _operator(users[0]) != "batch_norm" or not isinstance(users[0].args[3], Node):
+        statistics = users[0].args[3] if len(users) == 1 and _operator(users[0]) == "batch_norm" else None
+        if not isinstance(statistics, Node):
             return None
-        name = self._name(users[0].args[3])
+        name = self._name(statistics)
         path = None if name is None else name.rpartition(".")[0]
-        return None if path is None or is_frozen(self.model.get_submodule(path)) else path
+        is_shared = any(_weight(call.args[0]) is not _weight(node) for call in statistics.users)
+        return None if path is None or is_shared or is_frozen(self.model.get_submodule(path)) else path
 
     def _site(self, width: _Width) -> Site:
         name = width.writing[0]
@@ -495,6 +498,11 @@ def _place(node: Node) -> str:
     """The path of the innermost module that a node belongs to."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
     return (stack[-1][0] if stack else "") or "the network itself"
+
+
+def _weight(node: object) -> object:
+    """The weight of a map, or the second of whatever an operator takes."""
+    return node.args[1] if isinstance(node, Node) and len(node.args) > 1 else None
 
 
 def _shape(node: object) -> tuple[int, ...] | None:
