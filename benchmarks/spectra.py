@@ -24,6 +24,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="4 seeds, and no file")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--seeds", type=int, default=None)
+    parser.add_argument("--seeds", type=int, default=None, help="the first so many; 20, or 4 with --quick")
     parser.add_argument("--ratios", type=int, nargs="*", default=[10, 50, 200], help="n/d")
     parser.add_argument("--noises", nargs="*", default=list(NOISES), choices=NOISES)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/spectra"))
@@ -55,12 +56,7 @@ def main() -> None:
     cells = {}
     for noise in args.noises:
         for ratio in args.ratios:
-            if args.quick:
-                cells[noise, ratio] = counts(noise, ratio, seeds)
-            else:
-                path = args.out / f"{noise}_{ratio}.json"
-                record = cell(path, lambda noise=noise, ratio=ratio: {"errors": counts(noise, ratio, seeds)})
-                cells[noise, ratio] = record["errors"]
+            cells[noise, ratio] = counts(noise, ratio, seeds) if args.quick else recorded(args.out, noise, ratio, seeds)
     grid = {
         rule: {
             noise: summary([error for ratio in args.ratios for error in cells[noise, ratio][rule]])
@@ -71,7 +67,19 @@ def main() -> None:
     }
     print(json.dumps(grid, indent=1) if args.json else table(grid, args.noises))
     if not args.json:
-        print(f"\n{seeds} seeds, n/d {args.ratios}; {machine()}; {versions()}")
+        made_with = f"{machine()}; {versions()}" if args.quick else f"machine and versions: {args.out}"
+        print(f"\n{seeds} seeds, n/d {args.ratios}; {made_with}")
+
+
+def recorded(out: Path, noise: str, ratio: int, seeds: int) -> dict[str, list[int]]:
+    """What `counts` gives, from its record, or run and written; what is told on the way is not of the table."""
+    path = out / f"{noise}_{ratio}.json"
+    with redirect_stdout(sys.stderr):
+        errors = cell(path, lambda: {"errors": counts(noise, ratio, seeds)})["errors"]
+    known = min(map(len, errors.values()))
+    if known < seeds:
+        sys.exit(f"{path} must hold {seeds} seeds. It holds {known}. Name another folder by --out.")
+    return {rule: found[:seeds] for rule, found in errors.items()}
 
 
 def counts(noise: str, ratio: int, seeds: int) -> dict[str, list[int]]:
