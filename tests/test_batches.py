@@ -81,6 +81,29 @@ def test_rows_and_lengths_are_counted() -> None:
     assert batching.length({"inputs_embeds": torch.zeros(5, 6, 8)}) == 6
 
 
+def test_positions_of_token_ids_are_counted_also_where_they_come_by_place() -> None:
+    labels = torch.zeros(4, dtype=torch.long)
+    assert batching.length((torch.ones(4, 17, dtype=torch.int32), labels)) == 17
+    assert batching.length([torch.ones(4, 17, dtype=torch.long)]) == 17
+    (call,) = batching.Calls([(torch.ones(4, 17, dtype=torch.long), labels)], lambda model, rows: model(rows[0]))
+    assert batching.length(call) == 17
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        torch.zeros(4, 6),  # vectors
+        torch.zeros(4, 6, dtype=torch.bool),
+        torch.zeros(4, dtype=torch.long),
+        torch.zeros(4, 3, 8, 8),  # images
+        torch.zeros(4, 3, 8, 8, dtype=torch.uint8),
+        torch.zeros(4, 8, 8, dtype=torch.uint8),
+    ],
+)
+def test_vectors_and_images_have_one_position(rows: Tensor) -> None:
+    assert batching.length((rows, torch.zeros(4, dtype=torch.long))) == 1
+
+
 def test_the_head_of_a_batch_is_its_first_rows() -> None:
     short = batching.head(MAPPING, 1)
     assert isinstance(short, dict)

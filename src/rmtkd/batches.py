@@ -165,12 +165,23 @@ def rows(batch: Batch) -> int:
 
 
 def length(batch: Batch) -> int:
-    """The number of positions of each row, padding included; 1 where rows are not token sequences."""
-    _, kwargs = inputs(batch)
+    """The number of positions of each row, padding included; 1 where rows are not token sequences.
+
+    What comes without a name is a sequence only if it can be nothing else: whole numbers, rows × positions.
+    """
+    args, kwargs = inputs(batch)
+    if args and not kwargs:
+        return args[0].shape[1] if _are_token_ids(args[0]) else 1
     tokens = next(iter(kwargs.values()), None)
     if tokens is None or tokens.ndim < 2 or (tokens.ndim in (2, 4) and tokens.is_floating_point()):
         return 1  # a row of floating-point numbers is one vector, or an image
     return tokens.shape[1]
+
+
+def _are_token_ids(value: Any) -> bool:
+    if not isinstance(value, Tensor) or value.ndim != 2:
+        return False
+    return not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
 
 
 def head(batch: Batch, count: int) -> Batch:
