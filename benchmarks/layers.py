@@ -116,7 +116,6 @@ def count_cell(spectrum: Spectrum) -> dict[str, Any]:
         "effective_samples": spectrum.effective_samples,
         "rules": {},
     }
-    pooled = spectrum.eigenvalues.ravel()
     for name in RULES:
         try:
             edge = rule_named(name)(spectrum)
@@ -124,7 +123,7 @@ def count_cell(spectrum: Spectrum) -> dict[str, Any]:
             found["rules"][name] = {"error": str(error)}
             continue
         found["rules"][name] = {
-            "count": edge.count(pooled) / spectrum.groups,
+            "count": edge.count(spectrum.eigenvalues) / spectrum.groups,
             "edge": edge.edge,
             "ks": edge.ks,
             "misfit": edge.misfit,

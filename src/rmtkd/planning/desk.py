@@ -270,8 +270,8 @@ class Desk:
     def _site_plan(self, site: Site, fixed: Mapping[str, int], multiplier: float, keep: int, planned: int) -> SitePlan:
         # Of several streams one decides, and is shown.
         spectrum, edge = _deciding(site)(self._pairs(site.name), key=lambda pair: _count(pair[0], pair[1], multiplier))
-        pooled = np.sort(spectrum.eigenvalues.ravel())[::-1]
-        above = edge.count(pooled, multiplier)
+        pooled = np.sort(edge.levelled(spectrum.eigenvalues).ravel())[::-1]
+        above = edge.count(spectrum.eigenvalues, multiplier)
         has_gap = 0 < above < len(pooled) and pooled[above] > 0
         total = float(spectrum.eigenvalues.sum())
         count = self._count_above(site, multiplier)
@@ -296,6 +296,7 @@ class Desk:
             q=edge.q,
             sigma2=edge.sigma2,
             edge=edge.edge,
+            levels=edge.levels,
             multiplier=multiplier,
             ks=edge.ks,
             fit_error=edge.fit_error,
@@ -374,13 +375,13 @@ def _no_edge(rule: str, spectrum: Spectrum, remark: str, *, misfit: bool) -> Noi
 
 def _count(spectrum: Spectrum, edge: NoiseEdge, multiplier: float) -> float:
     """Directions per group above the edge."""
-    return edge.count(spectrum.eigenvalues.ravel(), multiplier) / len(spectrum.eigenvalues)
+    return edge.count(spectrum.eigenvalues, multiplier) / len(spectrum.eigenvalues)
 
 
 def _critical(pairs: Iterable[tuple[Spectrum, NoiseEdge]]) -> Float[np.ndarray, " candidates"]:
     """A multiplier between every two neighbouring steps of the counts, below the first and above the last, ascending.
     (At a step itself rounding would decide.)"""
-    ratios = [spectrum.eigenvalues.ravel() / edge.edge for spectrum, edge in pairs]
+    ratios = [edge.levelled(spectrum.eigenvalues).ravel() / edge.edge for spectrum, edge in pairs]
     steps = np.unique(np.concatenate([*ratios, np.zeros(1)]))
     steps = steps[steps > 0]
     if len(steps) == 0:  # every width is fixed

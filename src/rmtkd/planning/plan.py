@@ -29,7 +29,8 @@ class SitePlan:
         effective_samples: independent vectors that these are worth; None where unknown.
         q: aspect ratio of the noise that was fitted; dead directions, if any, are set aside.
         sigma2: noise variance; for the rule `mp`, `edge` is `sigma2 (1 + √q)²`.
-        edge: the noise edge of the rule, in units of the activations' variance.
+        edge: the noise edge of the rule, in units of the activations' variance; of heads that have one each, the mean.
+        levels: the edge of each head over that mean; empty where all have the same.
         multiplier: the count was taken above this multiple of the edge.
         ks, fit_error, misfit: how well noise explains what lies below the edge, see `spectra.NoiseEdge`.
         margin: gap in the pooled spectrum: the smallest eigenvalue above the edge over the largest below it; None
@@ -68,6 +69,7 @@ class SitePlan:
     each: int = 1
     groups_of: str | None = None
     least: int = 1
+    levels: tuple[float, ...] = ()
     remarks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -21,7 +21,8 @@ DECADES = 9
 
 
 def spectrum_picture(key: str, site: SitePlan, spectrum: Spectrum, widths: Mapping[str, int]) -> Html:
-    """The eigenvalues of the stream that decided, over all heads, largest first; beside them, how many lie where.
+    """The eigenvalues of the stream that decided, over all heads (each over its level), largest first; beside them, how
+    many lie where.
 
     Args:
         key: see `picture`.
@@ -29,7 +30,8 @@ def spectrum_picture(key: str, site: SitePlan, spectrum: Spectrum, widths: Mappi
         spectrum: of its stream.
         widths: kept width by site name.
     """
-    values = np.sort(spectrum.eigenvalues.ravel())[::-1]
+    levels = np.array(site.levels or (1.0,))[:, None]
+    values = np.sort((spectrum.eigenvalues / levels).ravel())[::-1]
     stays = min(coordinates(site, widths)[1], len(values))
     frame = _frame(values)
     law = law_of(site)

@@ -2,7 +2,7 @@
 
     spectrum = Spectrum(eigenvalues=..., samples=...)
     found = MarchenkoPasturRule(tau=0.5)(spectrum)
-    found.count(spectrum.eigenvalues.ravel())
+    found.count(spectrum.eigenvalues)
 
 A rule is a small frozen object that looks at a `Spectrum` and answers with a `NoiseEdge`.
 """

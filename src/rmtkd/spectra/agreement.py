@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from rmtkd.spectra.matching import BulkMatchingRule
 from rmtkd.spectra.parallel import ParallelAnalysisRule
-from rmtkd.spectra.spectrum import Alive, NoiseEdge, Spectrum, against_white_noise, alive
+from rmtkd.spectra.spectrum import Alive, NoiseEdge, Spectrum, against_white_noise, alive, divided, noise_levels
 from rmtkd.spectra.tracy_widom import tracy_widom_quantile
 
 
@@ -30,11 +30,13 @@ class GapRule:
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def __call__(self, spectrum: Spectrum) -> NoiseEdge:
-        """See `Rule`. Groups are averaged rank by rank."""
-        found = alive(spectrum)
-        descending = _mean_spectrum(spectrum, found)
+        """See `Rule`. Groups, each over its own level, are averaged rank by rank."""
+        levels = noise_levels(spectrum)
+        level = divided(spectrum, levels)
+        found = alive(level)
+        descending = _mean_spectrum(level, found)
         edge = _edge_below(descending, _last_gap(descending))
-        return against_white_noise(self.name, found, edge, assumes=False)
+        return against_white_noise(self.name, found, edge, assumes=False, levels=levels)
 
 
 def _last_gap(descending: Float[np.ndarray, " width"], most: float = 0.25, window: int = 5) -> int:
@@ -73,15 +75,15 @@ class ConsensusRule:
 
     def __call__(self, spectrum: Spectrum) -> NoiseEdge:
         """See `Rule`. The diagnostics hold the count of each member, per group."""
-        eigenvalues = spectrum.eigenvalues.ravel()
         members = [rule(spectrum) for rule in (ParallelAnalysisRule(), BulkMatchingRule(), GapRule())]
-        counts = {member.rule: member.count(eigenvalues) / spectrum.groups for member in members}
+        counts = {member.rule: member.count(spectrum.eigenvalues) / spectrum.groups for member in members}
         middle = sorted(members, key=lambda member: counts[member.rule])[1]
-        edge, remarks = middle.edge, []
-        bound = counts[middle.rule]
-        descending = _mean_spectrum(spectrum, alive(spectrum))
+        edge, levels, remarks = middle.edge, middle.levels, []
+        bound, own = counts[middle.rule], noise_levels(spectrum)
+        level = divided(spectrum, own)
+        descending = _mean_spectrum(level, alive(level))
         if (count := last_step(descending, math.ceil(bound))) < math.ceil(bound):
-            edge = _edge_below(descending, count)
+            edge, levels = _edge_below(descending, count), own
             remarks.append(f"Of {bound:.3g} directions above the middle edge only {count} end in a step.")
         if abs(counts["rdpa"] - counts["bema"]) > 2:
             told = ", ".join(f"{name} {count:.3g}" for name, count in counts.items())
@@ -90,6 +92,7 @@ class ConsensusRule:
             middle,
             rule=self.name,
             edge=edge,
+            levels=levels,
             misfit=middle.misfit or bool(remarks),
             diagnostics=counts,
             remarks=(*middle.remarks, *remarks),

@@ -21,7 +21,16 @@ from scipy.optimize import brentq
 
 from rmtkd.errors import OptionError
 from rmtkd.spectra.laws import MarchenkoPastur
-from rmtkd.spectra.spectrum import NoiseEdge, Spectrum, against_white_noise, alive, fitted_scale, white_noise
+from rmtkd.spectra.spectrum import (
+    NoiseEdge,
+    Spectrum,
+    against_white_noise,
+    alive,
+    divided,
+    fitted_scale,
+    noise_levels,
+    white_noise,
+)
 from rmtkd.spectra.tracy_widom import tracy_widom_quantile
 
 
@@ -47,10 +56,11 @@ class GavishDonohoRule:
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def __call__(self, spectrum: Spectrum) -> NoiseEdge:
-        """See `Rule`."""
-        found = alive(spectrum)
+        """See `Rule`. Each group is held against its own level."""
+        levels = noise_levels(spectrum)
+        found = alive(divided(spectrum, levels))
         edge = hard_threshold_of_median(min(found.q, 1 / found.q)) ** 2 * float(np.median(found.eigenvalues))
-        return against_white_noise(self.name, found, edge)
+        return against_white_noise(self.name, found, edge, levels=levels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +85,16 @@ class TracyWidomRule:
             raise OptionError(f"level must be within (0, 0.5) — got {self.level} — 0.01 is usual.")
 
     def __call__(self, spectrum: Spectrum) -> NoiseEdge:
-        """See `Rule`. Centring and scale are Ma's."""
-        found = alive(spectrum)
+        """See `Rule`. Centring and scale are Ma's. Each group is held against its own level."""
+        levels = noise_levels(spectrum)
+        found = alive(divided(spectrum, levels))
         n = max(1.0, spectrum.width / spectrum.q_eff)
         p = max(1.0, n * found.q_eff)  # of the directions that are not dead
         roots = math.sqrt(n - 0.5) + math.sqrt(p - 0.5)
         scale = roots * math.cbrt(1 / math.sqrt(n - 0.5) + 1 / math.sqrt(p - 0.5))
         top = (roots**2 + tracy_widom_quantile(1 - self.level / spectrum.groups) * scale) / n
-        return against_white_noise(self.name, found, top * fitted_scale(found.eigenvalues, white_noise(found)))
+        edge = top * fitted_scale(found.eigenvalues, white_noise(found))
+        return against_white_noise(self.name, found, edge, levels=levels)
 
 
 @dataclass(frozen=True, kw_only=True)

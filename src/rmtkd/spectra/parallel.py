@@ -5,16 +5,16 @@ References:
     sample size, and setting massive channels aside, are ours.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from rmtkd.errors import DataError, OptionError
 from rmtkd.spectra.anisotropic import AnisotropicMarchenkoPastur
 from rmtkd.spectra.laws import check_positive
-from rmtkd.spectra.spectrum import NoiseEdge, Spectrum, alive, answer, fitted_scale
+from rmtkd.spectra.spectrum import NoiseEdge, Spectrum, alive, answer, divided, fitted_scale, relative_levels
 from rmtkd.spectra.tracy_widom import tracy_widom_quantile
 
 
@@ -26,6 +26,9 @@ class ParallelAnalysisRule:
     eigenvalue of its covariance is the edge of the anisotropic law (`anisotropic`) at q = width over *effective*
     samples, and fluctuates as Tracy and Widom say. The edge is its (1 − level) quantile. Signal adds to the variances,
     so that the edge is high rather than low; there is no deflation, which runs away where a spectrum has no gap.
+
+    Groups, the heads of a layer, have an edge each, and share the level: their noise differs, and the loudest would be
+    signal at a common edge.
 
     *Massive channels* (variances above `massive` times the median of their group) would raise the edge above
     everything else. They are set aside, and count as the signal that they are: as many directions as there are such
@@ -60,32 +63,29 @@ class ParallelAnalysisRule:
                 f"The rule {self.name} needs the variances of the coordinates — the spectrum holds eigenvalues alone — "
                 "collect the spectra anew, or use the rule bema."
             )
-        found = alive(spectrum)
-        median = np.array([[np.median(group[group > 0]) if np.any(group > 0) else 0.0] for group in spectrum.variances])
-        is_massive = spectrum.variances > self.massive * median
-        noise = np.where(is_massive, 0.0, spectrum.variances)
-        q = spectrum.q_eff * float(np.mean(~is_massive))
-        law = AnisotropicMarchenkoPastur(variances=noise[~is_massive], q=q)
-        effective = spectrum.width / spectrum.q_eff
-        margin = tracy_widom_quantile(1 - self.level / spectrum.groups) * effective ** (-2 / 3)
-        upper = law.upper
-        edge = upper + margin * law.scale
+        alive(spectrum)  # or refused
+        bounds = [self._bound(spectrum, group) for group in range(spectrum.groups)]
+        edge = float(np.mean([bound.edge for bound in bounds if bound.edge > 0]))
+        levels = relative_levels([bound.edge for bound in bounds])
+        level = divided(spectrum, levels)
+        found = alive(level)
+        is_massive = np.stack([bound.is_massive for bound in bounds])
         massive, remarks = int(is_massive.sum()), []
         if massive:
-            # Every massive channel has its direction, also where one lies below the edge of the others.
-            last = found.eigenvalues[-min(massive, len(found.eigenvalues))]
-            edge = min(edge, float(np.nextafter(last, 0)))
             remarks.append(f"{massive} massive channels (variance above {self.massive:g} medians) count as signal.")
         # What lies below the edge may be such noise, without the shadow of the signal, or white.
+        assert level.variances is not None
+        noise = _without_signal(level, np.where(is_massive, 0.0, level.variances), edge)[~is_massive]
         laws = [
             AnisotropicMarchenkoPastur(variances=variances, q=ratio)
             for variances, ratio in (
-                (_without_signal(spectrum, noise, edge)[~is_massive], q),
+                (noise, spectrum.q_eff * float(np.mean(~is_massive))),
                 (np.ones(1), found.q_eff),
             )
             if np.any(variances > 0)
         ]
         scales = [fitted_scale(found.eigenvalues, law) for law in laws]
+        upper = float(np.mean([bound.upper for bound in bounds if bound.edge > 0]))
         answers = [
             answer(
                 self.name,
@@ -96,10 +96,40 @@ class ParallelAnalysisRule:
                 scale=scale,
                 diagnostics={"massive": float(massive), "upper": upper},
                 remarks=remarks,
+                levels=levels,
             )
             for law, scale in zip(laws, scales, strict=True)
         ]
         return min(answers, key=lambda answer: answer.ks)
+
+    def _bound(self, spectrum: Spectrum, group: int) -> "_Bound":
+        """Where the noise of one group ends. The level is shared out over all groups."""
+        assert spectrum.variances is not None
+        variances = spectrum.variances[group]
+        if not np.any(variances > 0):
+            return _Bound(edge=0.0, upper=0.0, is_massive=np.zeros(spectrum.width, dtype=bool))
+        is_massive = variances > self.massive * float(np.median(variances[variances > 0]))
+        law = AnisotropicMarchenkoPastur(
+            variances=variances[~is_massive], q=spectrum.q_eff * float(np.mean(~is_massive))
+        )
+        effective = spectrum.width / spectrum.q_eff
+        margin = tracy_widom_quantile(1 - self.level / spectrum.groups) * effective ** (-2 / 3)
+        edge = law.upper + margin * law.scale
+        if massive := int(is_massive.sum()):
+            # Every massive channel has its direction, also where one lies below the edge of the others.
+            found = alive(
+                replace(spectrum, eigenvalues=spectrum.eigenvalues[group][None], variances=None, replicate=None)
+            )
+            edge = min(edge, float(np.nextafter(found.eigenvalues[-min(massive, len(found.eigenvalues))], 0)))
+        return _Bound(edge=edge, upper=law.upper, is_massive=is_massive)
+
+
+class _Bound(NamedTuple):
+    """Of one group: the edge, that of the bare law, and which channels are massive."""
+
+    edge: float
+    upper: float
+    is_massive: Bool[np.ndarray, " width"]
 
 
 def _without_signal(

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -22,7 +22,8 @@ class Spectrum:
     """What is known of one stream of a site: the eigenvalues of its centred covariance, pooled over heads, and more.
 
     The laws of noise are laws of one covariance, and the 32 eigenvalues of one head make no histogram: the heads of a
-    layer (the groups) are pooled for the noise level, then each head is counted against the common edge.
+    layer (the groups) are pooled. Heads differ in how loud their noise is, up to tenfold: rules that test for noise
+    hold each head against a level of its own, and pool what is left.
 
     Args:
         eigenvalues: those of the covariance of each group, descending.
@@ -101,7 +102,7 @@ class NoiseEdge:
         q: aspect ratio of the noise; smaller than the spectrum's if zero directions were set aside.
         q_eff: the same with effective samples.
         sigma2: noise variance σ².
-        edge: the threshold; eigenvalues above it count as signal.
+        edge: the threshold; eigenvalues above it count as signal. Of several groups the mean, where each has its own.
         fit_error: L2 distance between the histogram of the noise and the rule's law of it, on the support scaled to
             length one: scale-free, 0 for a perfect fit, about 0.1 for true noise of a few hundred dimensions, 1 or
             more for none.
@@ -110,6 +111,7 @@ class NoiseEdge:
             0.1, of rules whose edge hangs on a law; or the members of `consensus` disagree.
         diagnostics: numbers of the rule's own, by name.
         remarks: what a reader must know, as plain sentences.
+        levels: the edge of each group over `edge`; empty where one holds for all.
     """
 
     rule: str
@@ -122,12 +124,28 @@ class NoiseEdge:
     misfit: bool
     diagnostics: Mapping[str, float] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
+    levels: tuple[float, ...] = ()
 
-    def count(self, eigenvalues: Float[np.ndarray, " count"], multiplier: float = 1.0) -> int:
-        """Number of eigenvalues strictly above `multiplier` times the edge.
+    def levelled(self, eigenvalues: Float[np.ndarray, "*groups count"]) -> Float[np.ndarray, "*groups count"]:
+        """Eigenvalues, each over the level of its group: those of all groups can be held against `edge`.
+
+        Raises:
+            DataError: if the groups have levels and the eigenvalues are not those of so many.
+        """
+        if not self.levels:
+            return eigenvalues
+        if eigenvalues.ndim != 2 or len(eigenvalues) != len(self.levels):
+            raise DataError(
+                f"Eigenvalues must be those of all {len(self.levels)} groups, as each has its own edge — got shape "
+                f"{list(eigenvalues.shape)} — pass them as [groups, width]."
+            )
+        return eigenvalues / np.array(self.levels)[:, None]
+
+    def count(self, eigenvalues: Float[np.ndarray, "*groups count"], multiplier: float = 1.0) -> int:
+        """Number of eigenvalues strictly above `multiplier` times the edge of their group.
 
         Args:
-            eigenvalues: a spectrum, in any order; for pooled groups, that of one group.
+            eigenvalues: those of all groups; or any, in any order, where there is one edge for all.
             multiplier: a margin on the edge, greater than one to keep less.
 
         Returns:
@@ -135,9 +153,10 @@ class NoiseEdge:
 
         Raises:
             OptionError: if `multiplier` is not a positive finite number.
+            DataError: see `levelled`.
         """
         check_positive("multiplier", multiplier)
-        return int(np.count_nonzero(eigenvalues > multiplier * self.edge))
+        return int(np.count_nonzero(self.levelled(eigenvalues) > multiplier * self.edge))
 
 
 @runtime_checkable
@@ -264,18 +283,20 @@ def answer(
     assumes: bool = True,
     diagnostics: Mapping[str, float] | None = None,
     remarks: Sequence[str] = (),
+    levels: Sequence[float] = (),
 ) -> NoiseEdge:
     """The answer of a rule, with what its law of the noise says of the eigenvalues at or below the edge.
 
     Args:
         rule: its name.
-        found: what it looked at.
+        found: what it looked at, each group over its level.
         law: of the noise divided by `scale`.
         edge: the threshold.
         sigma2: noise variance.
         scale: what eigenvalues are divided by before they are held against the law.
         assumes: whether the edge hangs on the law, so that a misfit is the rule's.
         diagnostics, remarks: the rule's own.
+        levels: see `NoiseEdge`.
     """
     noise = found.eigenvalues[found.eigenvalues <= edge] / scale
     ks = kolmogorov_smirnov(noise, law)
@@ -291,6 +312,7 @@ def answer(
         misfit=misfit,
         diagnostics=dict(diagnostics or {}),
         remarks=(*found.remarks, *remarks, *([f"No bulk fits, KS {ks:.2f}."] if misfit else [])),
+        levels=tuple(levels),
     )
 
 
@@ -299,13 +321,38 @@ def white_noise(found: Alive) -> Law:
     return AnisotropicMarchenkoPastur(variances=np.ones(1), q=found.q_eff)
 
 
-def against_white_noise(
-    rule: str, found: Alive, edge: float, *, assumes: bool = True, diagnostics: Mapping[str, float] | None = None
-) -> NoiseEdge:
+def against_white_noise(rule: str, found: Alive, edge: float, **told: Any) -> NoiseEdge:
     """`answer` of a rule that has no law of its own: white noise with the variance of the middle of the spectrum."""
     law = white_noise(found)
     sigma2 = fitted_scale(found.eigenvalues, law)
-    return answer(rule, found, law, edge, sigma2=sigma2, scale=sigma2, assumes=assumes, diagnostics=diagnostics)
+    return answer(rule, found, law, edge, sigma2=sigma2, scale=sigma2, **told)
+
+
+def divided(spectrum: Spectrum, levels: Sequence[float]) -> Spectrum:
+    """Every group over its level; the spectrum itself where there are none."""
+    if not levels:
+        return spectrum
+    by = np.array(levels)[:, None]
+    variances = None if spectrum.variances is None else spectrum.variances / by
+    return replace(spectrum, eigenvalues=spectrum.eigenvalues / by, variances=variances, replicate=None)
+
+
+def noise_levels(spectrum: Spectrum) -> tuple[float, ...]:
+    """How loud the noise of each group is, relative to their mean: by the middle of its own eigenvalues, as if it were
+    white. None for a single group; 1 for a dead one."""
+    if spectrum.groups == 1:
+        return ()
+    plain = replace(spectrum, variances=None, replicate=None)
+    living = [alive(replace(plain, eigenvalues=own[None])) if own.any() else None for own in spectrum.eigenvalues]
+    return relative_levels(
+        [0.0 if found is None else fitted_scale(found.eigenvalues, white_noise(found)) for found in living]
+    )
+
+
+def relative_levels(levels: Sequence[float]) -> tuple[float, ...]:
+    """Levels of groups over the mean of those that are not dead (zero), which get 1; none for a single group."""
+    mean = sum(levels) / max(1, sum(level > 0 for level in levels))
+    return tuple(level / mean if level > 0 else 1.0 for level in levels) if len(levels) > 1 else ()
 
 
 def edge_below(found: Alive, count: int) -> float:
