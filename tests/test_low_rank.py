@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,15 @@ def test_every_convolution_of_one_group_may_become_two_on_the_cheaper_side(plain
         assert costs[site.streams[0].side] == min(costs.values())
     others = find_sites(trained(Everything(), batches()), batches()[0], low_rank=True)
     assert "depthwise.rank" not in {site.name for site in others}
+
+
+def test_a_layer_that_is_called_rank_is_no_pair() -> None:
+    parts = {"stem": nn.Conv2d(3, 8, 3), "pool": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten(), "act": nn.ReLU()}
+    inner = nn.Sequential(OrderedDict(rank=nn.Linear(8, 8)))
+    model = nn.Sequential(OrderedDict(parts, inner=inner, head=nn.Linear(8, 4)))
+    sites = {site.name: site.is_rank for site in find_sites(model.eval(), batches()[0])}
+    assert sites == {"stem": False, "inner.rank": False}
+    assert all(site.is_rank for site in find_sites(model, batches()[0], low_rank=True))
 
 
 def test_a_pair_is_the_best_of_its_rank_for_what_the_convolution_writes(plain: tuple[Any, list[Any]]) -> None:

@@ -131,7 +131,7 @@ class Site:
     @property
     def is_rank(self) -> bool:
         """Whether it is the width between the two convolutions that one may become."""
-        return self.name.endswith(RANK)
+        return self.factorizes is not None and self.name == f"{self.factorizes}{RANK}"
 
     @property
     def projected(self) -> tuple[Stream, ...]:
