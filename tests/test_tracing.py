@@ -243,6 +243,8 @@ class Frozen(nn.Module):
         (Head(lambda x: F.pad(x, (0, 0, 0, 0, 4, 0))[:, :8]), "first", "pad at the network itself is not known"),
         (Head(lambda x: torch.cat([x[:, 4:], x[:, :4]], 1)), "first", "slice at the network itself is not known"),
         (Head(nn.PixelShuffle(2), first=32), "first", "pixel_shuffle at between is not known"),
+        (Head(lambda x: torch.clamp(x, torch.zeros(8, 1, 1))), "first", "clamp at the network itself is not known"),
+        (Head(lambda x: sum(x.chunk(2, 1)), first=16), "first", "chunk at the network itself is not known"),
     ],
 )
 def test_what_is_not_understood_leaves_its_width_whole_by_name(model: Any, path: str, why: str) -> None:
@@ -251,6 +253,91 @@ def test_what_is_not_understood_leaves_its_width_whole_by_name(model: Any, path:
     assert why in found.whole[path]
     assert [site.name for site in found.sites] == ["second"]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Pointwise(nn.Module):
+    """Functions of every number by itself, each between two convolutions."""
+
+    FUNCTIONS = (
+        *(
+            lambda x: x.clamp(-0.5, 0.5),
+            lambda x: x.clamp_(min=0),
+            lambda x: torch.clamp_max(x, 1),
+            nn.Threshold(0.1, 0.2),
+        ),
+        *(
+            lambda x: torch.clip(x, -1, 1),
+            torch.exp,
+            torch.sin,
+            torch.cos,
+            torch.erf,
+            F.logsigmoid,
+            F.softsign,
+            F.rrelu,
+        ),
+        *(F.hardshrink, F.softshrink, lambda x: x**2, lambda x: torch.sqrt(x.abs()), lambda x: 1 / (1 + x.abs())),
+        *(lambda x: torch.rsqrt(1 + x**2), lambda x: torch.log(1 + x.abs()), lambda x: x.to(x.dtype)),
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        count = len(self.FUNCTIONS)
+        self.stem, self.head = nn.Conv2d(3, 8, 1), nn.Linear(8, 4)
+        self.maps = nn.ModuleList(nn.Conv2d(8, 8, 1) for _ in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for function, module in zip(self.FUNCTIONS, self.maps, strict=True):
+            x = module(function(x))
+        return self.head(x.mean((2, 3)))
+
+
+def test_functions_of_every_number_by_itself_are_gone_through() -> None:
+    torch.manual_seed(0)
+    model, rows = Pointwise().eval(), batches(side=4)
+    found = trace_sites(model, rows[0])
+    assert found.whole == {}
+    assert [site.name for site in found.sites] == ["stem", *(f"maps.{i}" for i in range(len(model.maps)))]
+    widths = {site.name: 7 for site in found.sites}
+    student, bases = cut_in_order(model, found.sites, widths, rows)
+    assert check_cut(model, student, found.sites, bases, rows[0]) < 1e-5
+
+
+def test_channels_are_followed_behind_an_operator_of_several_outputs() -> None:
+    class Split(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.left, self.right = nn.Conv2d(3, 16, 3), nn.Conv2d(8, 12, 3), nn.Conv2d(8, 12, 3)
+            self.last, self.head = nn.Conv2d(12, 6, 3), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = self.stem(x).chunk(2, 1)
+            return self.head(F.relu(self.last(F.relu(self.left(a) + self.right(b)))).mean((2, 3)))
+
+    torch.manual_seed(0)
+    model, rows = Split().eval(), batches()
+    found = trace_sites(model, rows[0])
+    assert [site.name for site in found.sites] == ["left", "last"]
+    assert list(found.whole) == ["stem"]
+    student, bases = cut_in_order(model, found.sites, {"left": 5, "last": 4}, rows)
+    assert check_cut(model, student, found.sites, bases, rows[0]) < 1e-5
+
+
+def test_a_layer_that_is_called_before_and_after_a_split_stays_whole() -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.wide, self.same = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3), nn.Conv2d(8, 8, 3, padding=1)
+            self.last, self.head = nn.Conv2d(8, 6, 1), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = F.relu(self.wide(F.relu(self.same(F.relu(self.stem(x)))))).chunk(2, 1)
+            return self.head(F.relu(self.last(F.relu(self.same(a)) + b)).mean((2, 3)))
+
+    torch.manual_seed(0)
+    found = trace_sites(Around().eval(), batches()[0])
+    assert [site.name for site in found.sites] == ["last"]
+    assert all("chunk" in found.whole[path] for path in ("stem", "wide", "same"))
 
 
 def test_a_network_of_which_nothing_can_be_narrowed_is_refused_with_all_reasons() -> None:

@@ -27,15 +27,19 @@ CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 CHANNEL_BY_CHANNEL = frozenset(
     (
         *("relu", "relu6", "hardtanh", "leaky_relu", "elu", "selu", "celu", "silu", "gelu", "mish", "sigmoid"),
-        *("hardsigmoid", "hardswish", "tanh", "softplus", "neg", "abs", "square"),
+        *("hardsigmoid", "hardswish", "tanh", "softplus", "neg", "abs", "square", "log_sigmoid", "threshold", "rrelu"),
+        *("hardshrink", "softshrink", "clamp", "clamp_min", "clamp_max", "clip", "exp", "log", "sqrt", "rsqrt", "pow"),
+        *("reciprocal", "sin", "cos", "erf"),
         *("dropout", "feature_dropout", "alpha_dropout", "clone", "contiguous", "to", "alias", "detach"),
         *("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d"),
         *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d"),
         *("upsample_nearest1d", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d"),
     )
 )
-"""Operators that act on every channel by itself, the same on all."""
-JOINING = frozenset(["add", "sub", "mul", "maximum", "minimum"])
+"""Operators that act on every channel by itself, the same on all, where they are given no tensor but it."""
+LOOKING = frozenset(["_assert_tensor_metadata"])
+"""Operators that give nothing: what `float` and the like put into a graph beside themselves."""
+JOINING = frozenset(["add", "sub", "mul", "div", "maximum", "minimum"])
 """Operators of two activations, channel by channel."""
 RESHAPING = frozenset(["flatten", "view", "reshape", "squeeze", "mean", "unsqueeze"])
 """Operators that a width comes through where channels stay what they are."""
@@ -230,13 +234,13 @@ class _Tracer:
 
     def _call(self, node: Node, operator: str) -> None:
         sources = [source for source in node.all_input_nodes if source in self.found]
-        if not sources:
+        if not sources or operator in LOOKING:
             return
         if operator in CONVOLUTIONS or operator == "linear":
             self._map(node, is_linear=operator == "linear")
         elif operator == "batch_norm" or (operator == "prelu" and _shape(node.args[1]) != (1,)):
             self._norm(node)
-        elif operator in CHANNEL_BY_CHANNEL or operator == "prelu":
+        elif (operator in CHANNEL_BY_CHANNEL and len(node.all_input_nodes) == 1) or operator == "prelu":
             self._pass_on(node, sources[0])
         elif operator in JOINING and len(node.args) > 1:
             self._join(node)
@@ -244,6 +248,8 @@ class _Tracer:
             self._reshape(node, sources[0])
         elif self._moves_positions(node, operator, sources[0]):
             self._pass_on(node, sources[0])
+        elif operator == "getitem":
+            self._give_up(node, width_of(self.found[sources[0]].width).whole or "it is one of several outputs")
         else:
             self._give_up(node, f"{operator} at {_place(node)} is not known to act channel by channel")
 
@@ -393,11 +399,10 @@ class _Tracer:
             self._stay_whole(self.found[node].width, why)
 
     def _give_up(self, node: Node, why: str) -> None:
-        """The widths that go in here, and what comes out, stay as they are."""
+        """The widths that go in here, and what comes out, be it several, stay as they are."""
         for source in node.all_input_nodes:
             self._end(source, why)
-        if _shape(node) is not None:
-            self._stay_whole(self._begin(node), why)
+        self._stay_whole(self._begin(node), why)
 
     def _roots(self) -> Iterator[_Width]:
         return (width for width in self.widths if width.same_as is None)
