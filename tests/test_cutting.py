@@ -2,17 +2,19 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from conftest import assert_untouched, random_rows, snapshot, tiny_bert
 from rmtkd import cutting
 from rmtkd.activations import collect
 from rmtkd.cutting import BlockCalls, cut_in_order
 from rmtkd.sites import blocks_of, feed_forward_site, find_sites
+from rmtkd.surgery import check_cut
 
 WIDTHS = {"heads": 1, "query_key": 6, "value": 6, "ffn": 20, "word": 12}
 
@@ -153,3 +155,55 @@ def test_only_blocks_that_follow_each_other_are_run_alone(wiring: str):
         patch.setattr(cutting, "follow_each_other", lambda *_: False)
         long, _ = cut_in_order(model, sites, kept, batches)
     assert_untouched(short, snapshot(long))
+
+
+class Given(nn.Module):
+    """Blocks in a row that are all given one thing more."""
+
+    def __init__(self, given: Any):
+        super().__init__()
+        self.given = given
+        self.blocks = nn.ModuleList(GivenBlock() for _ in range(2))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x, given=self.given)
+        return self.head(x)
+
+
+class GivenBlock(Block):
+    def forward(self, state: torch.Tensor, given: Any) -> torch.Tensor:
+        change = given if callable(given) else torch.relu
+        return state + self.down(change(self.up(state)))
+
+
+class Pair(NamedTuple):
+    one: int = 1
+    other: int = 2
+
+
+@pytest.mark.parametrize(
+    ("given", "can_be_kept"),
+    [
+        (None, True),
+        ({"scale": 2.0, "masks": [(torch.ones(2), None), ("a", True)]}, True),
+        (functional.relu, False),
+        (nn.ReLU(), False),
+        (Pair(), False),
+        ([Pair()], False),
+        ({3: slice(2)}, False),
+    ],
+)
+def test_blocks_are_run_alone_only_where_their_arguments_can_be_kept(given: Any, can_be_kept: bool):
+    torch.manual_seed(0)
+    model = Given(given).eval()
+    sites = [
+        feed_forward_site(model, f"ffn.{i}", writers=[f"blocks.{i}.up"], reader=f"blocks.{i}.down", scope=f"blocks.{i}")
+        for i in range(2)
+    ]
+    batches = [(torch.randn(64, 8), torch.zeros(64, dtype=torch.long)) for _ in range(3)]
+    with BlockCalls(model, batches, blocks_of(sites)) as calls:
+        assert calls.follow_each_other is can_be_kept
+    student, bases = cut_in_order(model, sites, {site.name: 5 for site in sites}, batches)
+    assert check_cut(model, student, sites, bases, batches[0]) < 1e-6

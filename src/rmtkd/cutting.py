@@ -137,6 +137,7 @@ class BlockCalls:
 
     A network may use other inputs at every block. So the first batch is watched: only where every block is called once,
     in order, with the output of the one before it and otherwise the very same arguments, do calls follow each other.
+    And only tensors and plain values are kept: files hold nothing that would have to be trusted.
 
     Args:
         model: the network.
@@ -213,7 +214,8 @@ def _call_block(path: str | None, kept: Mapping[str, Any], model: nn.Module, _: 
 
 
 def follow_each_other(model: nn.Module, batches: Iterable[Batch], blocks: Sequence[str]) -> bool:
-    """Whether each block is called once, with the output of the block before it and else the same arguments."""
+    """Whether each block is called once, with the output of the block before it and else the same arguments, all of
+    them tensors or plain values."""
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any], Any]] = []
 
     def see(path: str) -> Callable[..., None]:
@@ -225,7 +227,9 @@ def follow_each_other(model: nn.Module, batches: Iterable[Batch], blocks: Sequen
             hooks.callback(handle.remove)
         batch = batching.first(batches, "calibration")
         batching.logits(model, batching.to(batching.head(batch, 2), next(model.parameters()).device))
-    if [path for path, *_ in calls] != list(blocks) or any(not args for _, args, _, _ in calls):
+    if [path for path, *_ in calls] != list(blocks):
+        return False
+    if not all(args and isinstance(args[0], Tensor) and _is_plain([*args, kwargs]) for _, args, kwargs, _ in calls):
         return False
 
     def rest(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -241,3 +245,12 @@ def follow_each_other(model: nn.Module, batches: Iterable[Batch], blocks: Sequen
         if any(a is not b for a, b in zip(rest(args, kwargs), rest(then_args, then_kwargs), strict=True)):
             return False
     return True
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a tensor, a number, a text or nothing, or a list, tuple or dictionary of such."""
+    if type(value) in (list, tuple):
+        return all(map(_is_plain, value))
+    if type(value) is dict:
+        return all(map(_is_plain, (*value, *value.values())))
+    return type(value) in (Tensor, nn.Parameter, type(None), bool, int, float, str)
