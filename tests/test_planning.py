@@ -438,10 +438,19 @@ def test_options_out_of_range_are_refused(options: dict[str, object], message: s
         plan(**options)
 
 
-def test_a_dead_width_is_refused_and_the_site_is_named() -> None:
+def test_a_dead_width_goes_to_its_least_and_says_so() -> None:
     spectrums = random_spectrums(0)
-    spectrums["layer.1.value"] = (Spectrum(eigenvalues=np.zeros((2, 16)), samples=100),)
-    with pytest.raises(DataError, match=r"^site layer\.1\.value: .*dead"):
+    spectrums["layer.1.ffn"] = (Spectrum(eigenvalues=np.zeros((1, 48)), samples=100),)
+    made = planned(spectrums, target="70%params", multiple_of=2)
+    (dead,) = (site for site in made.sites if site.name == "layer.1.ffn")
+    assert dead.keep == 2 and dead.count == 0 and made.meets_target
+    assert dead.remarks == ("The width is dead on these data: a constant does for it.",)
+
+
+def test_a_site_whose_spectrum_is_no_spectrum_is_named() -> None:
+    spectrums = random_spectrums(0)
+    spectrums["layer.1.value"] = (Spectrum(eigenvalues=np.full((2, 16), np.nan), samples=100),)
+    with pytest.raises(DataError, match=r"^site layer\.1\.value: .*--exclude layer\.1\.value"):
         make_plan(MODEL, SITES, spectrums, BATCH)
 
 

@@ -70,7 +70,7 @@ class Desk:
 
     def plan(self, model: str, target: Target | None, fixed: dict[str, int], costs: CostTable | None) -> Plan:
         """Choose the widths: by their losses where these are known, else by a common multiple of the edges."""
-        self._find_edges(fixed)
+        self._find_edges()
         multiplier = 1.0
         if self.curves is not None:
             widths = self._widths_by_loss(self.curves, target, fixed)
@@ -128,7 +128,7 @@ class Desk:
         loss: float | None = None,
     ) -> Plan:
         """The plan of these widths, its numbers derived from the spectra and counted costs."""
-        self._find_edges(fixed)
+        self._find_edges()
         predicted = {cost: self.count(cost, widths) for cost in self.baseline}
         return Plan(
             model=model,
@@ -177,14 +177,13 @@ class Desk:
         floor = max(multiple, self.min_share * site.width - 1e-9)
         return multiple * math.ceil(max(wish, floor) / multiple)
 
-    def _find_edges(self, fixed: Mapping[str, int]) -> None:
+    def _find_edges(self) -> None:
         for site in self.sites:
             if site.name not in self.edges:
-                is_whole = fixed.get(site.shares) == site.width
                 self.edges[site.name] = tuple(
                     _no_edge(self.rule, spectrum, "The number of heads is not counted by an edge.", misfit=False)
                     if not _is_counted(site)
-                    else _edge(site, spectrum, self.rule, self.tau, may_be_dead=is_whole)
+                    else _edge(site, spectrum, self.rule, self.tau)
                     for spectrum in self.spectrums[site.name]
                 )
 
@@ -338,12 +337,12 @@ class Desk:
         return f"{above}, rounded up{shared}" if keep > count else above
 
 
-def _edge(site: Site, spectrum: Spectrum, rule: str, tau: float, *, may_be_dead: bool) -> NoiseEdge:
+def _edge(site: Site, spectrum: Spectrum, rule: str, tau: float) -> NoiseEdge:
+    if not spectrum.eigenvalues.any():
+        return _no_edge(rule, spectrum, "The width is dead on these data: a constant does for it.", misfit=True)
     try:
         return spectrum.edge(spectra.rule_named(rule, tau=tau))
     except DataError as error:
-        if may_be_dead and not spectrum.eigenvalues.any():
-            return _no_edge(rule, spectrum, "The width is dead on these data.", misfit=True)
         raise DataError(f"site {site.name}: {error} To leave it whole: --exclude {site.name}.") from None
 
 
@@ -359,7 +358,7 @@ def _is_counted(site: Site) -> bool:
 
 
 def _no_edge(rule: str, spectrum: Spectrum, remark: str, *, misfit: bool) -> NoiseEdge:
-    """Of a width that no edge counts: heads, or a dead one, which stays whole."""
+    """Of a width that no edge counts: heads, or a dead one, of which nothing lies above any edge."""
     return NoiseEdge(
         rule=rule,
         q=spectrum.q,
@@ -381,10 +380,10 @@ def _count(spectrum: Spectrum, edge: NoiseEdge, multiplier: float) -> float:
 def _critical(pairs: Iterable[tuple[Spectrum, NoiseEdge]]) -> Float[np.ndarray, " candidates"]:
     """A multiplier between every two neighbouring steps of the counts, below the first and above the last, ascending.
     (At a step itself rounding would decide.)"""
-    ratios = [edge.levelled(spectrum.eigenvalues).ravel() / edge.edge for spectrum, edge in pairs]
+    ratios = [edge.levelled(spectrum.eigenvalues).ravel() / edge.edge for spectrum, edge in pairs if edge.edge > 0]
     steps = np.unique(np.concatenate([*ratios, np.zeros(1)]))
     steps = steps[steps > 0]
-    if len(steps) == 0:  # every width is fixed
+    if len(steps) == 0:  # every width is fixed or dead
         return np.ones(1)
     return np.concatenate([steps[:1] / 2, (steps[1:] + steps[:-1]) / 2, steps[-1:] * 2])
 
