@@ -11,6 +11,7 @@ from rmtkd.activations import collect
 from rmtkd.cutting import cut_in_order
 from rmtkd.fisher import DAMPING, output_metrics, reader_outputs
 from rmtkd.measurement import evaluation
+from rmtkd.memory import Pieces
 from rmtkd.sites import feed_forward_site, find_sites
 
 
@@ -120,3 +121,36 @@ def test_sites_of_one_model_are_seen_with_one_pass() -> None:
     output_metrics(model, find_sites(model), rows)
     assert len(calls) == sum(1 for _ in rows)
     assert collect(model, find_sites(model), random_rows(64))
+
+
+def test_every_row_counts_once_when_memory_ran_out_half_way() -> None:
+    """In the backward pass, when gradients of later outputs have been seen."""
+    model = tiny_bert().double()
+    model.eval()
+    sites, rows = find_sites(model), random_rows(48)
+    expected = output_metrics(model, sites, rows, seed=3)
+    passes = 0
+
+    class Tight(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, state: torch.Tensor) -> torch.Tensor:
+            return state.clone()
+
+        @staticmethod
+        def backward(ctx: object, *gradients: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            nonlocal passes
+            passes += 1
+            if passes == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return gradients[0]
+
+    def squeeze(_: nn.Module, __: object, output: torch.Tensor) -> torch.Tensor:
+        return Tight.apply(output)
+
+    handle = model.get_submodule("bert.encoder.layer.1.intermediate.dense").register_forward_hook(squeeze)
+    pieces = Pieces()
+    found = output_metrics(model, sites, rows, seed=3, pieces=pieces)
+    handle.remove()
+    assert pieces.count == 2 and passes > 4
+    for path, root in expected.items():
+        torch.testing.assert_close(found[path], root, rtol=1e-6, atol=1e-6 * float(root.abs().max()))

@@ -67,24 +67,28 @@ def output_metrics(
     signs = torch.Generator(device).manual_seed(seed)
     autocast = partial(torch.autocast, device.type, torch.bfloat16) if bf16 else nullcontext
     sums: dict[str, Tensor] = {}
+    gradients: list[tuple[str, Tensor]] = []
+    """Of one batch, as vectors, in the order in which they came."""
     mask: Tensor | None = None
 
     def see(path: str, only_used: bool, _: nn.Module, __: object, output: Tensor) -> Tensor:
         output = output if output.requires_grad else output.detach().requires_grad_().clone()
         used = output.detach().any(-1) if only_used else None  # of an embedding
-        output.register_hook(partial(add, path, used))
+        output.register_hook(partial(keep, path, used))
         return output
 
-    def add(path: str, used: Tensor | None, gradient: Tensor) -> None:
+    def keep(path: str, used: Tensor | None, gradient: Tensor) -> None:
         gradient = gradient.detach().movedim(channel_dim(model.get_submodule(path)), -1)
         if used is not None:  # a table of some of the tokens gives the others nothing
             gradient = gradient * used[..., None]
-        vectors = (gradient.flatten(0, -2) if mask is None else gradient[mask]).float()
-        moment = (vectors.mT @ vectors).double()
-        sums[path] = moment if path not in sums else sums[path] + moment
+        gradients.append((path, (gradient.flatten(0, -2) if mask is None else gradient[mask]).float()))
 
-    def run(parts: Sequence[Batch]) -> None:
+    def run(before: Tensor, parts: Sequence[Batch]) -> None:
+        """See the gradients of one batch. A second attempt, in smaller parts, sees them from the start, with the same
+        signs."""
         nonlocal mask
+        gradients.clear()
+        signs.set_state(before)
         for part in parts:
             part = batching.to(part, device)
             mask = batching.real_positions(part)
@@ -103,7 +107,11 @@ def output_metrics(
             hooks.callback(parameter.requires_grad_, flag)
             parameter.requires_grad_(False)
         for batch in batches:
-            pieces(batch, run)
+            pieces(batch, partial(run, signs.get_state()))
+            while gradients:
+                path, vectors = gradients.pop(0)
+                moment = (vectors.mT @ vectors).double()
+                sums[path] = moment if path not in sums else sums[path] + moment
     return {path: _root(moment.cpu()) for path, moment in sums.items()}
 
 
