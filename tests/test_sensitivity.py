@@ -18,6 +18,7 @@ from rmtkd.cutting import fit_bases, fitting
 from rmtkd.dry_run import metrics_of
 from rmtkd.errors import DataError, OptionError, PlanError
 from rmtkd.measurement import evaluation
+from rmtkd.memory import Pieces
 from rmtkd.planning import Plan, retarget, settle
 from rmtkd.schedule import Options
 from rmtkd.sensitivity import STRETCH, TOGETHER, Sensitivity, gathered, projection, spread
@@ -95,6 +96,53 @@ def test_bases_where_it_stands_are_fitted_once(monkeypatch: pytest.MonkeyPatch) 
             judge.loss(here | {shares: near})
     assert len(fitted) == len(set(fitted))
     assert len(judge._bases["layer.0.ffn"]) == 2  # no more than these are held
+
+
+def out_of_memory_at(model: torch.nn.Module, path: str, *calls: int) -> Any:
+    """Memory runs out at these calls of a module, counted from now on."""
+    seen = 0
+
+    def fail(*_: object) -> None:
+        nonlocal seen
+        seen += 1
+        if seen in calls:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    return model.get_submodule(path).register_forward_hook(fail)
+
+
+def test_memory_that_runs_out_behind_what_is_kept_changes_no_loss() -> None:
+    pieces = Pieces()
+    judge = Sensitivity(MODEL, SITES, MOMENTS, HELD_OUT, pieces=pieces)
+    assert len(judge.batches) > 2 and judge.blocks
+    handle = out_of_memory_at(judge.model, "bert.encoder.layer.1.output.dense", 2)
+    for _ in range(2):  # once more in pieces
+        loss = judge.loss({"layer.1.ffn": 12})
+        assert loss == pytest.approx(SENSITIVITY.loss({"layer.1.ffn": 12}), rel=1e-4)
+    handle.remove()
+    assert pieces.count == 2
+
+
+def test_memory_that_runs_out_while_blocks_are_kept_changes_no_loss() -> None:
+    judge, here = Sensitivity(MODEL, SITES, MOMENTS, HELD_OUT), {"layer.0.ffn": 12}
+    handle = out_of_memory_at(judge.model, "bert.encoder.layer.1.output.dense", 2)
+    judge.stand_at(here)
+    handle.remove()
+    assert judge.pieces.count == 2
+    wanted = here | {"layer.1.ffn": 12}
+    assert judge.loss(wanted) == pytest.approx(SENSITIVITY.loss(wanted), rel=1e-4)
+
+
+@pytest.mark.parametrize(("free", "is_kept"), [(None, True), (10**9, True), (20_000, False)])
+def test_blocks_are_kept_only_as_far_as_memory_allows(
+    monkeypatch: pytest.MonkeyPatch, free: int | None, is_kept: bool
+) -> None:
+    monkeypatch.setattr("rmtkd.sensitivity.available_bytes", lambda _: free)
+    judge = Sensitivity(MODEL, SITES, MOMENTS, HELD_OUT)
+    assert bool(judge.kept) is is_kept
+    assert judge.loss({"layer.1.ffn": 12}) == SENSITIVITY.loss({"layer.1.ffn": 12})
+    judge.stand_at({"layer.0.ffn": 12})
+    assert bool(judge.kept) is is_kept
 
 
 def test_a_curve_ends_at_full_width_without_loss() -> None:

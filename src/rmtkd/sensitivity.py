@@ -27,7 +27,7 @@ from rmtkd.cutting import Fit, fitting, follow_each_other
 from rmtkd.errors import DataError
 from rmtkd.fisher import Metrics
 from rmtkd.measurement import at_least_zero, evaluation
-from rmtkd.memory import Pieces
+from rmtkd.memory import Pieces, available_bytes
 from rmtkd.norms import norms_of, of_each_batch, without_single_rows
 from rmtkd.planning import Curve, Plan
 from rmtkd.sites import Site, blocks_of, by_width
@@ -46,6 +46,8 @@ STEP = 0.25
 """Of a width, by which it is moved either way to weigh its curve."""
 LARGEST_WEIGHT = 4.0
 """A ratio of two small measured losses says no more than this, or its inverse."""
+KEPT_SHARE = 0.25
+"""Of the memory that is free, how much the kept outputs of blocks may take: they save time and nothing else."""
 
 
 class Sensitivity:
@@ -86,6 +88,9 @@ class Sensitivity:
             together = list(without_single_rows(together))
         self.batches = [batching.to(batch, self.device) for batch in together]
         self.blocks = blocks_of(sites) if follow_each_other(self.model, self.batches, blocks_of(sites)) else []
+        """Those whose outputs are kept."""
+        free = available_bytes(self.device)
+        self.room = math.inf if free is None else KEPT_SHARE * free
         self._bases: dict[str, dict[int, tuple[tuple[Basis, ...], ...]]] = {}
         """Of each shared width, those at the width where we stand and those that were fitted last."""
         self._orders: dict[str, dict[int, Tensor]] = {}
@@ -100,13 +105,9 @@ class Sensitivity:
         """Cut these shared widths from now on: losses near them are measured without running again what lies before the
         first change. The log-probabilities there."""
         self.here = dict(widths)
-        self.kept: list[list[Any]] = [[] for _ in self.blocks]
-        """What each block puts out, batch by batch."""
-        with ExitStack() as hooks:
-            for path, outputs in zip(self.blocks, self.kept, strict=True):
-                module = self.model.get_submodule(path)
-                hooks.callback(module.register_forward_hook(partial(_keep, outputs)).remove)
-            return self._log_probabilities(widths)
+        self.kept: dict[int, list[Any]] = {}
+        """By the number of a batch, what each block puts out; of those alone that are run in one piece."""
+        return self._log_probabilities(widths)
 
     def loss(self, widths: Mapping[str, int]) -> float:
         """The divergence with these shared widths cut, all others full. In nats a row."""
@@ -114,7 +115,7 @@ class Sensitivity:
 
     def disturbance(self, widths: Mapping[str, int]) -> tuple[float, float]:
         """That divergence, and the share of rows that keep their answer."""
-        student = self._log_probabilities(widths, same=self._first_change(widths))
+        student = self._log_probabilities(widths, replayed=self._first_change(widths))
         agreement = float((student.argmax(-1) == self.teacher.argmax(-1)).double().mean())
         return at_least_zero(float((self.teacher.exp() * (self.teacher - student)).sum(-1).mean())), agreement
 
@@ -208,23 +209,48 @@ class Sensitivity:
             if self._width(widths, shares) != self._width(self.here, shares):
                 scopes = {site.scope for site in group}
                 first = min(first, *(self.blocks.index(scope) if scope in self.blocks else 0 for scope in scopes))
-        return first if self.pieces.count == 1 else 0
+        return first
 
     @contextmanager
-    def _replayed(self, count: int) -> Iterator[None]:
-        """The first blocks put out what was kept of them."""
-        whole = {path: self.model.get_submodule(path) for path in self.blocks[:count]}
-        for path, outputs in zip(whole, self.kept, strict=False):
-            self.model.set_submodule(path, _Kept(outputs))
+    def _keeping(self, number: int) -> Iterator[None]:
+        """What blocks put out for this batch is kept, once it is run: of all batches, or of none."""
+        outputs: list[Any] = []
+        with ExitStack() as hooks:
+            for path in self.blocks:
+                module = self.model.get_submodule(path)
+                hooks.callback(module.register_forward_hook(partial(_keep, outputs)).remove)
+            yield
+        if self.blocks:
+            self.kept[number] = outputs
+            if _bytes(list(self.kept.values())) > self.room:
+                self.blocks, self.kept = [], {}
+
+    @contextmanager
+    def _replaying(self, number: int, count: int) -> Iterator[None]:
+        """The first blocks put out what was kept of them for this batch."""
+        outputs = self.kept.get(number, [])[:count]
+        whole = {path: self.model.get_submodule(path) for path in self.blocks[: len(outputs)]}
+        for path, output in zip(whole, outputs, strict=True):
+            self.model.set_submodule(path, _Kept(output))
         try:
             yield
         finally:
             for path, module in whole.items():
                 self.model.set_submodule(path, module)
 
-    def _log_probabilities(self, widths: Mapping[str, int], *, same: int = 0) -> Float[Tensor, "rows classes"]:
-        def run(parts: Sequence[Batch]) -> Tensor:
-            return torch.cat([batching.logits(self.model, part).float() for part in parts])
+    def _log_probabilities(
+        self, widths: Mapping[str, int], *, replayed: int | None = None
+    ) -> Float[Tensor, "rows classes"]:
+        """The first `replayed` blocks are not run again; with None what all blocks put out is kept."""
+
+        def run(number: int, parts: Sequence[Batch]) -> Tensor:
+            if len(parts) > 1:
+                self.kept.pop(number, None)
+                around = nullcontext()
+            else:
+                around = self._keeping(number) if replayed is None else self._replaying(number, replayed)
+            with around:
+                return torch.cat([batching.logits(self.model, part).float() for part in parts])
 
         with ExitStack() as hooks, evaluation(self.model), self.autocast():
             for shares in reversed(list(self.groups)):  # what is cut last is projected first, as in `surgery.check_cut`
@@ -235,23 +261,31 @@ class Sensitivity:
                     for stream, basis in zip(site.projected, bases, strict=False):
                         hooks.callback(attach(self.model, stream, projection(basis, self.device)).remove)
                 hooks.enter_context(of_each_batch(self.model, norms_of(self.groups[shares])))
-            hooks.enter_context(self._replayed(same))
-            return torch.cat([self.pieces(batch, run) for batch in self.batches]).double().log_softmax(-1)
+            scores = [self.pieces(batch, partial(run, number)) for number, batch in enumerate(self.batches)]
+            return torch.cat(scores).double().log_softmax(-1)
 
 
 class _Kept(nn.Module):
-    """Stands for a block: what it put out for each batch, in order."""
+    """Stands for a block: what it put out for a batch."""
 
-    def __init__(self, outputs: Sequence[Any]):
+    def __init__(self, output: Any):
         super().__init__()
-        self.outputs = iter(outputs)
+        self.output = output
 
     def forward(self, *_: Any, **__: Any) -> Any:
-        return next(self.outputs)
+        return self.output
 
 
 def _keep(outputs: list[Any], _: nn.Module, __: Any, output: Any) -> None:
     outputs.append(output)
+
+
+def _bytes(value: Any) -> int:
+    """Of all tensors in a value, in lists, tuples and mappings."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return sum(map(_bytes, parts))
 
 
 def _ladder(site: Site, counts: Iterable[float], multiple_of: int) -> set[int]:
