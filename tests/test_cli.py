@@ -368,11 +368,20 @@ def test_ls_tells_every_recipe(command: Command):
     assert all("reported on" in line for line in heads)
 
 
+def test_ls_tells_what_every_recipe_runs_with_in_words_that_compress_knows(command: Command):
+    _, told, _ = command("ls")
+    lines = [line.strip() for line in told.splitlines() if line.strip().startswith("by default: ")]
+    assert len(lines) == len(recipes.names()) and lines[0] == "by default: --target 25%params --epochs 5 --lr 0.001"
+    for line in lines:
+        code, _, log = command("compress", "digits", "--out", "x", "--device", "nowhere", *line.split()[2:])
+        assert code == 2 and "device must be" in log, line
+
+
 def test_ls_tells_the_result_of_every_recipe_or_that_there_is_none(command: Command):
     _, told, _ = command("ls")
     for name in recipes.names():
         below = told.split(f"\n{name} ", 1)[-1] if not told.startswith(f"{name} ") else told
-        result = re.split(r"\n(?=\S)", below, maxsplit=1)[0].splitlines()[1:]
+        result = re.split(r"\n(?=\S)", below, maxsplit=1)[0].splitlines()[2:]
         measured = recipes.get(name).measured
         expected = [f"measured: {measured.line()}", f"by: {measured.command}"] if measured else ["not measured"]
         assert [line.strip() for line in result] == expected

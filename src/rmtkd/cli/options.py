@@ -64,7 +64,9 @@ Tau = Annotated[
     float | None, typer.Option(help="Quantile that starts the noise level; larger cuts more; 0.5 by default.")
 ]
 Rule = Annotated[str | None, typer.Option(help="Spectral rule; mp by default.")]
-MultipleOf = Annotated[int | None, typer.Option(help="Kept widths are multiples of this; 8 by default.")]
+MultipleOf = Annotated[
+    int | None, typer.Option(help="Kept widths are multiples of this; the recipe's by default (rmtkd ls), else 8.")
+]
 MinShare = Annotated[float | None, typer.Option(help="No width below this share of its full size; 0 by default.")]
 Uniform = Annotated[
     bool,
@@ -104,7 +106,8 @@ Keep = Annotated[
     typer.Option("--keep", metavar="SITE=WIDTH", help="Give this site, or pattern, this width; repeatable."),
 ]
 Calibration = Annotated[
-    float | None, typer.Option(help="Share of the training batches whose activations are seen; 0.1 by default.")
+    float | None,
+    typer.Option(help="Share of the training batches whose activations are seen; the recipe's by default, else 0.1."),
 ]
 
 

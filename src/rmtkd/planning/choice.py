@@ -84,7 +84,7 @@ def make_plan(
         PlanError: if the target cannot be met (the message says the minimum), or if what `exclude` and `keep` ask for
             is impossible.
         OptionError: for an unknown rule or values out of range, or if `uniform` has nothing to narrow.
-        DataError: if a width is dead, naming the site.
+        DataError: if a spectrum is none (not finite, or without what the rule needs), naming the site.
     """
     if uniform:
         sites = uniform_sites(sites)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,20 @@ class Grid:
             )
 
     def at(self, widths: Sequence[int]) -> float:
-        """Milliseconds at these widths: linear in each of them between two knots; below the first, the first's."""
+        """Milliseconds at these widths: linear in each of them between two knots; below the first, the first's.
+
+        A budget asks for the same widths again and again: what was answered is kept.
+        """
+        key = tuple(widths)
+        if key not in self._known:
+            self._known[key] = self._interpolated(key)
+        return self._known[key]
+
+    @cached_property
+    def _known(self) -> dict[tuple[int, ...], float]:
+        return {}
+
+    def _interpolated(self, widths: tuple[int, ...]) -> float:
         values = np.asarray(self.ms).reshape([len(knots) for knots in self.knots])
         for knots, width in zip(self.knots, widths, strict=True):
             i = bisect.bisect_left(knots, width, hi=len(knots) - 1)

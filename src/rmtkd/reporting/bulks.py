@@ -74,7 +74,8 @@ def bulk_sentence(site: SitePlan) -> str:
     factor = "" if site.multiplier == 1 else f", moved by the factor {numbers.small(site.multiplier)} for the target"
     where = f"Edge {numbers.small(site.edge)}{factor}"
     if site.misfit:
-        return f"{where}. KS {site.ks:.2f}: no bulk of noise fits here, so the edge is only a threshold on a quantile."
+        edge = "only a threshold on a quantile" if site.rule == "mp" else "only a convention"
+        return f"{where}. KS {site.ks:.2f}: no bulk of noise fits here, so the edge is {edge}."
     return f"{where}. KS {site.ks:.2f}: noise explains what lies below."
 
 

@@ -123,14 +123,17 @@ def plan_notes(plan: Plan) -> list[str]:
 
 
 def misfit_note(plan: Plan) -> str | None:
-    """One sentence on the sites whose spectra hold no Marchenko–Pastur bulk, if there are any."""
+    """One sentence on the sites where what lies below the edge is no noise that the rule knows, if there are any."""
     bad = [site.name for site in plan.sites if site.misfit]
     if not bad:
         return None
-    return (
-        f"! {len(bad)} of {len(plan.sites)} spectra show no Marchenko–Pastur bulk (KS > 0.1): there the edge is a "
-        "threshold on a quantile, not a test for noise."
-    )
+    of = f"! {len(bad)} of {len(plan.sites)} spectra"
+    if plan.rule == "mp":
+        return (
+            f"{of} show no Marchenko–Pastur bulk (KS > 0.1): there the edge is a threshold on a quantile, not a test "
+            "for noise."
+        )
+    return f"{of} are not noise below the edge as {plan.rule} takes it to be: there the edge is a convention."
 
 
 def floor_note(plan: Plan) -> str | None:

@@ -376,6 +376,6 @@ def _checked(eigenvalues: Float[np.ndarray, " count"]) -> Float[np.ndarray, " co
         )
     if ascending[-1] <= 0:
         raise DataError(
-            "Some eigenvalue must be positive — got only zeros — the width is dead on these data: leave it alone."
+            "Some eigenvalue must be positive — got only zeros — the width is dead on these data: there is no noise."
         )
     return ascending
