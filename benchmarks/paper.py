@@ -60,6 +60,7 @@ class Entry:
         recovery: epochs after the cut.
         options: of all its runs.
         passes: at which latency is measured.
+        files: of the data folder, which the start reads there.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Entry:
     recovery: float = 3.0
     options: Mapping[str, Any] = field(default_factory=dict)
     passes: int = 1000
+    files: Sequence[str] = ()
 
     @property
     def key(self) -> str:

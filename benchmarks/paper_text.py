@@ -80,6 +80,7 @@ def entry(shape: str, task: str, threshold: float, recovery: float = 3.0) -> Ent
         training=TRAINING,
         recovery=recovery,
         options=options,
+        files=(VOCABULARY,),
     )
 
 

@@ -4,7 +4,9 @@
     rmtkd bench parts run PARTS --device cuda --minutes 9 --work WORK --results OUT                    # there, again
 
 *prepare* writes all that is needed into one folder, in files of at most 60 MB: rows as token ids or bytes of images,
-and the vocabulary. Entries that start from a checkpoint are left out. *run* reads this folder alone. It works for so
+and the vocabulary. A folder may be prepared entry by entry. Every text task is one small file a role; CIFAR-10 is 110
+MB in all, which is more than 60 however it is coded (`packed.py`): there a part reads several files, which have to be
+carried one by one. Entries that start from a checkpoint are left out. *run* reads this folder alone. It works for so
 many minutes, ends as Ctrl-C does, after the step that is under way, and the next call goes on there: in the training
 of a teacher, in a recovery, or with the next measurement. A measurement, and the look at a model before it is cut, are
 begun anew if time ends within them, so that a part must be longer than these. What is known of the state of training is
@@ -44,19 +46,42 @@ CONTENTS = "parts.json"
 
 
 def prepare(table: str, scale: str, only: Sequence[str] | None, data: Path | None, out: Path) -> None:
-    """Write the folder that parts read."""
-    entries = []
+    """Write the folder that parts read; what it holds of the same table stays.
+
+    Raises:
+        DataError: if parts would have to fetch something, or the folder is another table's.
+    """
+    entries = prepared(out, table, scale)
     for entry in TABLES[table].SCALES[scale]:
         if entry.start is None or (only is not None and entry.key not in only):
             continue
+        carry(entry.files, data, out)
         rows = recipes.get(entry.task).rows(data, entry.start(data, 0), 0)
         pack(rows, out / entry.key)
-        entries.append(entry.key)
+        entries = list(dict.fromkeys([*entries, entry.key]))
+        write_json(out / CONTENTS, {"table": table, "scale": scale, "entries": entries, "versions": versions()})
         print(f"{entry.key}: {rows.note}", flush=True)
-    if data is not None and (data / paper_text.VOCABULARY).is_file():
-        shutil.copy(data / paper_text.VOCABULARY, out)
-    facts = {"table": table, "scale": scale, "entries": entries, "versions": versions()}
-    write_json(out / CONTENTS, facts)
+
+
+def prepared(out: Path, table: str, scale: str) -> list[str]:
+    """The entries that a folder holds."""
+    if not (out / CONTENTS).is_file():
+        return []
+    facts = json.loads((out / CONTENTS).read_text())
+    if (facts["table"], facts["scale"]) != (table, scale):
+        came = f"{facts['table']} at scale {facts['scale']}"
+        raise DataError(f"{out} must be empty or hold {table} at scale {scale}. It holds {came}. Name another folder.")
+    return facts["entries"]
+
+
+def carry(files: Sequence[str], data: Path | None, out: Path) -> None:
+    """Copy what a start reads from the data folder: where parts run there is no hub to fetch it from."""
+    for name in files:
+        if data is None or not (data / name).is_file():
+            place = "no folder" if data is None else f"{data}, which lacks it"
+            raise DataError(f"--data must be a folder with {name}, as parts run without network. Got {place}. Add it.")
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.copy(data / name, out)
 
 
 def run(folder: Path, given: argparse.Namespace) -> bool:
