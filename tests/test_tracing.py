@@ -16,7 +16,7 @@ from rmtkd.errors import SurgeryError, UnsupportedModelError
 from rmtkd.measurement import count_flops, count_parameters
 from rmtkd.planning.costs import CostTable, predict_cost
 from rmtkd.sites import find_sites, trace_sites
-from rmtkd.surgery import check_cut, fold
+from rmtkd.surgery import check_cut, fill, fold, skeleton
 
 
 def batches(channels: int = 3, side: int = 8, rows: int = 16, count: int = 4) -> list[Any]:
@@ -447,6 +447,36 @@ def test_memory_stays_in_the_order_of_the_model(everything: tuple[Any, list[Any]
     student, _ = cut_in_order(model, sites, {site.name: site.width // 2 for site in sites}, rows)
     for name, parameter in student.named_parameters():
         assert parameter.stride() == torch.empty(parameter.shape).stride(), name
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_channels_stay_last_where_they_were(low_rank: bool) -> None:
+    torch.manual_seed(0)
+    model, rows = trained(nn.Sequential(Basic(3, 8, 2), Basic(8, 8), Mean(8)), batches()), batches()
+    model.to(memory_format=torch.channels_last)
+    sites = find_sites(model, rows[0], low_rank=low_rank)
+    widths = {site.name: min(site.width, 3) for site in sites}
+    student, bases = cut_in_order(model, sites, widths, rows)
+    written = dict(student.named_parameters())
+    fill(student, {name: torch.empty(value.shape).copy_(value.detach()) for name, value in written.items()})
+    narrow: dict[str, Tensor] = {**written, **{f"filled.{name}": p for name, p in student.named_parameters()}}
+    narrow |= {f"shape.{name}": p for name, p in skeleton(model, sites, widths).named_parameters()}
+    for name, parameter in narrow.items():
+        if parameter.ndim == 4:
+            expected = torch.empty(parameter.shape, memory_format=torch.channels_last).stride()
+            assert parameter.stride() == expected, name
+    assert check_cut(model, student, sites, bases, rows[0]) < 1e-5
+
+
+class Mean(nn.Module):
+    """The head of a network of so many channels."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x.mean((2, 3)))
 
 
 def labelled(model: Any, rows: list[Any]) -> list[Any]:

@@ -56,6 +56,32 @@ def test_a_phase_goes_on_where_it_was_left(left_at: int, hidden: float, optimize
     assert_untouched(again, snapshot(whole))
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_phase_of_channels_last_goes_on_from_a_file_which_knows_one_order(optimizer: str):
+    recovery = Recovery(lr=1e-2, optimizer=optimizer, average=0.8)
+    torch.manual_seed(0)
+    rows = [(torch.randn(8, 8, 6, 6), torch.randint(0, 4, (8,))) for _ in range(4)]
+    start: Any = torch.nn.Sequential(torch.nn.Conv2d(8, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    start.to(memory_format=torch.channels_last)
+    whole, again = copy.deepcopy(start), copy.deepcopy(start)
+    losses = Phase(whole, rows, steps=6, recovery=recovery).run()
+    kept = []
+
+    def keep(running: Phase) -> None:
+        if len(running.losses) == 3:
+            state = running.state()
+            tensors = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in state.tensors.items()}
+            kept.append(
+                PhaseState(tensors={k: v.copy_(state.tensors[k]) for k, v in tensors.items()}, facts=state.facts)
+            )
+
+    Phase(copy.deepcopy(start), rows, steps=6, recovery=recovery).run(keep)
+    second = Phase(again, rows, steps=6, recovery=recovery)
+    second.restore(kept[0])
+    assert second.run() == losses
+    assert_untouched(again, snapshot(whole))
+
+
 def test_the_hidden_term_is_the_mean_share_of_the_real_positions_that_differs():
     teacher = [torch.tensor([[[3.0, 4.0], [100.0, 0.0]]]), torch.tensor([[[1.0, 0.0], [9.0, 9.0]]])]
     student = [torch.tensor([[[3.0, 3.0], [0.0, 0.0]]]), torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])]

@@ -35,18 +35,33 @@ def factorized(embedding: nn.Embedding) -> FactorizedEmbedding:
 
 
 def low_rank(convolution: Any, side: str) -> LowRankPair:
-    """The same function as `convolution`, whose weight is not copied: it and the identity, 1 × 1, on one side of it."""
+    """The same function as `convolution`, whose weight is not copied: it and the identity, 1 × 1, on one side of it,
+    whose weight lies in memory as that one does."""
     width = convolution.out_channels if side == "output" else convolution.in_channels
     made = LowRankPair(convolution, width, side)
     taps: Any
     mixing: Any
     taps, mixing = made if side == "output" else reversed(made)
+    mixing.to(memory_format=order_of(convolution.weight))
     taps.weight, taps.bias = convolution.weight, convolution.bias
     with torch.no_grad():
         mixing.weight.copy_(torch.eye(width, dtype=mixing.weight.dtype).view_as(mixing.weight))
         if mixing.bias is not None:
             mixing.bias.zero_()
     return made
+
+
+def order_of(tensor: Tensor) -> torch.memory_format:
+    """The order in which a tensor lies in memory: channels last, or else the usual one.
+
+    By its strides: of 1 × 1 filters `is_contiguous` says that they lie in both, and convolutions go by one.
+    """
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim, torch.contiguous_format)
+    usual, other = (
+        torch.empty(tensor.shape, device="meta", memory_format=order).stride()
+        for order in (torch.contiguous_format, last)
+    )
+    return last if tensor.stride() == other != usual else torch.contiguous_format
 
 
 def split_embedding(

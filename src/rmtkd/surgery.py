@@ -23,7 +23,7 @@ from rmtkd.batches import Batch
 from rmtkd.errors import PlanError, SurgeryError
 from rmtkd.measurement import evaluation, relative_difference
 from rmtkd.modeling_rmtkd import FactorizedEmbedding, NoHeads
-from rmtkd.modules import factorized, low_rank
+from rmtkd.modules import factorized, low_rank, order_of
 from rmtkd.sites import Axis, Site, Stream, after_cuts
 
 ROUNDINGS = 1000
@@ -40,8 +40,8 @@ def fold(model: nn.Module, sites: Sequence[Site], bases: Mapping[str, Sequence[B
         bases: for each site's name one basis per stream.
 
     Returns:
-        A new dense model, sharing no storage with `model`, in the same dtype and on the same device. Nothing is hooked
-        onto it.
+        A new dense model, sharing no storage with `model`, in the same dtype, on the same device, and as it lies in
+        memory (channels last or not). Nothing is hooked onto it.
 
     Raises:
         PlanError: if sites that share a width are given different widths.
@@ -89,7 +89,8 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def fill(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Put values in place of the parameters and buffers of these names, of any shape; tied ones stay tied."""
+    """Put values in place of the parameters and buffers of these names, of any shape; tied ones stay tied, and a
+    parameter with its channels last has them there again: files know one order alone."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -100,6 +101,8 @@ def fill(model: nn.Module, values: Mapping[str, Tensor]) -> None:
             model.get_submodule(path)._buffers[leaf] = value
             continue
         old = model.get_parameter(name)
+        if (order := order_of(old)) is not torch.contiguous_format:
+            value = value.to(memory_format=order)
         new = nn.Parameter(value, requires_grad=old.requires_grad)
         for alias in names[id(old)]:
             path, _, leaf = alias.rpartition(".")
@@ -269,12 +272,13 @@ def _tensor(model: nn.Module, name: str) -> Tensor:
 
 
 def _replace(model: nn.Module, name: str, value: Tensor) -> None:
-    """Put a new value of any shape in place of a parameter or buffer and tell its module the new sizes."""
+    """Put a new value of any shape in place of a parameter or buffer, in memory as that lay, and tell its module the
+    new sizes."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     old = _tensor(model, name)
     # Of 1 × 1 filters `contiguous` cannot tell in which order they lie, which would decide on the order of all outputs.
-    new = torch.empty(value.shape, device=old.device, dtype=old.dtype).copy_(value)
+    new = torch.empty(value.shape, device=old.device, dtype=old.dtype, memory_format=order_of(old)).copy_(value)
     is_parameter = isinstance(old, nn.Parameter)
     setattr(module, leaf, nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new)
     if isinstance(module, _NormBase) and leaf in ("weight", "running_mean"):

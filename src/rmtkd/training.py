@@ -145,7 +145,7 @@ class Phase:
         for name, parameter in self.trained.items():
             found = {key: tensors.get(f"optimizer.{key}.{name}") for key in OPTIMIZER_STATE}
             self.optimizer.state[parameter] = {
-                key: value.to(parameter.device, copy=True) for key, value in found.items() if value is not None
+                key: _beside(parameter, value) for key, value in found.items() if value is not None
             }
         if self.average:
             for name, value in self.average.average.items():
@@ -273,6 +273,14 @@ def set_random_state(state: Tensor, device: torch.device) -> None:
     torch.set_rng_state(state[:size])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state[size:], device)
+
+
+def _beside(parameter: Tensor, value: Tensor) -> Tensor:
+    """A copy of what an optimiser remembers of a parameter, on its device, and in memory as it lies: fused optimisers
+    go through both entry by entry."""
+    if value.shape != parameter.shape:
+        return value.to(parameter.device, copy=True)
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _embedding_tables(model: nn.Module) -> set[int]:
