@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader
 import rmtkd
 import rmtkd.run
 from conftest import assert_untouched, random_rows, snapshot, tiny_bert
-from rmtkd import checkpoint
+from rmtkd import checkpoint, reporting
 from rmtkd.checkpoint import RunFolder
 from rmtkd.distillation import Recovery
-from rmtkd.errors import ArtifactError, DataError, RunError
+from rmtkd.errors import ArtifactError, DataError, OptionError, RunError
 from rmtkd.progress import describe
 from rmtkd.recipes import TokenRows
 from rmtkd.result import Compressed
@@ -454,6 +454,18 @@ def test_a_configuration_edited_by_hand_is_refused(
     with pytest.raises(RunError, match=r"config\.json must be as it was written"):
         rmtkd.resume(stopped, model, **rows)
     assert files(stopped) == before
+
+
+def test_a_run_of_another_device_is_reported_anywhere_and_goes_on_only_there(
+    model: torch.nn.Module, rows: dict[str, Any], stopped: Path
+):
+    config = RunFolder(stopped).config()
+    config["options"]["device"] = "cuda:99"
+    RunFolder(stopped).save_json("config.json", checkpoint._sealed(config))
+    (page,) = reporting.write_report(stopped)
+    assert "cuda:99" in page.read_text()
+    with pytest.raises(OptionError, match=r"device must be there\. Got 'cuda:99'"):
+        rmtkd.resume(stopped, model, **rows)
 
 
 @pytest.mark.parametrize("name", ["step", "round"])

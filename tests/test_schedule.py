@@ -72,6 +72,14 @@ def test_a_run_that_began_before_there_were_gentle_and_blend_goes_on_without():
     assert Options.from_dict(values) == Options(gentle=0.0, blend=False)
 
 
+def test_options_of_another_machine_can_be_read_here():
+    with pytest.raises(OptionError, match="device must be there"):
+        Options(device="cuda:99")
+    values = {**Options().to_dict(), "device": "cuda:99"}
+    read = Options.from_dict(values)
+    assert read.device == "cuda:99" and read.to_dict() == values
+
+
 @pytest.mark.parametrize(
     ("gentle", "divergence", "share"),
     [

@@ -25,7 +25,7 @@ from rmtkd.cutting import cut_in_order
 from rmtkd.distillation import Teacher, check_pair
 from rmtkd.dry_run import CHECK_ROWS, Survey, metrics_of, narrowed, plan
 from rmtkd.energy import measure_energy
-from rmtkd.environment import has_bf16, machine, versions
+from rmtkd.environment import check_device, has_bf16, machine, versions
 from rmtkd.errors import ArtifactError, RunError
 from rmtkd.fisher import Metrics, fit
 from rmtkd.forecast import Forecast, forecast
@@ -80,8 +80,12 @@ CONTROL = 0
 
 @contextmanager
 def seeded(options: Options) -> Iterator[None]:
-    """Random numbers of our own, from the run's seed; afterwards the caller's go on as if nothing had been drawn."""
-    device = torch.device(options.device)
+    """Random numbers of our own, from the run's seed; afterwards the caller's go on as if nothing had been drawn.
+
+    Raises:
+        OptionError: if the run's device is not there.
+    """
+    device = torch.device(check_device(options.device))
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
         torch.manual_seed(options.seed)
         yield

@@ -186,11 +186,14 @@ class Options:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Options":
-        """The options that `to_dict` gave; a run that began before there were `gentle` and `blend`, which were of
-        `Recovery` for a while, goes on without."""
+        """The options that `to_dict` gave, maybe on another machine: whether their device is there matters only where a
+        model is placed. A run that began before there were `gentle` and `blend`, which were of `Recovery` for a while,
+        goes on without."""
         recovery = dict(values["recovery"])
         early = {name: recovery.pop(name, usual) for name, usual in (("gentle", 0.0), ("blend", False))}
-        return cls(**{**early, **values, "recovery": Recovery(**recovery)})
+        made = cls(**{**early, **values, "recovery": Recovery(**recovery), "device": "cpu"})
+        object.__setattr__(made, "device", str(values["device"]))
+        return made
 
 
 @dataclass(frozen=True, kw_only=True)
