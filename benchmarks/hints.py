@@ -34,7 +34,8 @@ class Attention(nn.Module):
         super().__init__()
 
     def forward(self, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
-        """Mean over stages of the squared distance of the normalised maps of energy."""
+        """Half the sum over stages of the mean squared difference of the normalised maps of energy: the mean over
+        positions is the published code's, to which this β belongs; equation 2 has a norm."""
         pairs = zip(map(_energy, students), map(_energy, teachers), strict=True)
         return torch.stack([(student - teacher).square().mean() for student, teacher in pairs]).sum() / 2
 
@@ -79,10 +80,10 @@ class Contrastive(nn.Module):
         losses = []
         for here, there, past in ((mine, theirs, self.queue[1]), (theirs, mine, self.queue[0])):
             scores = here @ torch.cat([there, past.to(there)]).mT / self.temperature
-            losses.append(functional.cross_entropy(scores, torch.arange(len(here))))
+            losses.append(functional.cross_entropy(scores, torch.arange(len(here), device=here.device)))
         new = torch.stack([mine, theirs]).detach().float()
         self.queue = torch.cat([new, self.queue], 1)[:, : self.queue.shape[1]]
-        return sum(losses, torch.zeros(()))
+        return torch.stack(losses).sum()
 
 
 HINTS: Mapping[str, Callable[..., Any] | None] = {
