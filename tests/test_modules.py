@@ -11,7 +11,7 @@ from conftest import assert_untouched, random_rows, snapshot, tiny_bert
 from rmtkd.cutting import cut_in_order
 from rmtkd.errors import OptionError, UnsupportedModelError
 from rmtkd.measurement import count_flops, count_parameters
-from rmtkd.modules import factorized, level_bounds, randomize, split_embedding
+from rmtkd.modules import factorized, level_bounds, low_rank, randomize, split_embedding
 from rmtkd.planning import CostTable
 from rmtkd.sites import find_sites
 from rmtkd.surgery import check_cut, factorize
@@ -28,6 +28,14 @@ def test_factorized_computes_bit_for_bit_what_the_embedding_does(dtype: torch.dt
     assert made(ids).dtype == dtype
     assert made.weight is embedding.weight
     assert made.padding_idx == 0
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_what_is_frozen_is_frozen_in_two_factors(frozen: bool) -> None:
+    pairs = [low_rank(nn.Conv2d(3, 5, 3).requires_grad_(not frozen), side) for side in ("input", "output")]
+    for module in (factorized(nn.Embedding(5, 3).requires_grad_(not frozen)), *pairs):
+        flags = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+        assert set(flags.values()) == {not frozen}, flags
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -79,6 +87,12 @@ def test_a_random_start_depends_on_its_seed_alone() -> None:
         randomize(model, seed=seed)
     assert_untouched(models[1], snapshot(models[0]))
     assert not torch.equal(models[2].classifier.weight, models[0].classifier.weight)
+
+
+def test_a_random_start_is_all_to_be_trained() -> None:
+    model = tiny_bert().requires_grad_(False)
+    randomize(model, seed=0)
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_random_start_leaves_the_global_generator_alone() -> None:

@@ -82,6 +82,51 @@ def test_a_phase_of_channels_last_goes_on_from_a_file_which_knows_one_order(opti
     assert_untouched(again, snapshot(whole))
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_what_is_frozen_is_left_alone_and_a_phase_that_was_left_agrees(optimizer: str):
+    recovery = Recovery(lr=1e-3, average=0.8, optimizer=optimizer)
+    start = tiny_bert(seed=1)
+    start.bert.embeddings.requires_grad_(False)
+    start.bert.encoder.layer[0].requires_grad_(False)
+    frozen = {name: p.clone() for name, p in start.named_parameters() if not p.requires_grad}
+    students, kept = [copy.deepcopy(start) for _ in range(2)], []
+
+    def keep(running: Phase) -> None:
+        if len(running.losses) == 4:
+            state = running.state()
+            kept.append(PhaseState(tensors={k: v.clone() for k, v in state.tensors.items()}, facts=state.facts))
+
+    torch.manual_seed(3)
+    losses = phase(students[0], tiny_bert(), recovery=recovery).run(keep)
+    second = phase(students[1], tiny_bert(), recovery=recovery)
+    second.restore(kept[0])
+    assert second.run() == losses
+    for student in students:
+        assert_untouched(student, snapshot(students[0]))
+        assert all(torch.equal(student.get_parameter(name), value) for name, value in frozen.items())
+        assert not torch.equal(student.classifier.weight, start.classifier.weight)
+        assert {name for name, value in student.named_parameters() if not value.requires_grad} == set(frozen)
+
+
+def test_where_all_is_frozen_all_is_trained():
+    """A checkpoint for inference is no wish to keep what is cut as it is."""
+    students = [tiny_bert(seed=1) for _ in range(2)]
+    students[1].requires_grad_(False)
+    losses = []
+    for student in students:
+        torch.manual_seed(0)
+        losses.append(phase(student, tiny_bert()).run())
+    assert losses[0] == losses[1]
+    assert not any(parameter.requires_grad for parameter in students[1].parameters())
+
+
+def test_a_phase_of_which_nothing_may_be_trained_is_refused():
+    student = tiny_bert().requires_grad_(False)
+    student.bert.embeddings.word_embeddings.requires_grad_(True)
+    with pytest.raises(OptionError, match="at least one parameter must be trained"):
+        phase(student, recovery=Recovery(freeze_embeddings=True))
+
+
 def test_the_hidden_term_is_the_mean_share_of_the_real_positions_that_differs():
     teacher = [torch.tensor([[[3.0, 4.0], [100.0, 0.0]]]), torch.tensor([[[1.0, 0.0], [9.0, 9.0]]])]
     student = [torch.tensor([[[3.0, 3.0], [0.0, 0.0]]]), torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])]

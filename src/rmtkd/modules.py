@@ -21,7 +21,8 @@ to level by one factor: of three levels the tokens have 90 %, 9 % and 1 %. Measu
 
 
 def factorized(embedding: nn.Embedding) -> FactorizedEmbedding:
-    """The same function as `embedding`: its table, which is not copied, followed by the identity."""
+    """The same function as `embedding`: its table, which is not copied, followed by the identity, which is frozen where
+    the table is."""
     weight, width = embedding.weight, embedding.embedding_dim
     kind = FactorizedLevel if isinstance(embedding, EmbeddingLevel) else FactorizedEmbedding
     made = kind.like(embedding, width, device="meta", dtype=weight.dtype)
@@ -31,18 +32,20 @@ def factorized(embedding: nn.Embedding) -> FactorizedEmbedding:
         made.projection.weight.copy_(torch.eye(width, dtype=weight.dtype))
         if made.projection.bias is not None:
             made.projection.bias.zero_()
+    made.projection.requires_grad_(weight.requires_grad)
     return made
 
 
 def low_rank(convolution: Any, side: str) -> LowRankPair:
     """The same function as `convolution`, whose weight is not copied: it and the identity, 1 × 1, on one side of it,
-    whose weight lies in memory as that one does."""
+    which lies in memory as its weight does, and is frozen where it is."""
     width = convolution.out_channels if side == "output" else convolution.in_channels
     made = LowRankPair(convolution, width, side)
     taps: Any
     mixing: Any
     taps, mixing = made if side == "output" else reversed(made)
     mixing.to(memory_format=order_of(convolution.weight))
+    mixing.requires_grad_(convolution.weight.requires_grad)
     taps.weight, taps.bias = convolution.weight, convolution.bias
     with torch.no_grad():
         mixing.weight.copy_(torch.eye(width, dtype=mixing.weight.dtype).view_as(mixing.weight))
@@ -136,11 +139,12 @@ def level_bounds(counts: Num[Tensor, " vocabulary"], levels: int) -> tuple[int, 
 
 def randomize(model: nn.Module, *, seed: int) -> None:
     """Give the model a random start, in place: Xavier for linear maps, as the paper trains; He for
-    convolutions; small embeddings.
+    convolutions; small embeddings. What was frozen is not any more: it would stay random.
 
     Drawn on the CPU: the same start on every device.
     """
     generator = torch.Generator().manual_seed(seed)
+    model.requires_grad_(True)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Linear):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rmtkd import batches as batching
 from rmtkd.batches import Batch
 from rmtkd.distillation import Recovery, Teacher, WeightAverage, distillation_loss, hidden_loss, outputs_of
-from rmtkd.errors import DataError
+from rmtkd.errors import DataError, OptionError
 from rmtkd.measurement import check_labels
 from rmtkd.memory import Pieces
 from rmtkd.surgery import tensors_of
@@ -38,7 +38,8 @@ class Phase:
     """Some steps of training of one student; with a teacher, by distillation.
 
     Args:
-        student: the model to train, in place.
+        student: the model to train, in place. Parameters whose `requires_grad` is False are left alone, unless all are:
+            a checkpoint for inference is trained like any other.
         rows: training batches, gone through as often as needed; `set_epoch(number)` is called before each pass where
             the collection has it.
         steps: optimisation steps.
@@ -48,6 +49,9 @@ class Phase:
         precision: `bf16` runs both models under autocast.
         blocks: paths of the modules after which hidden states are compared, where `recovery.hidden` is not 0.
         pieces: in how many pieces a batch is run, should memory run out. Gradients add up to those of the batch.
+
+    Raises:
+        OptionError: if no parameter may be trained.
     """
 
     def __init__(
@@ -71,8 +75,7 @@ class Phase:
         self.device = next(student.parameters()).device
         bf16 = torch.autocast(self.device.type, torch.bfloat16, cache_enabled=True)
         self.autocast = bf16 if precision == "bf16" else nullcontext()
-        frozen = _embedding_tables(student) if recovery.freeze_embeddings else set()
-        self.trained = {name: p for name, p in student.named_parameters() if id(p) not in frozen}
+        self.trained = _trained(student, freeze_embeddings=recovery.freeze_embeddings)
         self.optimizer = _optimizer(self.trained.values(), recovery)
         self.average = WeightAverage(student, recovery.average) if recovery.average else None
         self.losses: list[float] = []
@@ -281,6 +284,24 @@ def _beside(parameter: Tensor, value: Tensor) -> Tensor:
     if value.shape != parameter.shape:
         return value.to(parameter.device, copy=True)
     return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def _trained(student: nn.Module, *, freeze_embeddings: bool) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name."""
+    parameters = dict(student.named_parameters())
+    tables = _embedding_tables(student) if freeze_embeddings else set()
+    is_for_inference = not any(parameter.requires_grad for parameter in parameters.values())
+    trained = {
+        name: parameter
+        for name, parameter in parameters.items()
+        if (parameter.requires_grad or is_for_inference) and id(parameter) not in tables
+    }
+    if not trained:
+        raise OptionError(
+            "at least one parameter must be trained. All but embedding tables are frozen, and freeze_embeddings leaves "
+            "these alone. Leave it out, or set requires_grad of what is to recover."
+        )
+    return trained
 
 
 def _embedding_tables(model: nn.Module) -> set[int]:
