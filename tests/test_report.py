@@ -26,6 +26,7 @@ from rmtkd.reporting.evidence import Evidence, read_evidence
 from rmtkd.reporting.frame import Scale
 from rmtkd.reporting.markup import element, table
 from rmtkd.reporting.page import style
+from rmtkd.reporting.plans import kept
 from rmtkd.reporting.run_page import MOST_SPECTRA, run_page
 from rmtkd.reporting.silhouette import silhouette
 from rmtkd.schedule import Round, thinned
@@ -219,6 +220,27 @@ def test_the_widths_are_those_that_rounds_have_cut_not_those_planned(run: Path):
     for site in evidence.plan.sites:
         is_back = site.name in summary["rounds"][-1]["sites"]
         assert evidence.widths[site.name] == (site.width if is_back else site.keep)
+
+
+def told_by_the_card(record: Mapping[str, Any], plan: Plan) -> dict[str, list[str]]:
+    """Of every site the widths before and after, and why."""
+    table = reporting.model_card(record, plan, ["rmtkd"]).partition("## Widths")[2]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"]
+    return {name: cells for name, *cells in rows[2:]}
+
+
+def test_the_card_tells_the_widths_that_rounds_have_cut_not_those_planned(run: Path):
+    summary, plan = json.loads((run / "summary.json").read_text()), Plan.read(run / "plan.json")
+    told = told_by_the_card(summary, plan)
+    assert {name: after for name, (_, after, _) in told.items()} == {s.name: kept(s, plan.widths) for s in plan.sites}
+    summary["rounds"][-1]["rolled_back"] = True
+    back = told_by_the_card(summary, plan)
+    for site in plan.sites:
+        before, after, why = back[site.name]
+        if site.name in summary["rounds"][-1]["sites"]:
+            assert after == before and why == f"planned {kept(site, plan.widths)}: {site.why}"
+        else:
+            assert back[site.name] == told[site.name]
 
 
 LAW = MarchenkoPastur(q=0.25, sigma2=2.0)

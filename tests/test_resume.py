@@ -27,6 +27,7 @@ from rmtkd.distillation import Recovery
 from rmtkd.errors import ArtifactError, DataError, OptionError, RunError
 from rmtkd.progress import describe
 from rmtkd.recipes import TokenRows
+from rmtkd.reporting.plans import per_head
 from rmtkd.result import Compressed
 from rmtkd.run import made_with
 from rmtkd.sites import find_sites
@@ -188,6 +189,24 @@ def test_ctrl_c_finishes_the_step_saves_and_returns_a_usable_model(
     assert stopped.model(input_ids=batch["input_ids"]).logits.isfinite().all()
     stopped.save(tmp_path / "so-far")
     assert_untouched(rmtkd.load(tmp_path / "so-far"), snapshot(stopped.model))
+    card = (tmp_path / "so-far" / "README.md").read_text()
+    sites = zip(find_sites(model), find_sites(stopped.model), stopped.plan.sites, strict=True)
+    for before, after, planned in sites:  # of a round that is over, of the one that was left, and of none
+        widths = (per_head(planned, site.width) for site in (before, after))
+        assert f"| {before.name} | {' | '.join(widths)} |" in card
+    assert_same(rmtkd.resume(tmp_path / "run", model, **rows), whole)
+
+
+def test_ctrl_c_in_the_control_gives_the_compressed_model_and_not_the_control(
+    model: torch.nn.Module, rows: dict[str, Any], whole: Compressed, tmp_path: Path
+):
+    def press(event: Mapping[str, Any]) -> None:
+        if event["event"] == "step" and (event["number"], event["step"]) == (0, 2):
+            signal.raise_signal(signal.SIGINT)
+
+    stopped = run(model, rows, tmp_path / "run", control=True, on_event=press)
+    assert stopped.record["stop_reason"].endswith("in the control")
+    assert_untouched(stopped.model, snapshot(whole.model))
     assert_same(rmtkd.resume(tmp_path / "run", model, **rows), whole)
 
 

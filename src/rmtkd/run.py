@@ -342,13 +342,16 @@ class Run:
 
     def interrupted(self, standing: Standing, stop: BaseException) -> Compressed:
         """The model as it is: in the middle of its round, or of the last one that is over."""
-        student, where = standing.student, f"after {len(standing.rounds)} rounds"
-        if isinstance(stop, Interrupted) and len(stop.args) == 2:
-            student, where = stop.args
+        student, where, kept = standing.student, f"after {len(standing.rounds)} rounds", standing.kept
+        if isinstance(stop, Interrupted):
+            number, where, trained = stop.args
+            if number != CONTROL:
+                cut = after_cuts(self.portions(standing.plan)[number - 1], kept)
+                student, kept = trained, kept | {site.name: standing.plan.widths[site.name] for site in cut}
         reason = f"interrupted {where}"
         self.emit("interrupted", where=where)
         standing = replace(standing, student=student.eval())
-        record = {**self.measure(standing, reason, report=False), "finished": False}
+        record = {**self.measure(standing, reason, report=False), "finished": False, "widths": kept}
         return self.result(student, standing.plan, standing.rounds, record)
 
     def result(self, student: nn.Module, made: Plan, rounds: tuple[Round, ...], record: dict[str, Any]) -> Compressed:
@@ -490,7 +493,7 @@ class Run:
                 cut = {name.removeprefix(START): value for name, value in start.items()}
                 kept = blend(student, cut, partial(self.apart, student), settle)
             if asked.stop:
-                raise Interrupted(student, f"after step {steps} of {steps} {_where(number)}")
+                raise Interrupted(number, f"after step {steps} of {steps} {_where(number)}", student)
         return phase.losses, time.monotonic() - began, kept
 
     def between(
@@ -510,7 +513,7 @@ class Run:
                 self.folder.save_state("step", {**state.tensors, **start}, {**facts, **state.facts, **own})
                 last = time.monotonic()
             if asked.stop:
-                raise Interrupted(phase.student, f"after step {step} of {steps} {_where(number)}")
+                raise Interrupted(number, f"after step {step} of {steps} {_where(number)}", phase.student)
 
         return act
 

@@ -3,9 +3,10 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rmtkd.planning import Plan
+from rmtkd.planning import Plan, SitePlan
 from rmtkd.reporting.plans import kept, per_head
 from rmtkd.reporting.rows import summary_rows, vocabulary_line
+from rmtkd.schedule import Round, kept_widths
 
 
 def model_card(
@@ -14,11 +15,12 @@ def model_card(
     """A model card in Markdown.
 
     Args:
-        record: of the run.
-        plan: that it applied.
+        record: of the run. Of one that was interrupted within a round it has the `widths` that are cut by then.
+        plan: that it applied, as far as it came.
         loads_with: what reads the model, each in a few words.
         vocabulary: the facts of a trimmed one.
     """
+    widths = _widths(record, plan)
     lines = [
         "---",
         "tags: [rmtkd, model-compression, knowledge-distillation]",
@@ -41,7 +43,7 @@ def model_card(
         "| site | before | after | why |",
         "|---|--:|--:|---|",
         *(
-            f"| {site.name} | {per_head(site, site.width)} | {kept(site, plan.widths)} | {site.why} |"
+            f"| {site.name} | {per_head(site, site.width)} | {kept(site, widths)} | {_why(site, plan, widths)} |"
             for site in plan.sites
         ),
         "",
@@ -52,6 +54,17 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _widths(record: Mapping[str, Any], plan: Plan) -> dict[str, int]:
+    """Width by site name, as it is: of a run that ended early not all that were planned have been cut."""
+    cut = record.get("widths") or kept_widths(Round.from_dict(done) for done in record["rounds"])
+    return {site.name: site.width for site in plan.sites} | cut
+
+
+def _why(site: SitePlan, plan: Plan, widths: Mapping[str, int]) -> str:
+    planned = kept(site, plan.widths)
+    return site.why if kept(site, widths) == planned else f"planned {planned}: {site.why}"
 
 
 def _vocabulary_card(facts: Mapping[str, Any]) -> str:
