@@ -21,6 +21,7 @@ dropped ones of a plan, or as many of those that were kept (the weakest, or the 
 answers is what these directions cause.
 """
 
+import copy
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -94,6 +95,7 @@ class Work:
         task: digits, or one of `SLICED`.
         path: of the teacher of another task.
         data: of another task.
+        device: where a compression runs and students recover; what is measured beside it is on the CPU.
     """
 
     def __init__(
@@ -106,9 +108,10 @@ class Work:
         task: str = "digits",
         path: str | None = None,
         data: Path | None = None,
+        device: str = "cpu",
     ):
         self.seed, self.cache, self.recovery, self.epochs = seed, cache, recovery, epochs
-        self.task, self.path, self.data = task, path, data
+        self.task, self.path, self.data, self.device = task, path, data, device
         self.recipe: Any = recipes.get(task)
         self.share, self.target, _ = SLICED.get(task, (1.0, TARGET, recovery))
 
@@ -176,9 +179,10 @@ def run(work: Work, options: Mapping[str, Any]) -> dict[str, Any]:
         report=work.rows.report,
         example=work.example,
         seed=work.seed,
+        device=work.device,
         **given,
     )
-    record = result.record
+    record, student = result.record, result.model.cpu()
     untouched = accuracy(work.teacher, work.rows.report).value
     seen = compression.share_of(work.rows.train, given.get("calibration_share", Options().calibration_share))
     closed_form = rmtkd.narrow(work.teacher, result.plan, calibration=seen, metric=given.get("metric", "fisher"))
@@ -190,7 +194,7 @@ def run(work: Work, options: Mapping[str, Any]) -> dict[str, Any]:
         "before": accuracy(closed_form, work.rows.report).value,
         "after": record["compressed"]["accuracy"]["value"],
         "nats_before": divergence(closed_form, work.teacher, work.rows.report),
-        "nats_after": divergence(result.model, work.teacher, work.rows.report),
+        "nats_after": divergence(student, work.teacher, work.rows.report),
         "steps": sum(done["steps"] for done in record["rounds"]),
     }
 
@@ -210,7 +214,9 @@ def form(work: Work, name: str) -> dict[str, Any]:
     }
     torch.manual_seed(work.seed)
     steps = round(work.recovery * len(work.rows.train))
-    train(student, work.rows.train, steps=steps, teacher=work.teacher, recovery=work.recover)
+    teacher = copy.deepcopy(work.teacher).to(work.device)
+    train(student.to(work.device), work.rows.train, steps=steps, teacher=teacher, recovery=work.recover)
+    student.cpu()
     after = {
         "after": accuracy(student, work.rows.report).value,
         "nats_after": divergence(student, work.teacher, work.rows.report),
@@ -340,6 +346,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=list(settings("cpu")), choices=list(settings("cpu")))
     parser.add_argument("--task", default="digits", choices=("digits", *SLICED))
     parser.add_argument("--teacher", help="Of another task than digits.")
+    parser.add_argument("--device", default="cpu", help="Where students recover.")
     given = parser.parse_args()
     results = given.results or RESULTS
     seeds = given.seeds or ([0] if given.scale == "tiny" else [0, 1, 2])
@@ -347,7 +354,8 @@ def main() -> None:
         recovery, epochs = (0.25, 3.0) if given.scale == "tiny" else (5.0, 24.0)
         if given.task in SLICED:
             recovery = SLICED[given.task][2]
-        work = Work(seed, given.cache, recovery, epochs, task=given.task, path=given.teacher, data=given.data)
+        other = {"task": given.task, "path": given.teacher, "data": given.data, "device": given.device}
+        work = Work(seed, given.cache, recovery, epochs, **other)
         prefix = f"{given.scale}-{given.task}"
         for kind, named in settings(given.scale).items():
             for name, act in named.items() if kind in given.kinds else ():
