@@ -227,14 +227,61 @@ def test_ctrl_c_while_going_back_to_the_cut_loses_nothing(
     assert not any(event["event"] == "step" and event["number"] == 1 for event in told)
 
 
-def test_a_second_ctrl_c_ends_the_run_at_once(model: torch.nn.Module, rows: dict[str, Any], tmp_path: Path):
+def test_a_second_ctrl_c_ends_the_run_at_once(
+    model: torch.nn.Module, rows: dict[str, Any], whole: Compressed, tmp_path: Path
+):
+    """Nothing more is measured, and what is on disk is good to go on with."""
+    told = []
+
     def press(event: Mapping[str, Any]) -> None:
-        if event["event"] == "step" and event["step"] == 2:
+        told.append(event["event"])
+        if event["event"] == "step" and event["number"] == 2 and event["step"] == 2:
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
 
-    stopped = run(model, rows, tmp_path / "run", on_event=press)
-    assert stopped.record["stop_reason"] == "interrupted after 0 rounds"
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, rows, tmp_path / "run", control=True, on_event=press)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert told[-1] == "step"
+    assert_same(rmtkd.resume(tmp_path / "run", model, **rows), whole)
+
+
+def test_a_second_ctrl_c_while_the_model_is_measured_ends_it_at_once(
+    model: torch.nn.Module, rows: dict[str, Any], tmp_path: Path
+):
+    def press(event: Mapping[str, Any]) -> None:
+        if event["event"] in ("step", "interrupted"):
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(model, rows, tmp_path / "run", on_event=press)
+
+
+def test_ctrl_c_while_cutting_gives_the_model_of_the_last_round(
+    model: torch.nn.Module, rows: dict[str, Any], whole: Compressed, tmp_path: Path
+):
+    def press(event: Mapping[str, Any]) -> None:
+        if event["event"] == "cut" and event["number"] == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    stopped = run(model, rows, tmp_path / "run", control=True, on_event=press)
+    assert stopped.record["finished"] is False
+    assert stopped.record["stop_reason"] == "interrupted after 1 rounds"
+    assert sum(p.numel() for p in stopped.model.parameters()) == whole.rounds[0].parameters
+    assert_same(rmtkd.resume(tmp_path / "run", model, **rows), whole)
+
+
+def test_ctrl_c_while_planning_ends_a_run_that_has_nothing_to_give_yet(
+    model: torch.nn.Module, rows: dict[str, Any], whole: Compressed, tmp_path: Path
+):
+    def press(event: Mapping[str, Any]) -> None:
+        if event["event"] == "start":
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(model, rows, tmp_path / "run", control=True, on_event=press)
+    assert_same(rmtkd.resume(tmp_path / "run", model, **rows), whole)
 
 
 def test_a_run_without_a_folder_can_be_interrupted_too(model: torch.nn.Module, rows: dict[str, Any]):

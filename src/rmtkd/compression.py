@@ -45,7 +45,8 @@ def compress(
     labels is the share of them to which it gives the teacher's answer.
 
     Ctrl-C ends the run after the step that is under way: its state is saved, and the model as it is comes back, with
-    `record["finished"]` false. A second one ends it at once. A run with a folder goes on with `resume`.
+    `record["finished"]` false. A second one, or one before there is a plan, ends it at once: it raises
+    `KeyboardInterrupt`. A run with a folder goes on with `resume`.
 
     Args:
         model: a trained classifier of a supported family, or any module whose `sites` are given.

@@ -78,6 +78,10 @@ CONTROL = 0
 """The number under which the control's training goes; rounds begin at 1."""
 
 
+class AtOnce(KeyboardInterrupt):
+    """Ctrl-C came a second time: nothing more is done."""
+
+
 @contextmanager
 def seeded(options: Options) -> Iterator[None]:
     """Random numbers of our own, from the run's seed; afterwards the caller's go on as if nothing had been drawn.
@@ -218,6 +222,8 @@ class Run:
             record = self.measure(standing, reason)
             if self.with_control:
                 record["control"] = self.control(standing.student, sum(done.steps for done in standing.rounds))
+        except AtOnce:
+            raise
         except (Interrupted, KeyboardInterrupt) as stop:
             return self.interrupted(standing, stop)
         record["seconds"] = standing.seconds + time.monotonic() - started
@@ -485,15 +491,21 @@ class Run:
                     "the run goes on from the start of its round."
                 ) from error
         with interruptible() as asked:
-            phase.run(self.between(number, steps, facts, began, asked, start))
             kept = None
-            if start:
-                self.emit("blend", number=number)
-                settle = partial(gather_statistics, student, batch_norms(student), self.calibration, pieces=self.pieces)
-                cut = {name.removeprefix(START): value for name, value in start.items()}
-                kept = blend(student, cut, partial(self.apart, student), settle)
-            if asked.stop:
-                raise Interrupted(number, f"after step {steps} of {steps} {_where(number)}", student)
+            try:
+                phase.run(self.between(number, steps, facts, began, asked, start))
+                if start:
+                    self.emit("blend", number=number)
+                    norms = batch_norms(student)
+                    settle = partial(gather_statistics, student, norms, self.calibration, pieces=self.pieces)
+                    cut = {name.removeprefix(START): value for name, value in start.items()}
+                    kept = blend(student, cut, partial(self.apart, student), settle)
+                if asked.stop:
+                    raise Interrupted(number, f"after step {steps} of {steps} {_where(number)}", student)
+            except KeyboardInterrupt as again:
+                if asked.stop:
+                    raise AtOnce from again
+                raise
         return phase.losses, time.monotonic() - began, kept
 
     def between(
