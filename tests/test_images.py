@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,16 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import rmtkd
+from rmtkd import batches as batching
 from rmtkd import recipes
 from rmtkd.cli import app
 from rmtkd.errors import ArtifactError, DataError
 from rmtkd.measurement import accuracy, count_parameters
 from rmtkd.modeling_cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
 from rmtkd.recipes.cifar import LABELS, NORMALISATION, load, published_weights, resnet50, small_network
-from rmtkd.recipes.images import SHIFT, ImageRows, decode
+from rmtkd.recipes.groups import PARTS, SELECTION
+from rmtkd.recipes.images import BATCH, SHIFT, ImageRows, decode
+from rmtkd.roles import share_of
 
 RANDOM = np.random.default_rng(0)
 
@@ -142,6 +146,16 @@ def test_strange_weights_are_refused_by_name(tmp_path: Path) -> None:
         load("resnet32", tmp_path)
     with pytest.raises(DataError, match="no_such_module"):
         load("no_such_module:make", None)
+
+
+@pytest.mark.parametrize("make", [partial(small_network, 56), resnet50])
+def test_calibration_by_default_has_an_image_for_each_channel_of_every_network_that_is_named(make: Any) -> None:
+    images = np.zeros((50_000 * (PARTS - len(SELECTION)) // PARTS, 1, 1, 3), np.uint8)
+    rows = ImageRows(images, None, **NORMALISATION, batch_size=BATCH)
+    seen = sum(batching.rows(batch) for batch in share_of(rows, recipes.get("cifar10").options["calibration_share"]))
+    with torch.device("meta"):
+        widest = max(module.out_channels for module in make().modules() if isinstance(module, torch.nn.Conv2d))
+    assert seen > 1.1 * widest
 
 
 def invoke(*words: object, code: int = 0) -> str:
