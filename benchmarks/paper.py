@@ -21,7 +21,7 @@ from torch import nn
 
 import rmtkd
 from packed import unpack
-from paper_table import table
+from paper_table import Reported, table
 from records import arguments, print_event, publish, tried
 from rmtkd import batches as batching
 from rmtkd import recipes
@@ -53,7 +53,6 @@ class Entry:
         name: of the network.
         task: a recipe.
         start: makes it, untrained, from the data folder; None where `pretrained` names a checkpoint to fine-tune.
-        published: what the source says of it: parameters, and of each setting of the table what it reports.
         threshold: selection accuracy at which the teacher is trained enough.
         epochs: of its training, at most.
         training: how; with a checkpoint, the recipe's own way.
@@ -66,7 +65,6 @@ class Entry:
     name: str
     task: str
     start: Callable[[Path | None, int], Source] | None = None
-    published: Mapping[str, Any] = field(default_factory=dict)
     threshold: float = 1.0
     epochs: int = 5
     training: Recovery | None = None
@@ -103,6 +101,18 @@ class Bench:
     meter: Counter | None = None
     prepared: Path | None = None
 
+    def command(self, entry: Entry, part: str) -> str:
+        """What makes this cell, and its teacher where that is not there yet; folders and files by what they are."""
+        only, setting = f"--only {entry.key}", "" if part == "teacher" else f" --settings {part}"
+        where = f"--seeds {self.seed} --device {self.device}"
+        data = "" if self.data is None else " --data DIR"
+        if self.prepared is not None:
+            first = f"rmtkd bench parts prepare {self.name} --scale {self.scale}{data} {only} --out PARTS"
+            return f"{first} && rmtkd bench parts run PARTS{setting} {where}"
+        checkpoint = "" if entry.start else " --pretrained CHECKPOINT"
+        meter = "" if self.meter is None else " --meter FILE"
+        return f"rmtkd bench {self.name} --scale {self.scale}{data}{checkpoint} {only}{setting} {where}{meter}"
+
     def run(self, entry: Entry) -> None:
         """All cells of an entry; without its teacher none."""
         work = Work(bench=self, entry=entry)
@@ -113,7 +123,7 @@ class Bench:
     def _cell(self, entry: Entry, part: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
         def described() -> dict[str, Any]:
             facts = {"network": entry.name, "task": entry.task, "part": part, "scale": self.scale, "seed": self.seed}
-            return {**facts, "command": " ".join(["rmtkd bench", self.name, "--scale", self.scale]), **run()}
+            return {**facts, "command": self.command(entry, part), **run()}
 
         return tried(self.results / f"{self.scale}-{entry.key}-{part}-seed{self.seed}.json", described)
 
@@ -312,8 +322,7 @@ def main(
     describe: str | None,
     scales: Mapping[str, Sequence[Entry]],
     settings: Mapping[str, Any],
-    published: Mapping[str, Mapping[str, Any]],
-    reasons: Mapping[str, str],
+    reported: Reported,
 ) -> None:
     """The command line of a table."""
     parser = arguments(name, describe)
@@ -340,7 +349,7 @@ def main(
         for entry in scales[chosen.scale]:
             if chosen.only is None or entry.key in chosen.only:
                 bench.run(entry)
-    publish(name, table(results, published, reasons), chosen.results)
+    publish(name, table(results, reported), chosen.results)
 
 
 def from_random(model: nn.Module, seed: int, **companions: Any) -> Source:

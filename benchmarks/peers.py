@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from curve import Work, energy, guarded, magnitude
-from records import arguments, cell, percent, print_event, publish, spread
+from records import arguments, at_best_rate, cell, percent, print_event, publish, spread
 from rmtkd.distillation import Recovery, Teacher
 from rmtkd.environment import has_bf16
 from rmtkd.measurement import accuracy, count_parameters
@@ -270,18 +270,13 @@ def table(results: Path) -> str:
     ]
     for task in dict.fromkeys(r["task"] for r in found):
         for peer in PEERS:
-            by_rate: dict[float, list[dict[str, Any]]] = {}
-            mine = [r for r in found if (r["task"], r["peer"]) == (task, peer)]
-            for r in mine:
-                if r["epochs"] == max(each["epochs"] for each in mine):
-                    by_rate.setdefault(r["lr"], []).append(r)
-            if by_rate:
-                lr, cells = max(by_rate.items(), key=lambda item: _mean(item[1], "accuracy_selection"))
+            cells = at_best_rate([r for r in found if (r["task"], r["peer"]) == (task, peer)])
+            if cells:
                 share = statistics.mean(r["parameters"] / r["baseline_parameters"] for r in cells)
                 reached = percent(cells, "accuracy")
                 against = statistics.mean(reached) - _mean(cells, "teacher")
                 selection = _mean(cells, "accuracy_selection")
-                facts = f"{len(cells)} | {share:.1%} | {lr:g} | {spread(reached)} | {against:+.2f}"
+                facts = f"{len(cells)} | {share:.1%} | {cells[0]['lr']:g} | {spread(reached)} | {against:+.2f}"
                 lines.append(f"| {task} | {peer} | {facts} | {selection:.2f} |")
     return "\n".join(lines) if found else ""
 

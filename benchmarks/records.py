@@ -66,6 +66,16 @@ def percent(cells: Sequence[Mapping[str, Any]], key: str) -> list[float]:
     return [100 * (value["value"] if isinstance(value, Mapping) else value) for value in values]
 
 
+def at_best_rate(cells: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Of the cells of one method those that learned longest, at the learning rate that is best on selection rows."""
+    longest = max((each["epochs"] for each in cells), default=0)
+    by_rate: dict[float, list[Mapping[str, Any]]] = {}
+    for each in cells:
+        if each["epochs"] == longest:
+            by_rate.setdefault(each["lr"], []).append(each)
+    return max(by_rate.values(), key=lambda mine: statistics.mean(percent(mine, "accuracy_selection")), default=[])
+
+
 def spread(values: Sequence[float], form: str = ".2f") -> str:
     """Mean over seeds, and their standard deviation where there are several."""
     deviation = f" ± {statistics.stdev(values):{form.replace('+', '')}}" if len(values) > 1 else ""
