@@ -5,7 +5,7 @@
 
 *prepare* writes all that is needed into one folder, in files of at most 60 MB: rows as token ids or bytes of images,
 and the vocabulary. A folder may be prepared entry by entry. Every text task is one small file a role; CIFAR-10 is 110
-MB in all, which is more than 60 however it is coded (`packed.py`): there a part reads several files, which have to be
+MB in all, and no coding that was tried brings it to 60 (`packed.py`): there a part reads four files, which have to be
 carried one by one. Entries that start from a checkpoint are left out. *run* reads this folder alone. It works for so
 many minutes, ends as Ctrl-C does, after the step that is under way, and the next call goes on there: in the training
 of a teacher, in a recovery, or with the next measurement. A measurement, and the look at a model before it is cut, are
