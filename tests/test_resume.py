@@ -392,6 +392,41 @@ def test_another_model_or_other_rows_are_refused(model: torch.nn.Module, rows: d
         rmtkd.resume(stopped, model, **rows, teacher_model=model)
 
 
+def calibrated(rows: dict[str, Any]) -> dict[str, Any]:
+    """With calibration rows of their own: no share of the training rows is seen by anything but training."""
+    return {**rows, "calibration": random_rows(160, seed=1)}
+
+
+def test_other_training_rows_are_refused_also_where_calibration_does_not_see_them(
+    model: torch.nn.Module, rows: dict[str, Any], tmp_path: Path
+):
+    out, given = tmp_path / "run", calibrated(rows)
+    with pytest.raises(Killed):
+        run(model, given, out, on_event=killing_at(5))
+    with pytest.raises(RunError, match="goes on with the training rows that it began with"):
+        rmtkd.resume(out, model, **{**given, "train": relabelled(rows["train"])})
+    with pytest.raises(RunError, match="goes on with the calibration rows that it began with"):
+        rmtkd.resume(out, model, **{**given, "calibration": random_rows(160, seed=6)})
+    one = copy.copy(rows["train"])
+    one.ids = [*one.ids[:-1], [*one.ids[-1][:-1], 49 - one.ids[-1][-1] % 2]]  # a token of a row
+    with pytest.raises(RunError, match="goes on with the training rows that it began with"):
+        rmtkd.resume(out, model, **{**given, "train": one})
+    assert rmtkd.resume(out, model, **given).record["finished"]
+
+
+def test_a_run_of_an_earlier_version_which_did_not_look_at_all_training_rows_goes_on(
+    model: torch.nn.Module, rows: dict[str, Any], whole: Compressed, stopped: Path
+):
+    config = RunFolder(stopped).config()
+    began = config["began_with"]
+    count = began["training rows"].split(" ", 1)[1]
+    began["training rows"] = f"{began.pop('calibration rows')} {count}"
+    RunFolder(stopped).save_json("config.json", checkpoint._sealed(config))
+    with pytest.raises(RunError, match="goes on with the training rows that it began with"):
+        rmtkd.resume(stopped, model, **{**rows, "train": relabelled(rows["train"])})
+    assert_same(rmtkd.resume(stopped, model, **rows), whole)
+
+
 def test_altered_weights_of_a_finished_run_are_refused(model: torch.nn.Module, rows: dict[str, Any], tmp_path: Path):
     run(model, rows, tmp_path / "run")
     weights = tmp_path / "run" / "model" / "model.safetensors"
@@ -532,6 +567,23 @@ def test_a_run_of_another_device_is_reported_anywhere_and_goes_on_only_there(
     assert "cuda:99" in page.read_text()
     with pytest.raises(OptionError, match=r"device must be there\. Got 'cuda:99'"):
         rmtkd.resume(stopped, model, **rows)
+
+
+def test_a_run_goes_on_in_the_precision_that_it_began_in(
+    model: torch.nn.Module, rows: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(rmtkd.run, "has_bf16", lambda _: True)
+    expected = run(model, rows, tmp_path / "whole")
+    assert expected.record["precision"] == "bf16" and expected.record["config"]["precision"] == "auto"
+    with pytest.raises(Killed):
+        run(model, rows, tmp_path / "run", on_event=killing_at(9))
+    shutil.copytree(tmp_path / "run", tmp_path / "earlier")
+    monkeypatch.setattr(rmtkd.run, "has_bf16", lambda _: False)
+    assert_same(rmtkd.resume(tmp_path / "run", model, **rows), expected)
+    config = RunFolder(tmp_path / "earlier").config()
+    assert config.pop("precision") == "bf16"  # which earlier versions did not write
+    RunFolder(tmp_path / "earlier").save_json("config.json", checkpoint._sealed(config))
+    assert rmtkd.resume(tmp_path / "earlier", model, **rows).record["precision"] == "fp32"
 
 
 @pytest.mark.parametrize("name", ["step", "round"])

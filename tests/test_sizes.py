@@ -216,6 +216,21 @@ def test_sizes_of_an_earlier_version_go_on(
         rmtkd.compress_sizes(model, targets=["70%params"], out=out, **{**options, "gentle": 0.4, "blend": True})
 
 
+def test_every_size_goes_on_in_the_precision_that_it_began_in(
+    model: torch.nn.Module, common: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def stop(event: Any) -> None:
+        if event["event"] == "cut":
+            raise KeyboardInterrupt
+
+    out, options = tmp_path / "sizes", {**common, "policy": "paper", "precision": "auto", "epochs": 0.3}
+    monkeypatch.setattr(run, "has_bf16", lambda _: True)
+    rmtkd.compress_sizes(model, targets=["70%params"], out=out, on_event=stop, **options)
+    monkeypatch.setattr(run, "has_bf16", lambda _: False)
+    sizes = rmtkd.compress_sizes(model, targets=["70%params", "50%params"], out=out, **options)
+    assert [size.record["precision"] for size in sizes.values()] == ["bf16", "fp32"]
+
+
 # The command
 
 

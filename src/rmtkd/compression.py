@@ -130,29 +130,27 @@ def resume(
     """
     folder = RunFolder.open(Path(run_folder))
     try:
-        chosen, given, control, began_with = _asked(folder)
+        chosen, given, control, config = _asked(folder)
         rows = Roles(train=train, selection=selection, report=report, calibration=calibration, example=example)
         with seeded(chosen):
             rows = rows.called(forward)
             run = Run(model, rows, chosen, sites=sites, teacher_model=teacher_model, control=control, on_event=on_event)
-            now = run.config()["began_with"]
-            for name in {**began_with, **now}:
-                if now.get(name) != began_with.get(name):
-                    raise RunError(
-                        f"a run goes on with the {name} that it began with. These are others. Pass the same ones, or "
-                        "start a new run; nothing was changed."
-                    )
+            if others := run.take_up(config):
+                raise RunError(
+                    f"a run goes on with the {others[0]} that it began with. These are others. Pass the same ones, or "
+                    "start a new run; nothing was changed."
+                )
             return run.execute(given, folder, artifact.check_extra_files(extra_files))
     finally:
         folder.release()
 
 
-def _asked(folder: RunFolder) -> tuple[Options, Plan | None, bool, Mapping[str, str]]:
-    """The options of a run, the plan it was given, whether it has a control, and with what it began."""
+def _asked(folder: RunFolder) -> tuple[Options, Plan | None, bool, Mapping[str, Any]]:
+    """The options of a run, the plan it was given, whether it has a control, and all that its configuration says."""
     config = folder.config()
     try:
         given = None if config["plan"] is None else Plan.from_json(json.dumps(config["plan"]))
-        return Options.from_dict(config["options"]), given, bool(config["control"]), dict(config["began_with"])
+        return Options.from_dict(config["options"]), given, bool(config["control"]), config
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise RunError(
             f"{folder.path / 'config.json'} must be as it was written. Reading it gave: {error!r}. Restore "

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rmtkd import batches as batching
@@ -14,6 +15,9 @@ from rmtkd.checkpoint import checksum
 from rmtkd.errors import DataError
 from rmtkd.measurement import Estimate, answers, chance_level, check_labels, predict, proportion
 from rmtkd.memory import Pieces
+
+MOST = 1024
+"""About as many numbers of each tensor of a row tell it from others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +52,27 @@ class Roles:
 
 
 class Answered:
-    """Rows without labels, labelled with a model's answers: accuracy then is agreement with it."""
+    """Rows without labels, labelled with a model's answers: accuracy then is agreement with it.
+
+    The answers to all batches of the first whole pass are kept. A batch is known again by what it holds, as collections
+    may come in another order.
+    """
 
     def __init__(self, batches: Iterable[Batch], model: nn.Module, pieces: Pieces):
         self.batches, self.model, self.pieces = batches, model, pieces
+        self.known: dict[str, Tensor] = {}
+        self.is_whole = False
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self.batches:
-            yield batching.labelled(batch, answers(self.model, batch, self.pieces).argmax(-1))
+            content = checksum(_tensors(batch))
+            found = self.known.get(content)
+            if found is None:
+                found = answers(self.model, batch, self.pieces).argmax(-1)
+                if not self.is_whole:
+                    self.known[content] = found
+            yield batching.labelled(batch, found)
+        self.is_whole = True
 
 
 def share_of(rows: Iterable[Batch], share: float) -> Iterable[Batch]:
@@ -85,23 +102,58 @@ def check_teacher(model: nn.Module, selection: Iterable[Batch], *, pieces: Piece
 
 
 def fingerprint(rows: Iterable[Batch], role: str) -> tuple[str, bool]:
-    """SHA-256 of all rows, and whether they have labels.
+    """SHA-256 of all rows, in their order and batches, and whether they have labels.
 
     Raises:
         DataError: if there are none, or only some have labels.
     """
     digest, labelled = hashlib.sha256(), set()
     for batch in rows:
-        args, kwargs = batching.inputs(batch)
-        labels = batching.labels(batch)
-        named = {str(key): value for key, value in [*enumerate(args), *kwargs.items(), ("labels", labels)]}
-        digest.update(checksum({name: value for name, value in named.items() if isinstance(value, Tensor)}).encode())
-        labelled.add(labels is not None)
+        named = _tensors(batch)
+        digest.update(checksum(named).encode())
+        labelled.add("labels" in named)
     if not labelled:
         raise DataError(f"{role} rows must hold at least one batch. Got none. Pass more rows.")
     if len(labelled) == 2:
         raise DataError(f"{role} rows must all have labels, or none. Got both. Label them, or leave labels out.")
     return digest.hexdigest(), labelled.pop()
+
+
+def fingerprint_of_all(rows: Iterable[Batch]) -> tuple[str, int]:
+    """A fingerprint of rows in whatever order and padding they come, and how many batches these are: collections may
+    shuffle, by random numbers of their own, too. Every row is hashed by itself, and the hashes are added."""
+    total = count = 0
+    for batch in rows:
+        count += 1
+        total += sum(int.from_bytes(hashlib.sha256(content).digest(), "big") for content in _contents(batch))
+    return f"{total % 2**256:064x}", count
+
+
+def _contents(batch: Batch) -> Iterator[bytes]:
+    """What each row holds at its real positions: of long tensors, numbers that are evenly spread."""
+    count, named = batching.rows(batch), _tensors(batch)
+    mask = named.get("attention_mask")
+    real = mask.cpu().bool().numpy() if mask is not None and mask.ndim == 2 else None
+    parts = []
+    for name, value in sorted(named.items()):
+        by_position = real is not None and value.shape[:2] == real.shape
+        shape = (count, value.shape[1] if by_position else math.prod(value.shape[1:]), -1)
+        flat = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+        if len(flat):
+            parts.append((name.encode(), flat.numpy().reshape(shape), real if by_position else None))
+    for i in range(count):
+        row = []
+        for name, values, where in parts:
+            numbers = values[i] if where is None else values[i][where[i]]
+            row += [name, str(len(numbers)).encode(), numbers[:: max(1, len(numbers) // MOST)].tobytes()]
+        yield b" ".join(row)
+
+
+def _tensors(batch: Batch) -> dict[str, Tensor]:
+    """What a batch holds, by name or place, its labels among them."""
+    args, kwargs = batching.inputs(batch)
+    named = {str(key): value for key, value in [*enumerate(args), *kwargs.items(), ("labels", batching.labels(batch))]}
+    return {name: value for name, value in named.items() if isinstance(value, Tensor)}
 
 
 def check_report(rows: Iterable[Batch], classes: int) -> None:

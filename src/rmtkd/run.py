@@ -47,7 +47,7 @@ from rmtkd.norms import batch_norms, gather_statistics
 from rmtkd.planning import Plan, Spectrum
 from rmtkd.pretrained import presented
 from rmtkd.result import Compressed
-from rmtkd.roles import Answered, Roles, check_report, check_teacher, fingerprint, share_of
+from rmtkd.roles import Answered, Roles, check_report, check_teacher, fingerprint, fingerprint_of_all, share_of
 from rmtkd.schedule import History, Options, Round, kept_widths, stop_reason, thinned, too_much_lost
 from rmtkd.sensitivity import ROWS, spread
 from rmtkd.sites import (
@@ -132,11 +132,15 @@ class Run:
         )
         self.measured_against: dict[str, str] = {}
         batching.first(rows.train, "training rows")
-        self.fingerprints: dict[str, str] = {"training rows": fingerprint(self.calibration, "training")[0]}
+        told = "training" if rows.calibration is None else "calibration"
+        seen = fingerprint(self.calibration, told)[0]
+        self.fingerprints: dict[str, str] = {}
         self.selection = self._labelled("selection", rows.selection)
         self.report = None if rows.report is None else self._labelled("report", rows.report)
         self.example = batching.to(rows.example or batching.first(rows.selection, "selection"), options.device)
-        self.batches_per_epoch = sum(1 for _ in rows.train)
+        batching.set_epoch(rows.train, 0)
+        all_rows, self.batches_per_epoch = fingerprint_of_all(rows.train)
+        self.fingerprints |= {"training rows": f"{all_rows} {self.batches_per_epoch} batches", "calibration rows": seen}
         self.teacher_model: nn.Module | None = None
         if teacher_model is not None:
             self.teacher_model = copy.deepcopy(teacher_model).to(options.device).eval()
@@ -144,7 +148,6 @@ class Run:
             self.fingerprints["teacher model"] = checksum(tensors_of(self.teacher_model))
         # What the first cut is made from: the same function as the teacher's.
         self.start, self.sites = in_levels(self.model, self.sites, rows.train, options.embedding_levels)
-        self.fingerprints["training rows"] += f" {self.batches_per_epoch} batches"
         self.precision: Precision = "fp32"
         if options.precision == "bf16" or (options.precision == "auto" and has_bf16(options.device)):
             self.precision = "bf16"
@@ -185,8 +188,26 @@ class Run:
             "options": self.options.to_dict(),
             "control": self.with_control,
             "made_with": made_with(),
-            "began_with": {"model": checksum(tensors_of(self.model), repr(self.sites)), **self.fingerprints},
+            "precision": self.precision,
+            "began_with": self.begins_with(),
         }
+
+    def begins_with(self) -> dict[str, str]:
+        """SHA-256 of the model and of the rows."""
+        return {"model": checksum(tensors_of(self.model), repr(self.sites)), **self.fingerprints}
+
+    def take_up(self, config: Mapping[str, Any]) -> list[str]:
+        """Be the run that an earlier session began, by its `config.json`: in the precision that it decided on.
+
+        Returns:
+            What it began with and is another now.
+        """
+        self.precision = config.get("precision", self.precision)
+        began, now = config["began_with"], self.begins_with()
+        if "calibration rows" not in began:  # earlier versions knew training rows by those that calibration sees
+            count = f"{self.batches_per_epoch} batches"
+            now |= {"training rows": f"{now['calibration rows']} {count}", "calibration rows": None}
+        return [name for name in {**began, **now} if began.get(name) != now.get(name)]
 
     def execute(
         self,

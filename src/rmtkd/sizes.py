@@ -1,6 +1,5 @@
 """Several sizes of one model: what plans are made from is measured once, then every target is a run of its own."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -144,10 +143,10 @@ def _open(path: Path, run: Run) -> RunFolder:
         return RunFolder(path)
     folder = RunFolder.open(path)
     try:
-        asked, now = folder.config(), json.loads(json.dumps(run.config()))
-        asked["options"] = json.loads(json.dumps(Options.from_dict(asked["options"]).to_dict()))
-        theirs, ours = ({**c["options"], "control": c["control"], **c["began_with"]} for c in (asked, now))
-        if differ := [name for name in ours | theirs if ours.get(name) != theirs.get(name)]:
+        config = folder.config()
+        theirs = {**Options.from_dict(config["options"]).to_dict(), "control": config["control"]}
+        ours = {**run.options.to_dict(), "control": run.with_control}
+        if differ := [name for name in ours if ours[name] != theirs[name]] + run.take_up(config):
             raise RunError(
                 f"a run goes on with what it began with. In {path} other values were given for: {', '.join(differ)}. "
                 "Give the same, or choose another folder; nothing was changed."
