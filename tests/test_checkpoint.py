@@ -77,6 +77,58 @@ def test_a_run_may_start_in_a_new_an_empty_or_a_planned_folder(tmp_path: Path):
         assert RunFolder(tmp_path / name).config()["options"] == {"seed": 3}
 
 
+def test_of_two_runs_that_begin_in_one_folder_at_once_the_second_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Both have found the folder free before either has written to it."""
+    out, check, first = tmp_path / "run", RunFolder.check_free, []
+
+    def check_while_another_begins(path: Path) -> None:
+        check(path)
+        if not first:
+            first.append(None)
+            first[0] = RunFolder.create(path, {"who": "first", "began_with": {}})
+
+    monkeypatch.setattr(RunFolder, "check_free", check_while_another_begins)
+    with pytest.raises(RunError, match="one process at a time"):
+        RunFolder.create(out, {"who": "second"})
+    assert RunFolder(out).config()["who"] == "first"
+    with pytest.raises(RunError, match="one process at a time"):
+        RunFolder.open(out)
+    first[0].release()
+    with pytest.raises(RunError, match="holds another run"):
+        RunFolder.create(out, {"who": "third"})
+    RunFolder.open(out).release()
+
+
+def test_a_run_that_is_refused_leaves_its_folder_to_the_next(tmp_path: Path):
+    first = RunFolder.create(tmp_path / "run", {"who": "first"})
+    late = RunFolder(tmp_path / "run")
+    with pytest.raises(RunError, match="one process at a time"):
+        late._take()
+    first.forget()
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(RunError):
+        late._take()
+    RunFolder.create(tmp_path / "run", {"who": "next"}).release()
+
+
+def test_a_folder_that_was_removed_meanwhile_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / "run").mkdir()
+    lock = fcntl.flock
+
+    def locked_too_late(descriptor: int, how: int) -> None:
+        (tmp_path / "run").rmdir()
+        (tmp_path / "run").mkdir()
+        lock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", locked_too_late)
+    with pytest.raises(RunError, match="one process at a time"):
+        RunFolder.create(tmp_path / "run", {})
+    assert list((tmp_path / "run").iterdir()) == []
+
+
 @pytest.mark.parametrize("held", ["config.json", "thesis.tex", "plan.json.bak"])
 def test_a_folder_with_anything_else_is_refused_and_untouched(tmp_path: Path, held: str):
     out = tmp_path / "out"

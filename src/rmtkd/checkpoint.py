@@ -167,11 +167,16 @@ class RunFolder:
             config: what `config.json` shall say: all that it takes to start the run again.
 
         Raises:
-            RunError: if the folder holds another run or other files, or cannot be written.
+            RunError: if the folder holds another run or other files, cannot be written, or another process is at it.
         """
         folder = cls.for_plan(path)
-        folder.save_json("config.json", _sealed({**config, "id": secrets.token_hex(8)}))
         folder._take()
+        try:
+            cls.check_free(path)  # still, now that nobody else begins a run in it
+            folder.save_json("config.json", _sealed({**config, "id": secrets.token_hex(8)}))
+        except BaseException:
+            folder.release()
+            raise
         return folder
 
     @classmethod
@@ -271,12 +276,12 @@ class RunFolder:
 
     def forget(self) -> None:
         """Remove a run that was refused before it had a plan, so that its folder is free again."""
-        self.release()
         for name in ("config.json", "record.jsonl"):
             (self.path / name).unlink(missing_ok=True)
         self.drop_state()
         with suppress(OSError):  # a plan lies in it
             self.path.rmdir()
+        self.release()
 
     def release(self) -> None:
         """Let other processes have the run."""
@@ -363,19 +368,26 @@ class RunFolder:
             raise RunError(f"{path} must be as it was written. Reading it gave: {error}. Restore it.") from None
 
     def _take(self) -> None:
-        """Keep other processes away until this one ends, however it ends."""
+        """Keep other processes away until this one ends, however it ends. What is locked is the folder: any file in it
+        may be replaced."""
         try:
             import fcntl
         except ImportError:  # a system without it goes without
             return
-        self._lock = os.open(self.path / "config.json", os.O_RDONLY)
+        with _told(self.path):
+            self._lock = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            is_ours = os.path.samestat(os.fstat(self._lock), self.path.stat())
+        except (BlockingIOError, FileNotFoundError):
+            is_ours = False
+        except OSError:  # a file system that does not lock folders goes without, too
+            return
+        if not is_ours:
             self.release()
             raise RunError(
                 f"one process at a time must work on a run. Another one is at {self.path}. Wait for it, or stop it."
-            ) from None
+            )
 
 
 def _sealed(config: Mapping[str, Any]) -> dict[str, Any]:
