@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Node
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -21,28 +21,22 @@ from rmtkd.batches import Batch
 from rmtkd.errors import UnsupportedModelError
 from rmtkd.measurement import evaluation
 from rmtkd.modeling_rmtkd import LowRankPair
+from rmtkd.sites.graph import (
+    CHANNEL_BY_CHANNEL,
+    CONVOLUTIONS,
+    JOINING,
+    LOOKING,
+    RESHAPING,
+    count,
+    numbers,
+    operator_of,
+    place_of,
+    rank_of,
+    shape_of,
+    weight_of,
+)
 from rmtkd.sites.site import RANK, Attribute, Axis, Site, Stream
 
-CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
-CHANNEL_BY_CHANNEL = frozenset(
-    (
-        *("relu", "relu6", "hardtanh", "leaky_relu", "elu", "selu", "celu", "silu", "gelu", "mish", "sigmoid"),
-        *("hardsigmoid", "hardswish", "tanh", "softplus", "neg", "abs", "square", "log_sigmoid", "threshold", "rrelu"),
-        *("hardshrink", "softshrink", "clamp", "clamp_min", "clamp_max", "clip", "exp", "log", "sqrt", "rsqrt", "pow"),
-        *("reciprocal", "sin", "cos", "erf"),
-        *("dropout", "feature_dropout", "alpha_dropout", "clone", "contiguous", "to", "alias", "detach"),
-        *("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d"),
-        *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d"),
-        *("upsample_nearest1d", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d"),
-    )
-)
-"""Operators that act on every channel by itself, the same on all, where they are given no tensor but it."""
-LOOKING = frozenset(["_assert_tensor_metadata"])
-"""Operators that give nothing: what `float` and the like put into a graph beside themselves."""
-JOINING = frozenset(["add", "sub", "mul", "div", "maximum", "minimum"])
-"""Operators of two activations, channel by channel."""
-RESHAPING = frozenset(["flatten", "view", "reshape", "squeeze", "mean", "unsqueeze"])
-"""Operators that a width comes through where channels stay what they are."""
 ENDS = ("it is the input of the network", "it is the output of the network")
 
 
@@ -158,10 +152,10 @@ class _Tracer:
     def follow(self) -> None:
         for order, node in enumerate(self.nodes):
             self.order = order
-            if node.op == "placeholder" and node.name not in self.names and _shape(node) is not None:
+            if node.op == "placeholder" and node.name not in self.names and shape_of(node) is not None:
                 self._stay_whole(self._begin(node), ENDS[0])
             elif node.op == "call_function":
-                self._call(node, _operator(node))
+                self._call(node, operator_of(node))
             elif node.op == "output":
                 for source in node.all_input_nodes:
                     self._end(source, ENDS[1])
@@ -205,12 +199,12 @@ class _Tracer:
     def _rank_of(self, node: Node, path: str, module: Any, scope: str | None) -> Site:
         """A pair of rank r costs `r · (taps · in + out)` where the second is 1 × 1, and `r · (in + taps · out)` where
         the first is; each at the positions of what it writes."""
-        before, after = (_count((_shape(end) or ())[2:]) for end in (node.args[0], node))
-        taps = _count(module.kernel_size)
+        before, after = (count((shape_of(end) or ())[2:]) for end in (node.args[0], node))
+        taps = count(module.kernel_size)
         behind = after * (taps * module.in_channels + module.out_channels)
         ahead = before * module.in_channels + after * taps * module.out_channels
         is_ahead = ahead < behind
-        plain = not any(_numbers(module.padding)) or not is_ahead
+        plain = not any(numbers(module.padding)) or not is_ahead
         stream = Stream(
             module=path,
             side="input" if is_ahead else "output",
@@ -238,7 +232,7 @@ class _Tracer:
             return
         if operator in CONVOLUTIONS or operator == "linear":
             self._map(node, is_linear=operator == "linear")
-        elif operator == "batch_norm" or (operator == "prelu" and _shape(node.args[1]) != (1,)):
+        elif operator == "batch_norm" or (operator == "prelu" and shape_of(node.args[1]) != (1,)):
             self._norm(node)
         elif (operator in CHANNEL_BY_CHANNEL and len(node.all_input_nodes) == 1) or operator == "prelu":
             self._pass_on(node, sources[0])
@@ -251,7 +245,7 @@ class _Tracer:
         elif operator == "getitem":
             self._give_up(node, width_of(self.found[sources[0]].width).whole or "it is one of several outputs")
         else:
-            self._give_up(node, f"{operator} at {_place(node)} is not known to act channel by channel")
+            self._give_up(node, f"{operator} at {place_of(node)} is not known to act channel by channel")
 
     def _map(self, node: Node, *, is_linear: bool) -> None:
         """A convolution or a linear map: reads one width, writes another."""
@@ -259,14 +253,14 @@ class _Tracer:
         name = self._name(weight)
         path = self._module_of(name, (nn.Linear,) if is_linear else (nn.Conv1d, nn.Conv2d, nn.Conv3d))
         if name is None or path is None:
-            self._give_up(node, f"the weight at {_place(node)} is no plain parameter of a convolution or linear map")
+            self._give_up(node, f"the weight at {place_of(node)} is no plain parameter of a convolution or linear map")
             return
         channels = self.found[source]  # type: ignore[index]
         module: Any = self.model.get_submodule(path)
         if not is_linear:
             self.convolutions.setdefault(path, []).append(node)
         groups = 1 if is_linear else module.groups
-        if channels.dim != (len(_shape(source) or ()) - 1 if is_linear else 1):
+        if channels.dim != (len(shape_of(source) or ()) - 1 if is_linear else 1):
             self._give_up(node, f"{path} reads another dimension than that of the channels")
             return
         bias = self._name(rest[0]) if rest else None
@@ -276,11 +270,11 @@ class _Tracer:
             return
         read = self._side(name, "read", channels.width)
         norm = self._norm_after(node)
-        plain = norm is None and bias is not None and (is_linear or not any(_numbers(module.padding)))
+        plain = norm is None and bias is not None and (is_linear or not any(numbers(module.padding)))
         reader = _Reader(path, channels.positions, norm, bias if plain else None)
         if reader not in read.readers:
             read.readers.append(reader)
-        made = self._begin(node, dim=len(_shape(node) or ()) - 1 if is_linear else 1)
+        made = self._begin(node, dim=len(shape_of(node) or ()) - 1 if is_linear else 1)
         width = self._side(name, "written", made)
         if path not in width.writing:
             width.writing.append(path)
@@ -288,7 +282,7 @@ class _Tracer:
 
     def _grouped(self, node: Node, channels: _Channels, path: str, groups: int, written: Sequence[Axis]) -> None:
         width = channels.width
-        if groups == width_of(width).size == _shape(node)[1]:  # type: ignore[index]  # one filter a channel
+        if groups == width_of(width).size == shape_of(node)[1]:  # type: ignore[index]  # one filter a channel
             width = self._side(written[0].parameter, "written", width)
             width.rotates = False
             width.writers += [axis for axis in written if axis not in width.writers]
@@ -304,9 +298,9 @@ class _Tracer:
         names = [self._name(part) for part in node.args[1:5] if isinstance(part, Node)]
         owner = None if not names or names[0] is None else names[0].rpartition(".")[0]
         if owner is None or None in names or not isinstance(self.model.get_submodule(owner), (_NormBase, nn.PReLU)):
-            self._give_up(node, f"the norm at {_place(node)} is no plain one with its own parameters")
+            self._give_up(node, f"the norm at {place_of(node)} is no plain one with its own parameters")
             return
-        if _operator(node) == "batch_norm" and len(names) < 3 and node.args[3] is None:
+        if operator_of(node) == "batch_norm" and len(names) < 3 and node.args[3] is None:
             self._give_up(node, f"{owner} takes its statistics from the batch that is run")
             return
         axes = [Axis(parameter=name, dim=0) for name in names if name is not None]
@@ -319,53 +313,53 @@ class _Tracer:
         parts = [part for part in (first, second) if isinstance(part, Node) and part in self.found]
         if len(parts) < 2:
             other = next((part for part in (first, second) if isinstance(part, Node) and part not in self.found), None)
-            if other is None or _count(_shape(other)) == 1:
+            if other is None or count(shape_of(other)) == 1:
                 self._pass_on(node, parts[0])
             else:
-                self._give_up(node, f"{_operator(node)} at {_place(node)} has a factor or term for each channel")
+                self._give_up(node, f"{operator_of(node)} at {place_of(node)} has a factor or term for each channel")
             return
         a, b = (self.found[part] for part in parts)
-        same = a.dim - _rank(parts[0]) == b.dim - _rank(parts[1]) and a.positions == b.positions
+        same = a.dim - rank_of(parts[0]) == b.dim - rank_of(parts[1]) and a.positions == b.positions
         if not same or width_of(a.width).size != width_of(b.width).size:
-            self._give_up(node, f"{_operator(node)} at {_place(node)} joins other numbers of channels")
+            self._give_up(node, f"{operator_of(node)} at {place_of(node)} joins other numbers of channels")
             return
-        deeper = a if _rank(parts[0]) >= _rank(parts[1]) else b
+        deeper = a if rank_of(parts[0]) >= rank_of(parts[1]) else b
         self._unite(a.width, b.width).rotates = False
         self.found[node] = deeper
 
     def _reshape(self, node: Node, source: Node) -> None:
         """Whether channels stay apart is seen by the shapes: with examples of unequal numbers nothing else fits."""
-        channels, before, after = self.found[source], _shape(source), _shape(node)
+        channels, before, after = self.found[source], shape_of(source), shape_of(node)
         width_of(channels.width).rotates = False
         assert before is not None and after is not None
-        if _operator(node) == "mean":
-            named = _numbers(node.args[1]) if len(node.args) > 1 else range(len(before))
+        if operator_of(node) == "mean":
+            named = numbers(node.args[1]) if len(node.args) > 1 else range(len(before))
             dims = [dim % len(before) for dim in named]
             keeps = len(node.args) > 2 and bool(node.args[2])
             if channels.dim in dims:
-                self._give_up(node, f"mean at {_place(node)} is taken over channels")
+                self._give_up(node, f"mean at {place_of(node)} is taken over channels")
                 return
             shift = 0 if keeps else sum(1 for dim in dims if dim < channels.dim)
             self.found[node] = _Channels(channels.width, channels.dim - shift, channels.positions)
         elif len(after) > channels.dim and after[: channels.dim + 1] == before[: channels.dim + 1]:
             self.found[node] = channels
         elif len(after) == channels.dim + 1 and after[: channels.dim] == before[: channels.dim]:
-            positions = _count(before[channels.dim + 1 :])
+            positions = count(before[channels.dim + 1 :])
             self.found[node] = _Channels(channels.width, channels.dim, channels.positions * positions)
         else:
-            self._give_up(node, f"{_operator(node)} at {_place(node)} mixes channels with positions")
+            self._give_up(node, f"{operator_of(node)} at {place_of(node)} mixes channels with positions")
 
     def _moves_positions(self, node: Node, operator: str, source: Node) -> bool:
         """Whether positions alone are cut off or added."""
         dim = self.found[source].dim
         if operator == "slice":
             return bool(node.args[1] != dim)
-        return operator in ("pad", "constant_pad_nd") and len(_numbers(node.args[1])) // 2 < _rank(source) - dim
+        return operator in ("pad", "constant_pad_nd") and len(numbers(node.args[1])) // 2 < rank_of(source) - dim
 
     # ------------------------------------------------------------------ widths
 
     def _begin(self, node: Node, dim: int = 1) -> _Width:
-        shape = _shape(node) or ()
+        shape = shape_of(node) or ()
         width = _Width(size=shape[dim] if len(shape) > dim else 1, order=self.order)
         self.widths.append(width)
         self.found[node] = _Channels(width, dim)
@@ -424,12 +418,12 @@ class _Tracer:
         """The norm by batch statistics, to be gathered anew, that alone reads what a map writes. One of two maps cannot
         take up the constants of both."""
         users = list(node.users)
-        statistics = users[0].args[3] if len(users) == 1 and _operator(users[0]) == "batch_norm" else None
+        statistics = users[0].args[3] if len(users) == 1 and operator_of(users[0]) == "batch_norm" else None
         if not isinstance(statistics, Node):
             return None
         name = self._name(statistics)
         path = None if name is None else name.rpartition(".")[0]
-        is_shared = any(_weight(call.args[0]) is not _weight(node) for call in statistics.users)
+        is_shared = any(weight_of(call.args[0]) is not weight_of(node) for call in statistics.users)
         return None if path is None or is_shared or is_frozen(self.model.get_submodule(path)) else path
 
     def _site(self, width: _Width) -> Site:
@@ -491,41 +485,3 @@ def _common_ancestor(paths: Sequence[str]) -> str | None:
             break
         common.append(parts[0])
     return ".".join(common) or None
-
-
-def _operator(node: Node) -> str:
-    """The operator's plain name: `relu_` changes in place what `relu` makes anew."""
-    name = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", str(node.target))
-    return name.split(".")[0].rstrip("_")
-
-
-def _place(node: Node) -> str:
-    """The path of the innermost module that a node belongs to."""
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    return (stack[-1][0] if stack else "") or "the network itself"
-
-
-def _weight(node: object) -> object:
-    """The weight of a map, or the second of whatever an operator takes."""
-    return node.args[1] if isinstance(node, Node) and len(node.args) > 1 else None
-
-
-def _shape(node: object) -> tuple[int, ...] | None:
-    value = node.meta.get("val") if isinstance(node, Node) else None
-    return tuple(value.shape) if isinstance(value, Tensor) else None
-
-
-def _rank(node: Node) -> int:
-    return len(_shape(node) or ())
-
-
-def _count(shape: Sequence[int] | None) -> int:
-    product = 1
-    for size in shape or ():
-        product *= size
-    return product
-
-
-def _numbers(value: object) -> tuple[Any, ...]:
-    """The entries of a list, or one by itself. `same` pads as far as filters reach."""
-    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
