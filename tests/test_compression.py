@@ -22,8 +22,8 @@ from rmtkd.modules import randomize
 from rmtkd.recipes import TokenRows
 from rmtkd.recipes.checkpoints import load_classifier
 from rmtkd.recipes.recipe import Rows
+from rmtkd.recovering import Recoveries
 from rmtkd.roles import check_teacher
-from rmtkd.run import Run
 from rmtkd.schedule import Options
 from rmtkd.sites import by_width, feed_forward_site, find_sites
 
@@ -298,13 +298,15 @@ def test_a_round_that_breaks_the_tolerance_is_taken_back_and_ends_the_run(
 ):
     calls = []
 
-    def spoil(_: Run, student: torch.nn.Module, *_rest: object, **_given: Any) -> tuple[list[float], float, None]:
+    def spoil(
+        _: Recoveries, student: torch.nn.Module, *_rest: object, **_given: Any
+    ) -> tuple[list[float], float, None]:
         calls.append(student)
         if len(calls) == spoiled:
             student.get_parameter("classifier.weight").data.mul_(-1)
         return [1.0], 0.0, None
 
-    monkeypatch.setattr(Run, "recover", spoil)
+    monkeypatch.setattr(Recoveries, "recover", spoil)
     result = run(teacher, task, granularity="site", tolerance=0.1)
     assert [done.rolled_back for done in result.rounds] == [False] * (spoiled - 1) + [True]
     assert result.record["stop_reason"].startswith(f"tolerance: round {spoiled} lost")

@@ -48,6 +48,7 @@ ORDER = [
     "checkpoint",
     "interruption",
     "progress",
+    "recovering",
     "artifact",
     "reporting",
     "dry_run",

@@ -19,17 +19,16 @@ from torch import Tensor, nn
 from rmtkd import artifact, progress, reporting
 from rmtkd import batches as batching
 from rmtkd.batches import Batch
-from rmtkd.blending import blend
 from rmtkd.checkpoint import RunFolder, checksum
 from rmtkd.cutting import cut_in_order
-from rmtkd.distillation import Teacher, check_pair
+from rmtkd.distillation import check_pair
 from rmtkd.dry_run import CHECK_ROWS, Survey, metrics_of, narrowed, plan
 from rmtkd.energy import measure_energy
 from rmtkd.environment import check_device, has_bf16, machine, versions
 from rmtkd.errors import ArtifactError, RunError
 from rmtkd.fisher import Metrics, fit
 from rmtkd.forecast import Forecast, forecast
-from rmtkd.interruption import Interrupted, interruptible
+from rmtkd.interruption import Interrupted
 from rmtkd.levels import in_levels
 from rmtkd.measurement import (
     Estimate,
@@ -42,10 +41,9 @@ from rmtkd.measurement import (
     time_forward,
 )
 from rmtkd.memory import Pieces, peak_bytes
-from rmtkd.modules import randomize
-from rmtkd.norms import batch_norms, gather_statistics
 from rmtkd.planning import Plan, Spectrum
 from rmtkd.pretrained import presented
+from rmtkd.recovering import CONTROL, AtOnce, Recoveries
 from rmtkd.result import Compressed
 from rmtkd.roles import Answered, Roles, check_report, check_teacher, fingerprint, fingerprint_of_all, share_of
 from rmtkd.schedule import History, Options, Round, kept_widths, stop_reason, thinned, too_much_lost
@@ -63,23 +61,13 @@ from rmtkd.sites import (
 )
 from rmtkd.standing import Standing, shaped
 from rmtkd.surgery import check_cut, tensors_of
-from rmtkd.training import Phase, PhaseState, Precision
+from rmtkd.training import Precision
 
 Planned = tuple[Plan, Mapping[str, tuple[Spectrum, ...]]]
 """A plan, and by site the spectra that it was made from."""
 
 ROUND_REPEATS = 10
 """Timed passes of each model after a round; the result is timed longer."""
-
-START = "start."
-"""Begins the names of the parameters before recovery, in what is saved within a round."""
-
-CONTROL = 0
-"""The number under which the control's training goes; rounds begin at 1."""
-
-
-class AtOnce(KeyboardInterrupt):
-    """Ctrl-C came a second time: nothing more is done."""
 
 
 @contextmanager
@@ -401,7 +389,7 @@ class Run:
         sites = after_cuts(sites, standing.kept)
         is_previous = self.teacher_model is None and self.options.teacher == "previous"
         teacher = before if is_previous else self.first_teacher
-        saved = self.saved_step(number)
+        saved = self.recoveries.saved_step(number)
         start = time.monotonic()
         if saved is None:
             self.emit("cut", number=number, sites=[site.name for site in sites])
@@ -426,8 +414,9 @@ class Run:
             student = shaped(self.start, self.sites, standing.kept | {site.name: widths[site.name] for site in sites})
             facts = saved.facts
         lr = self.options.rate_after(facts.get("divergence_cut"))
-        losses, seconds, kept = self.recover(
-            student, teacher, number, steps, facts, saved, blended=self.options.blend, lr=lr
+        back = partial(self.apart, student) if self.options.blend else None
+        losses, seconds, kept = self.recoveries.recover(
+            student, teacher, number, steps, facts, saved, apart=back, lr=lr
         )
         after = accuracy(student, self.selection, pieces=self.pieces).value if losses else facts["accuracy_cut"]
         untouched, latency = time_forward([self.model, student], self.example, repeats=ROUND_REPEATS)
@@ -453,6 +442,21 @@ class Run:
             latency_ms_untouched=untouched,
         )
 
+    @property
+    def recoveries(self) -> Recoveries:
+        """The training after each cut, and of the control."""
+        return Recoveries(
+            options=self.options,
+            rows=self.train_rows,
+            batches_per_epoch=self.batches_per_epoch,
+            calibration=self.calibration,
+            blocks=self.blocks,
+            precision=self.precision,
+            pieces=self.pieces,
+            folder=self.folder,
+            emit=self.emit,
+        )
+
     def apart(self, student: nn.Module) -> float:
         """How far the student's answers are from those of the first teacher, over some selection rows. Not from those
         of a round's teacher, which many small cuts may have taken far away."""
@@ -463,99 +467,6 @@ class Run:
         """Those rows, and what the first teacher answers."""
         rows = spread(self.selection, ROWS)
         return rows, [answers(self.first_teacher, batch, self.pieces) for batch in rows]
-
-    def recover(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        number: int,
-        steps: int,
-        facts: dict[str, Any],
-        saved: PhaseState | None,
-        *,
-        blended: bool = False,
-        **recovery: Any,
-    ) -> tuple[list[float], float, float | None]:
-        """Train the student, saving where it stands; the losses, the seconds of all sessions, and, where it is blended
-        with the cut, the share of recovery that is kept."""
-        if steps == 0:
-            return [], 0.0, None
-        began = time.monotonic() - facts.get("seconds", 0.0)
-        chosen = replace(self.options.recovery, **recovery)
-        phase = Phase(
-            student,
-            self.train_rows,
-            steps=steps,
-            first_epoch=max(number, 1) - 1,
-            teacher=Teacher(teacher, cache=chosen.cache_teacher and steps > self.batches_per_epoch),
-            recovery=chosen,
-            precision=self.precision,
-            blocks=self.blocks,
-            pieces=self.pieces,
-        )
-        start: dict[str, Tensor] = {}
-        if blended:
-            now = {f"{START}{name}": value for name, value in student.named_parameters()}
-            begun = now if saved is None else saved.tensors
-            start = {name: value.detach().clone() for name, value in begun.items() if name.startswith(START)}
-            if not start:
-                raise RunError(
-                    "last/step.safetensors must hold the weights of the cut. It does not. Remove it: then the run goes "
-                    "on from the start of its round."
-                )
-        if saved is not None:
-            try:
-                phase.restore(saved)
-            except (KeyError, RuntimeError, TypeError) as error:
-                raise RunError(
-                    f"last/step.safetensors must be of this round. Going back to it gave: {error!r}. Remove it: then "
-                    "the run goes on from the start of its round."
-                ) from error
-        with interruptible() as asked:
-            kept = None
-            try:
-                phase.run(self.between(number, steps, facts, began, asked, start))
-                if start:
-                    self.emit("blend", number=number)
-                    norms = batch_norms(student)
-                    settle = partial(gather_statistics, student, norms, self.calibration, pieces=self.pieces)
-                    cut = {name.removeprefix(START): value for name, value in start.items()}
-                    kept = blend(student, cut, partial(self.apart, student), settle)
-                if asked.stop:
-                    raise Interrupted(number, f"after step {steps} of {steps} {_where(number)}", student)
-            except KeyboardInterrupt as again:
-                if asked.stop:
-                    raise AtOnce from again
-                raise
-        return phase.losses, time.monotonic() - began, kept
-
-    def between(
-        self, number: int, steps: int, facts: dict[str, Any], began: float, asked: Any, start: dict[str, Tensor]
-    ) -> Callable[[Phase], None]:
-        """What happens after each step: tell, save now and then, and stop if asked to."""
-        last = time.monotonic()
-
-        def act(phase: Phase) -> None:
-            nonlocal last
-            step = len(phase.losses)
-            self.emit("step", number=number, step=step, steps=steps, loss=phase.losses[-1])
-            due = asked.stop or step == steps or time.monotonic() - last >= self.options.save_every_s
-            if self.folder is not None and due:
-                state = phase.state()
-                own = {"number": number, "seconds": time.monotonic() - began}
-                self.folder.save_state("step", {**state.tensors, **start}, {**facts, **state.facts, **own})
-                last = time.monotonic()
-            if asked.stop:
-                raise Interrupted(number, f"after step {step} of {steps} {_where(number)}", phase.student)
-
-        return act
-
-    def saved_step(self, number: int) -> PhaseState | None:
-        """Where the training of this number stands, if it is the one that was left."""
-        saved = self.folder.load_state("step") if self.folder else None
-        if saved is None or saved[1]["number"] != number:
-            return None
-        return PhaseState(tensors=saved[0], facts=saved[1])
 
     # ------------------------------------------------------------------ bookkeeping
 
@@ -638,9 +549,7 @@ class Run:
 
     def control(self, student: nn.Module, steps: int) -> dict[str, Any]:
         """The same shape from a random start, distilled for as many steps: what the cut itself is worth."""
-        scratch = copy.deepcopy(student)
-        randomize(scratch, seed=self.options.seed)
-        self.recover(scratch, self.first_teacher, CONTROL, steps, {}, self.saved_step(CONTROL), freeze_embeddings=False)
+        scratch = self.recoveries.from_nothing(student, self.first_teacher, steps)
         rows = self.selection if self.report is None else self.report
         return {"start": "random", "steps": steps, "accuracy": asdict(accuracy(scratch, rows, pieces=self.pieces))}
 
@@ -657,10 +566,6 @@ def report_on(folder: Path, emit: progress.Emitter) -> None:
         reporting.write_report(folder)
     except Exception as error:  # whatever a page may fail of
         emit("unreported", folder=str(folder), reason=str(error) or type(error).__name__)
-
-
-def _where(number: int) -> str:
-    return "in the control" if number == CONTROL else f"in round {number}"
 
 
 def made_with() -> dict[str, str]:
