@@ -1,5 +1,6 @@
 """The words of a graph of `torch.export`: what its operators do to channels, and what its nodes say of themselves."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,10 +59,7 @@ def rank_of(node: Node) -> int:
 
 def count(shape: Sequence[int] | None) -> int:
     """How many entries a tensor of this shape has."""
-    product = 1
-    for size in shape or ():
-        product *= size
-    return product
+    return math.prod(shape or ())
 
 
 def numbers(value: object) -> tuple[Any, ...]:
