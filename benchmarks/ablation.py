@@ -36,7 +36,7 @@ from torch import Tensor, nn
 import rmtkd
 from figures import BEFORE, Panel, chart
 from forms import FORM
-from records import arguments, percent, publish, read_largest_scale, spread, tried
+from records import arguments, identity, percent, publish, read_largest_scale, spread, tried
 from rmtkd import compression, recipes
 from rmtkd.activations import attach, collect
 from rmtkd.bases import Basis
@@ -132,6 +132,11 @@ class Work:
     def teacher(self) -> nn.Module:
         """The trained network."""
         return self.source.model
+
+    @cached_property
+    def teacher_id(self) -> str | None:
+        """Of a teacher that was given; those for digits are made anew, and differ in the last bits."""
+        return None if self.path is None else identity(self.teacher)
 
     @cached_property
     def rows(self) -> Any:
@@ -360,8 +365,8 @@ def main() -> None:
         for kind, named in settings(given.scale).items():
             for name, act in named.items() if kind in given.kinds else ():
                 file = file_of(kind, name)
-                one = partial(_described, file, seed, given.scale, act, work)
-                tried(results / f"{prefix}-{file}-seed{seed}.json", one)
+                one = partial(_described, file, kind, given.scale, act, work)
+                tried(results / f"{prefix}-{file}-seed{seed}.json", one, teacher_id=work.teacher_id)
     publish("ablation", table(results), given.results)
     if given.results is None:
         FIGURE.write_text(figure(results))
@@ -374,9 +379,11 @@ def file_of(kind: str, name: str) -> str:
     return f"{kind}-{name.replace(', ', '-').replace(' %', '%').replace(' ', '_')}"
 
 
-def _described(file: str, seed: int, scale: str, act: Callable[[Work], Any], work: Work) -> dict[str, Any]:
-    facts = {"file": file, "task": work.task, "seed": seed, "scale": scale}
-    return {**facts, "command": f"rmtkd bench ablation --scale {scale}", **act(work)}
+def _described(file: str, kind: str, scale: str, act: Callable[[Work], Any], work: Work) -> dict[str, Any]:
+    facts = {"file": file, "task": work.task, "seed": work.seed, "scale": scale}
+    where = f" --task {work.task} --teacher TEACHER --data DIR" if work.task in SLICED else ""
+    how = f"--kinds {kind} --seeds {work.seed} --device {work.device}"
+    return {**facts, "command": f"rmtkd bench ablation --scale {scale}{where} {how}", **act(work)}
 
 
 if __name__ == "__main__":

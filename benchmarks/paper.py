@@ -22,7 +22,7 @@ from torch import nn
 import rmtkd
 from packed import unpack
 from paper_table import Reported, table
-from records import arguments, print_event, publish, tried
+from records import arguments, identity, print_event, publish, tried
 from rmtkd import batches as batching
 from rmtkd import recipes
 from rmtkd.checkpoint import checksum, new_folder
@@ -216,6 +216,7 @@ def train(work: Work) -> dict[str, Any]:
     left.drop()
     return {
         "start": "random" if entry.start else "pretrained",
+        "teacher_id": identity(source.model),
         "training": asdict(recovery),
         "epochs": len(phase.losses) / passes,
         "threshold": entry.threshold,

@@ -140,11 +140,12 @@ def _signed(number: str) -> str:
 def _peers(
     named: str, reported: Reported, network: str, teachers: Sequence[Pair], others: Sequence[Record]
 ) -> list[str]:
-    """What the source reports of other methods, beside ours on a teacher of the same size."""
+    """What the source reports of other methods, beside those of the same teachers."""
+    ids = {teacher.get("teacher_id") for _, teacher in teachers}
     size = teachers[0][0]["cost"]["parameters"]
     lines = []
     for title, (parameters, accuracy, name) in reported.peers.get(network, {}).items():
-        cells = at_best_rate([r for r in others if r["peer"] == name and r["baseline_parameters"] == size])
+        cells = at_best_rate([r for r in others if r["peer"] == name and r["teacher_id"] in ids])
         told = "not run on this network"
         if cells:
             share = [100 * (r["parameters"] / size - 1) for r in cells]

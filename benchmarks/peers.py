@@ -241,13 +241,16 @@ PEERS: Mapping[str, Peer] = {
 }
 
 
-def run(work: Work, peer: str, lr: float, epochs: float) -> dict[str, Any]:
+def run(work: Work, peer: str, lr: float, epochs: float, scale: str) -> dict[str, Any]:
     """One cell."""
+    where = "" if scale == "tiny" else f" --task {work.task} --teacher TEACHER" + (" --data DIR" if work.data else "")
+    how = f"--peers {peer} --epochs {epochs:g} --seeds {work.seed} --device {work.device}"
     torch.manual_seed(work.seed)
     steps = round(epochs * len(work.rows.train))
     student = PEERS[peer](work, steps, Recovery(lr=lr))
     return {
         "peer": peer,
+        "command": f"rmtkd bench peers --scale {scale}{where} {how}",
         "task": work.task,
         "seed": work.seed,
         "lr": lr,
@@ -265,19 +268,20 @@ def table(results: Path) -> str:
     """The records as Markdown: of every peer the learning rate that is best on selection rows."""
     found = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
     lines = [
-        "| task | peer | seeds | parameters | lr | report | against teacher | selection |",
-        "|---|---|--:|--:|--:|--:|--:|--:|",
+        "| task | teacher | peer | seeds | parameters | lr | report | against teacher | selection |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|",
     ]
-    for task in dict.fromkeys(r["task"] for r in found):
+    for task, teacher in dict.fromkeys((r["task"], r["teacher_id"]) for r in found):
         for peer in PEERS:
-            cells = at_best_rate([r for r in found if (r["task"], r["peer"]) == (task, peer)])
+            cells = at_best_rate([r for r in found if (r["task"], r["teacher_id"], r["peer"]) == (task, teacher, peer)])
             if cells:
                 share = statistics.mean(r["parameters"] / r["baseline_parameters"] for r in cells)
                 reached = percent(cells, "accuracy")
                 against = statistics.mean(reached) - _mean(cells, "teacher")
                 selection = _mean(cells, "accuracy_selection")
                 facts = f"{len(cells)} | {share:.1%} | {cells[0]['lr']:g} | {spread(reached)} | {against:+.2f}"
-                lines.append(f"| {task} | {peer} | {facts} | {selection:.2f} |")
+                of = f"{cells[0]['baseline_parameters'] / 1e6:.1f} M, {_mean(cells, 'teacher'):.2f}"
+                lines.append(f"| {task} | {of} | {peer} | {facts} | {selection:.2f} |")
     return "\n".join(lines) if found else ""
 
 
@@ -307,8 +311,9 @@ def main() -> None:
         for peer in given.peers:
             for lr in (1e-3,) if is_tiny else LEARNING_RATES:
                 epochs = given.epochs or (0.25 if is_tiny else 1.0)
-                file = results / f"{given.scale}-{task}-{peer}-{lr:g}-{epochs:g}epochs-seed{seed}.json"
-                cell(file, partial(run, work, peer, lr, epochs))
+                named = f"{given.scale}-{task}-{work.teacher_id}-{peer}-{lr:g}-{epochs:g}epochs-seed{seed}"
+                one = partial(run, work, peer, lr, epochs, given.scale)
+                cell(results / f"{named}.json", one, teacher_id=work.teacher_id)
     publish("peers", table(results), given.results)
 
 

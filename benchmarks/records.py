@@ -13,29 +13,47 @@ from torch import nn
 
 from rmtkd.checkpoint import checksum, write_atomically, write_json
 from rmtkd.environment import machine, versions
-from rmtkd.errors import RmtkdError
+from rmtkd.errors import DataError, RmtkdError
 from rmtkd.surgery import tensors_of
 
 SCALES = ("tiny", "cpu", "full")
 
 
-def cell(path: Path, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The record of a cell: read, or run and written."""
+def cell(path: Path, run: Callable[[], dict[str, Any]], *, teacher_id: str | None = None) -> dict[str, Any]:
+    """The record of a cell: read, or run and written.
+
+    Args:
+        path: of the record.
+        run: makes it.
+        teacher_id: `identity` of the teacher, which the record holds.
+
+    Raises:
+        DataError: if the record that is there is of another teacher.
+    """
     if not path.exists():
         print(f"running {path.stem}", flush=True)
         start = time.monotonic()
-        record = {**run(), "seconds": time.monotonic() - start, "machine": machine(), "versions": versions()}
+        of_teacher = {} if teacher_id is None else {"teacher_id": teacher_id}
+        record = {
+            **run(),
+            **of_teacher,
+            "seconds": time.monotonic() - start,
+            "machine": machine(),
+            "versions": versions(),
+        }
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, record)
     record = json.loads(path.read_text())
+    if teacher_id is not None and record.get("teacher_id", teacher_id) != teacher_id:
+        raise DataError("this record is of another teacher. Move it away, or name another folder by --results.")
     print(f"{path.stem}: {headline(record)}", flush=True)
     return record
 
 
-def tried(path: Path, run: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+def tried(path: Path, run: Callable[[], dict[str, Any]], *, teacher_id: str | None = None) -> dict[str, Any] | None:
     """The record of a cell; None, and a line that says why, where rmtkd refuses it: the other cells are run."""
     try:
-        return cell(path, run)
+        return cell(path, run, teacher_id=teacher_id)
     except RmtkdError as error:
         print(f"{path.stem}: {error}", flush=True)
         return None

@@ -328,10 +328,18 @@ def main() -> None:
                 if part in given.parts:
                     file = f"{given.scale}-{'-'.join(named)}-{part}-{name}"
                     facts = {"file": file, "task": ", ".join(named), "part": part, "scale": given.scale, "seed": seed}
-                    facts["command"] = f"rmtkd bench shift --scale {given.scale}"
-                    tried(results / f"{file}-seed{seed}.json", partial(_described, facts, act, work))
+                    facts["command"] = command(given.scale, task, teacher, part, seed)
+                    of = None if is_tiny else work.teacher_id  # at the smallest scale it is made anew
+                    tried(results / f"{file}-seed{seed}.json", partial(_described, facts, act, work), teacher_id=of)
     made = table(results)
     publish("shift", made, given.results)
+
+
+def command(scale: str, task: str, teacher: str, part: str, seed: int) -> str:
+    """What makes a cell."""
+    name = teacher if SMALL.fullmatch(teacher) else "TEACHER"
+    rows = f"--tasks {task}" if scale == "tiny" else f"--data DIR --teachers {task}={name}"
+    return f"rmtkd bench shift --scale {scale} {rows} --parts {part} --seeds {seed}"
 
 
 def taught(task: str, cache: Path) -> str:

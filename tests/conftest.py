@@ -1,7 +1,8 @@
 """Models and rows that several tests share: tiny, random, in float64 where a claim is exact."""
 
+import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,15 @@ from rmtkd import recipes
 from rmtkd.families import FAMILIES
 from rmtkd.recipes.rows import TokenRows
 from rmtkd.teaching import train_teacher
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Imports a module of the benchmarks by name."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
 
 
 def tiny_bert(*, seed: int = 0, labels: int = 3, layers: int = 2, **config: object) -> BertForSequenceClassification:

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from conftest import BENCHMARKS
+from rmtkd.errors import DataError
+
 FULL_DISK = """
 import resource
 import sys
@@ -28,6 +30,17 @@ def test_a_record_that_could_not_be_written_whole_is_not_there(tmp_path: Path) -
     done = subprocess.run(words, cwd=BENCHMARKS, capture_output=True, text=True)
     assert "File too large" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_record_of_another_teacher_is_refused_and_stays(benchmark: Any, tmp_path: Path) -> None:
+    records, path = benchmark("records"), tmp_path / "cell.json"
+    made = records.cell(path, lambda: {"accuracy": 0.5}, teacher_id="a")
+    assert made["teacher_id"] == "a"
+    content = path.read_bytes()
+    assert records.cell(path, lambda: {"accuracy": 0.7}, teacher_id="a") == made
+    with pytest.raises(DataError, match="this record is of another teacher"):
+        records.cell(path, lambda: {"accuracy": 0.7}, teacher_id="b")
+    assert path.read_bytes() == content
 
 
 TABLES: Mapping[str, Callable[[Any], str]] = {
@@ -48,8 +61,7 @@ def published_table(module: Any) -> str:
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_a_table_of_the_document_is_what_its_records_give(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def test_a_table_of_the_document_is_what_its_records_give(name: str, benchmark: Any) -> None:
     text = (BENCHMARKS.parent / "docs" / "results.md").read_text(encoding="utf-8")
     committed = text.partition(f"<!-- {name} -->\n")[2].partition(f"\n<!-- /{name} -->")[0]
-    assert TABLES[name](importlib.import_module(name.replace("-", "_"))) == committed
+    assert TABLES[name](benchmark(name.replace("-", "_"))) == committed

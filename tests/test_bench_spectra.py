@@ -1,6 +1,5 @@
 """The claims of the grid of noises: a table is of as many seeds as it says, and JSON is all that goes to stdout."""
 
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -8,13 +7,10 @@ from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
 
 @pytest.fixture
-def spectra(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("spectra")
+def spectra(benchmark: Any) -> Any:
+    return benchmark("spectra")
 
 
 def recorded(spectra: Any, folder: Path, seeds: int) -> list[str]:

@@ -1,9 +1,7 @@
 """The claims of the benchmark of ResNets: what students are taught is what their sources write, and a start from
 nothing is no larger than asked for, and the same whatever was made before it."""
 
-import importlib
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,19 +12,15 @@ from rmtkd.distillation import Recovery, Teacher
 from rmtkd.measurement import count_flops, count_parameters
 from rmtkd.recipes.cifar import small_network
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+@pytest.fixture
+def hints(benchmark: Any) -> Any:
+    return benchmark("hints")
 
 
 @pytest.fixture
-def hints(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("hints")
-
-
-@pytest.fixture
-def vision(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("vision")
+def vision(benchmark: Any) -> Any:
+    return benchmark("vision")
 
 
 def stages(widths: tuple[int, ...], rows: int = 3) -> list[Tensor]:
