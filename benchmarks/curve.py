@@ -40,7 +40,7 @@ from rmtkd.blending import blend
 from rmtkd.cutting import cut_in_order
 from rmtkd.distillation import Recovery, Teacher
 from rmtkd.dry_run import metrics_of
-from rmtkd.environment import has_bf16
+from rmtkd.environment import has_bf16, precision_on
 from rmtkd.errors import PlanError
 from rmtkd.levels import in_levels
 from rmtkd.measurement import accuracy, count_parameters, divergence, evaluation
@@ -282,7 +282,7 @@ def run(
         recovery=recovery,
         teacher=work.taught(),
         blocks=blocks_of(find_sites(work.model)),
-        precision="bf16" if has_bf16(work.device) else "fp32",
+        precision=precision_on(work.device),
     ).run(lambda phase: print_event({"event": "step", "step": len(phase.losses), "loss": phase.losses[-1]}))
     if is_blended:
         rows = spread_rows(work.rows.selection, ROWS)

@@ -17,7 +17,7 @@ from rmtkd import batches as batching
 from rmtkd import compression, recipes
 from rmtkd.batches import Batch
 from rmtkd.distillation import Recovery, Teacher
-from rmtkd.environment import has_bf16
+from rmtkd.environment import precision_on
 from rmtkd.recipes.images import ImageRows
 from rmtkd.recipes.rows import TokenRows
 from rmtkd.training import Phase
@@ -181,7 +181,7 @@ class Work:
             steps=round(self.scale.epochs * len(self.own.train)),
             recovery=self.recipe.options.get("recovery", Recovery()),
             teacher=Teacher(self.source.model),
-            precision="bf16" if has_bf16("cpu") else "fp32",
+            precision=precision_on("cpu"),
         ).run(lambda phase: print_event({"event": "step", "step": len(phase.losses), "loss": phase.losses[-1]}))
         return student
 

@@ -28,7 +28,7 @@ from rmtkd import recipes
 from rmtkd.checkpoint import checksum, new_folder
 from rmtkd.distillation import Recovery
 from rmtkd.energy import Counter, Metered, measure_energy
-from rmtkd.environment import has_bf16
+from rmtkd.environment import precision_on
 from rmtkd.interruption import interruptible
 from rmtkd.measurement import evaluation, measure, quality, time_forward
 from rmtkd.memory import held_bytes
@@ -196,7 +196,7 @@ def train(work: Work) -> dict[str, Any]:
         rows.train,
         steps=entry.epochs * passes,
         recovery=recovery,
-        precision="bf16" if has_bf16(bench.device) else "fp32",
+        precision=precision_on(bench.device),
     )
     seen: list[float] = (left.restore(phase) or {"seen": []})["seen"]
     try:

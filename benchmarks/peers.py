@@ -40,7 +40,7 @@ from torch.nn import functional
 from curve import Work, energy, guarded, magnitude
 from records import arguments, at_best_rate, cell, percent, print_event, publish, spread
 from rmtkd.distillation import Recovery, Teacher
-from rmtkd.environment import has_bf16
+from rmtkd.environment import precision_on
 from rmtkd.measurement import accuracy, count_parameters
 from rmtkd.modules import randomize
 from rmtkd.training import Phase
@@ -156,7 +156,7 @@ Peer = Callable[[Any, int, Recovery], nn.Module]
 
 def options_of(work: Work, steps: int, recovery: Recovery) -> dict[str, Any]:
     """What all phases share."""
-    return {"steps": steps, "recovery": recovery, "precision": "bf16" if has_bf16(work.device) else "fp32"}
+    return {"steps": steps, "recovery": recovery, "precision": precision_on(work.device)}
 
 
 def distilbert(work: Work, steps: int, recovery: Recovery) -> nn.Module:

@@ -22,7 +22,7 @@ from rmtkd.activations import collect, moments_of, observe
 from rmtkd.cutting import cut_in_order
 from rmtkd.distillation import Recovery, Teacher
 from rmtkd.dry_run import metrics_of
-from rmtkd.environment import has_bf16
+from rmtkd.environment import has_bf16, precision_on
 from rmtkd.memory import peak_bytes
 from rmtkd.planning import Plan, Target, make_plan, retarget, spectra_of
 from rmtkd.schedule import Options
@@ -75,7 +75,7 @@ def measure(task_name: str, teacher: str, data: Path, target: str) -> dict[str, 
         steps=STEPS,
         recovery=Recovery(),
         teacher=Teacher(model),
-        precision="bf16" if has_bf16("cpu") else "fp32",
+        precision=precision_on("cpu"),
     ).run(lambda _: steps.append(time.process_time()))
     step = statistics.median(b - a for a, b in pairwise(steps[1:]))
     seconds["epoch"] = step * len(rows.train)

@@ -48,7 +48,7 @@ from rmtkd import batches as batching
 from rmtkd import compression, recipes
 from rmtkd.bases import Basis
 from rmtkd.distillation import OPTIMIZERS, Recovery, Teacher
-from rmtkd.environment import has_bf16
+from rmtkd.environment import precision_on
 from rmtkd.measurement import accuracy, count_flops, count_parameters, time_forward
 from rmtkd.norms import batch_norms, gather_statistics
 from rmtkd.sites import Site, find_sites
@@ -227,7 +227,7 @@ def run(work: Work, method: str, share: float, epochs: float, multiple_of: int, 
         "steps": round(epochs * len(work.rows.train)),
         "recovery": recovery,
         "teacher": Teacher(work.model),
-        "precision": "bf16" if has_bf16(work.device) else "fp32",
+        "precision": precision_on(work.device),
     }
     if HINTS.get(method):
         taught = Taught(student, work.model, STAGES, method, batching.to(work.example, work.device)).to(work.device)

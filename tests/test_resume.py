@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 import rmtkd
 import rmtkd.run
 from conftest import assert_untouched, random_rows, snapshot, tiny_bert
-from rmtkd import checkpoint, reporting
+from rmtkd import checkpoint, environment, reporting
 from rmtkd.checkpoint import RunFolder
 from rmtkd.distillation import Recovery
 from rmtkd.errors import ArtifactError, DataError, OptionError, RunError
@@ -572,13 +572,13 @@ def test_a_run_of_another_device_is_reported_anywhere_and_goes_on_only_there(
 def test_a_run_goes_on_in_the_precision_that_it_began_in(
     model: torch.nn.Module, rows: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(rmtkd.run, "has_bf16", lambda _: True)
+    monkeypatch.setattr(environment, "has_bf16", lambda _: True)
     expected = run(model, rows, tmp_path / "whole")
     assert expected.record["precision"] == "bf16" and expected.record["config"]["precision"] == "auto"
     with pytest.raises(Killed):
         run(model, rows, tmp_path / "run", on_event=killing_at(9))
     shutil.copytree(tmp_path / "run", tmp_path / "earlier")
-    monkeypatch.setattr(rmtkd.run, "has_bf16", lambda _: False)
+    monkeypatch.setattr(environment, "has_bf16", lambda _: False)
     assert_same(rmtkd.resume(tmp_path / "run", model, **rows), expected)
     config = RunFolder(tmp_path / "earlier").config()
     assert config.pop("precision") == "bf16"  # which earlier versions did not write

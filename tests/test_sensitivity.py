@@ -11,7 +11,7 @@ import torch
 import rmtkd
 from conftest import assert_untouched, random_rows, snapshot, tiny_bert
 from rmtkd import batches as batching
-from rmtkd import reporting
+from rmtkd import environment, reporting
 from rmtkd.activations import collect
 from rmtkd.bases import linear_basis, unit_basis
 from rmtkd.cutting import fit_bases, fitting
@@ -360,3 +360,15 @@ def test_a_projection_is_that_of_its_basis(kind: str, keep: int) -> None:
     expected = mean + (activations.double() - mean) @ basis.projector[0].mT
     got = projection(basis, torch.device("cpu"))(activations)
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_losses_are_measured_in_the_precision_that_is_asked_for(monkeypatch: pytest.MonkeyPatch):
+    def losses(precision: str) -> str:
+        options: dict[str, Any] = {"target": "60%params", "multiple_of": 4, "precision": precision}
+        return rmtkd.plan(MODEL, calibration=ROWS, selection=HELD_OUT, **options)[0].to_json()
+
+    monkeypatch.setattr(environment, "has_bf16", lambda _: True)
+    half, whole = losses("auto"), losses("fp32")
+    monkeypatch.setattr(environment, "has_bf16", lambda _: False)
+    assert whole == losses("auto") == losses("fp32")
+    assert half == losses("bf16") != whole

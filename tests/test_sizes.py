@@ -10,7 +10,7 @@ import torch
 
 import rmtkd
 from conftest import Sentiment, assert_untouched, random_rows, snapshot, tiny_bert
-from rmtkd import dry_run, progress, run
+from rmtkd import dry_run, environment, progress, run
 from rmtkd.checkpoint import REPORT, RunFolder
 from rmtkd.errors import OptionError, PlanError, RunError
 from rmtkd.planning import LatencyTable
@@ -224,9 +224,9 @@ def test_every_size_goes_on_in_the_precision_that_it_began_in(
             raise KeyboardInterrupt
 
     out, options = tmp_path / "sizes", {**common, "policy": "paper", "precision": "auto", "epochs": 0.3}
-    monkeypatch.setattr(run, "has_bf16", lambda _: True)
+    monkeypatch.setattr(environment, "has_bf16", lambda _: True)
     rmtkd.compress_sizes(model, targets=["70%params"], out=out, on_event=stop, **options)
-    monkeypatch.setattr(run, "has_bf16", lambda _: False)
+    monkeypatch.setattr(environment, "has_bf16", lambda _: False)
     sizes = rmtkd.compress_sizes(model, targets=["70%params", "50%params"], out=out, **options)
     assert [size.record["precision"] for size in sizes.values()] == ["bf16", "fp32"]
 

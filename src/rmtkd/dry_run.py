@@ -11,7 +11,7 @@ from rmtkd import batches as batching
 from rmtkd.activations import Observed, moments_of, observe
 from rmtkd.batches import Batch
 from rmtkd.cutting import cut_in_order
-from rmtkd.environment import has_bf16
+from rmtkd.environment import precision_on
 from rmtkd.fisher import Metrics, output_metrics
 from rmtkd.levels import in_levels
 from rmtkd.memory import Pieces
@@ -137,7 +137,7 @@ class Survey:
             self.moments,
             self.calibration if self.selection is None else self.selection,
             metrics=metrics,
-            bf16=has_bf16(self.options.device),
+            bf16=precision_on(self.options.device, self.options.precision) == "bf16",
             pieces=self.pieces,
         )
 
@@ -273,8 +273,8 @@ def metrics_of(
     """The metrics that the options ask for: none for the identity."""
     if options.metric == "output":
         return {}
-    seed, bf16 = options.seed, has_bf16(next(model.parameters()).device)
-    return output_metrics(model, sites, calibration, seed=seed, bf16=bf16, pieces=pieces)
+    bf16 = precision_on(next(model.parameters()).device, options.precision) == "bf16"
+    return output_metrics(model, sites, calibration, seed=options.seed, bf16=bf16, pieces=pieces)
 
 
 def narrowed(sites: Sequence[Site], plan: Plan) -> tuple[Site, ...]:

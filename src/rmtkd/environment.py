@@ -6,11 +6,15 @@ import platform
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from rmtkd.errors import OptionError, check_choice
 
+Precision = Literal["fp32", "bf16"]
+PRECISIONS = ("auto", "fp32", "bf16")
+"""What may be asked for; `auto` is what the machine is likely to be faster with."""
 CORE = ("rmtkd", "torch", "numpy", "scipy", "safetensors", "transformers", "datasets", "tokenizers")
 PACKAGES = (*CORE, "onnx", "onnxscript", "onnxruntime", "openvino", "nncf", "executorch")
 
@@ -76,6 +80,11 @@ def has_bf16(device: "torch.device | str") -> bool:
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def precision_on(device: "torch.device | str", asked: str = "auto") -> Precision:
+    """What one of `PRECISIONS` is on a device: `auto` is bf16 where it has instructions for it."""
+    return "bf16" if asked == "bf16" or (asked == "auto" and has_bf16(device)) else "fp32"
 
 
 def _version(package: str) -> str | None:

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from rmtkd import batches as batching
 from rmtkd.batches import Batch
 from rmtkd.distillation import Recovery, Teacher, outputs_of
+from rmtkd.environment import Precision
 from rmtkd.measurement import count_parameters, evaluation
 from rmtkd.memory import available_bytes, held_bytes
 from rmtkd.modules import randomize
 from rmtkd.sites import Site, blocks_of
 from rmtkd.surgery import fill_with_zeros, skeleton
-from rmtkd.training import Phase, Precision
+from rmtkd.training import Phase
 
 STEPS = 4
 """Steps that are timed, after one that is not."""

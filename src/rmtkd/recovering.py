@@ -16,6 +16,7 @@ from rmtkd.batches import Batch
 from rmtkd.blending import blend
 from rmtkd.checkpoint import RunFolder
 from rmtkd.distillation import Recovery, Teacher
+from rmtkd.environment import Precision
 from rmtkd.errors import RunError
 from rmtkd.interruption import Asked, Interrupted, interruptible
 from rmtkd.memory import Pieces
@@ -23,7 +24,7 @@ from rmtkd.modules import randomize
 from rmtkd.norms import batch_norms, gather_statistics
 from rmtkd.progress import Emitter
 from rmtkd.schedule import Options
-from rmtkd.training import Phase, PhaseState, Precision
+from rmtkd.training import Phase, PhaseState
 
 START = "start."
 """Begins the names of the parameters before recovery, in what is saved within a round."""

@@ -24,7 +24,7 @@ from rmtkd.cutting import cut_in_order
 from rmtkd.distillation import check_pair
 from rmtkd.dry_run import CHECK_ROWS, Survey, metrics_of, narrowed, plan
 from rmtkd.energy import measure_energy
-from rmtkd.environment import check_device, has_bf16, machine, versions
+from rmtkd.environment import Precision, check_device, machine, precision_on, versions
 from rmtkd.errors import ArtifactError, RunError
 from rmtkd.fisher import Metrics, fit
 from rmtkd.forecast import Forecast, forecast
@@ -61,7 +61,6 @@ from rmtkd.sites import (
 )
 from rmtkd.standing import Standing, shaped
 from rmtkd.surgery import check_cut, tensors_of
-from rmtkd.training import Precision
 
 Planned = tuple[Plan, Mapping[str, tuple[Spectrum, ...]]]
 """A plan, and by site the spectra that it was made from."""
@@ -136,17 +135,20 @@ class Run:
             self.fingerprints["teacher model"] = checksum(tensors_of(self.teacher_model))
         # What the first cut is made from: the same function as the teacher's.
         self.start, self.sites = in_levels(self.model, self.sites, rows.train, options.embedding_levels)
-        self.precision: Precision = "fp32"
-        if options.precision == "bf16" or (options.precision == "auto" and has_bf16(options.device)):
-            self.precision = "bf16"
+        self.precision: Precision = precision_on(options.device, options.precision)
         self.folder: RunFolder | None = None
         self.known: dict[str, Any] = {}
+
+    @property
+    def decided(self) -> Options:
+        """The options with the precision that the run decided on."""
+        return replace(self.options, precision=self.precision)
 
     @property
     def metrics(self) -> Metrics:
         """In which the errors of cuts are measured: those of the untouched model, for all rounds."""
         return self._once(
-            "metrics", lambda: metrics_of(self.start, self.sites, self.calibration, self.options, pieces=self.pieces)
+            "metrics", lambda: metrics_of(self.start, self.sites, self.calibration, self.decided, pieces=self.pieces)
         )
 
     def _once(self, name: str, measure: Callable[[], Any]) -> Any:
@@ -168,7 +170,7 @@ class Run:
         """The same; anew where outputs that sites are read into have been narrowed since."""
         if fit(self.metrics, model):
             return self.metrics
-        return metrics_of(model, after_cuts(self.sites, kept), self.calibration, self.options, pieces=self.pieces)
+        return metrics_of(model, after_cuts(self.sites, kept), self.calibration, self.decided, pieces=self.pieces)
 
     def config(self) -> dict[str, Any]:
         """What it takes to start this run again, and by what to know that it is the same."""
@@ -276,7 +278,7 @@ class Run:
             sites=self.sites,
             metrics=self.metrics if self.options.policy == "guarded" else None,
             pieces=self.pieces,
-            options=self.options,
+            options=self.decided,
         )
 
     def begin(self, given: Plan | None, folder: RunFolder | None, planned: Planned | None = None) -> Standing:
@@ -308,7 +310,7 @@ class Run:
             given=given,
             sites=self.sites,
             pieces=self.pieces,
-            **fields_of(self.options),
+            **fields_of(self.decided),
         )
 
     def go_on(self, folder: RunFolder) -> Standing | None:

@@ -6,13 +6,12 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from rmtkd.distillation import Recovery
-from rmtkd.environment import check_device
+from rmtkd.environment import PRECISIONS, check_device
 from rmtkd.errors import OptionError, check_choice, check_kinds
 from rmtkd.fisher import METRICS
 from rmtkd.measurement import Latency
 from rmtkd.planning import LATENCY, MAX_LOSS, POLICIES, Plan, Target, fixed_widths
 from rmtkd.spectra import RULES
-from rmtkd.training import PRECISIONS
 
 Granularity = Literal["site", "layer", "round"]
 
@@ -52,7 +51,8 @@ class Options:
         keep: sites, or patterns, with the width that they are given; a mapping, or pairs, which it becomes.
         calibration_share: share of the training batches whose activations are seen.
         recovery: the training after each cut.
-        precision: of training; `auto` is bf16 where this machine has instructions for it.
+        precision: of training, and of the passes that measure losses; `auto` is bf16 where this machine has
+            instructions for it.
         seed: of everything random.
         device: where the models run.
         save_every_s: seconds between two saves of where the run stands, if it has a folder.

@@ -11,7 +11,7 @@ import torch
 
 from rmtkd import batches as batching
 from rmtkd.checkpoint import RunFolder, check_new, checksum, new_folder, read_state, write_json, write_state
-from rmtkd.environment import check_device, has_bf16, versions
+from rmtkd.environment import PRECISIONS, check_device, precision_on, versions
 from rmtkd.errors import OptionError, RunError, check_choice
 from rmtkd.interruption import interruptible
 from rmtkd.measurement import count_parameters, quality
@@ -20,7 +20,7 @@ from rmtkd.recipes.checkpoints import save_classifier
 from rmtkd.recipes.recipe import Recipe
 from rmtkd.roles import fingerprint
 from rmtkd.surgery import tensors_of
-from rmtkd.training import PRECISIONS, Phase, PhaseState
+from rmtkd.training import Phase, PhaseState
 
 SAVE_EVERY = 60.0
 """Seconds between two saves of where a training stands."""
@@ -80,8 +80,7 @@ def train_teacher(
     emit = Emitter([on_event] if on_event else [])
     emit("rows", note=rows.note)
     steps = round(epochs * len(rows.train))
-    if precision == "auto":
-        precision = "bf16" if has_bf16(device) else "fp32"
+    precision = precision_on(device, precision)
     batching.set_epoch(rows.train, 0)
     asked_for = {"rows": fingerprint(rows.train, "training")[0], "steps": steps, "seed": seed, "precision": precision}
     left = TrainingFile(out, checksum(tensors_of(student), json.dumps([asked_for, asdict(recovery)])))

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +13,11 @@ from torch import Tensor, nn
 from rmtkd import batches as batching
 from rmtkd.batches import Batch
 from rmtkd.distillation import Recovery, Teacher, WeightAverage, distillation_loss, hidden_loss, outputs_of
+from rmtkd.environment import Precision
 from rmtkd.errors import DataError, OptionError
 from rmtkd.measurement import check_labels
 from rmtkd.memory import Pieces
 from rmtkd.surgery import tensors_of
-
-Precision = Literal["fp32", "bf16"]
-PRECISIONS = ("auto", "fp32", "bf16")
-"""What may be asked for; `auto` is what this machine and model are likely to be faster with."""
 
 OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
 """What the optimisers remember of each parameter."""

@@ -22,7 +22,9 @@ MaxLength = Annotated[int | None, typer.Option("--max-length", help="Longest row
 Seed = Annotated[int, typer.Option(help="Of everything random.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
-Precision = Annotated[str, typer.Option(help="Of training: auto (bf16 where the machine has it), fp32 or bf16.")]
+Precision = Annotated[
+    str, typer.Option(help="Of training and measuring: auto (bf16 where the machine has it), fp32 or bf16.")
+]
 Target = Annotated[
     str | None,
     typer.Option(

@@ -104,7 +104,7 @@ def plan(
     from rmtkd import batches as batching
     from rmtkd import compression, recipes
     from rmtkd.checkpoint import RunFolder
-    from rmtkd.environment import has_bf16
+    from rmtkd.environment import precision_on
     from rmtkd.errors import OptionError, RunError
     from rmtkd.forecast import forecast
     from rmtkd.levels import in_levels
@@ -174,7 +174,7 @@ def plan(
         steps=round(chosen.epochs * len(rows.train)),
         recovery=chosen.recovery,
         blend=chosen.blend,
-        precision="bf16" if has_bf16(device) else "fp32",
+        precision=precision_on(device),
         calibration=calibration,
         seconds_plan=seconds_plan,
     )
