@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from rmtkd.checkpoint import new_folder, write_json
 from rmtkd.errors import DataError
 from rmtkd.recipes.images import ImageRows
 from rmtkd.recipes.recipe import Rows
 from rmtkd.recipes.rows import TokenRows
+from rmtkd.writing import new_folder, write_json
 
 LARGEST = 60_000_000
 """Bytes of a file."""

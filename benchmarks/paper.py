@@ -25,7 +25,7 @@ from paper_table import Reported, table
 from records import arguments, identity, print_event, publish, tried
 from rmtkd import batches as batching
 from rmtkd import recipes
-from rmtkd.checkpoint import checksum, new_folder
+from rmtkd.checkpoint import checksum
 from rmtkd.distillation import Recovery
 from rmtkd.energy import Counter, Metered, measure_energy
 from rmtkd.environment import precision_on
@@ -39,6 +39,7 @@ from rmtkd.sites import encoder_of
 from rmtkd.surgery import tensors_of
 from rmtkd.teaching import SAVE_EVERY, TrainingFile
 from rmtkd.training import Phase
+from rmtkd.writing import new_folder
 
 RESULTS = Path(__file__).parent / "results"
 BATCH = 32

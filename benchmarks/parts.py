@@ -35,11 +35,11 @@ import paper_vision
 from packed import pack
 from paper import RESULTS, Bench
 from rmtkd import recipes
-from rmtkd.checkpoint import write_json
 from rmtkd.energy import Counter, counter_of
 from rmtkd.environment import machine, versions
 from rmtkd.errors import DataError
 from rmtkd.measurement import wait
+from rmtkd.writing import write_json
 
 TABLES: Mapping[str, Any] = {"paper-text": paper_text, "paper-vision": paper_vision}
 CONTENTS = "parts.json"

@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import nn
 
-from rmtkd.checkpoint import checksum, write_atomically, write_json
+from rmtkd.checkpoint import checksum
 from rmtkd.environment import machine, versions
 from rmtkd.errors import DataError, RmtkdError
 from rmtkd.surgery import tensors_of
+from rmtkd.writing import write_atomically, write_json
 
 SCALES = ("tiny", "cpu", "full")
 

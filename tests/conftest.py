@@ -29,6 +29,11 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
     return importlib.import_module
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """What is in every file of a folder, by its path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def tiny_bert(*, seed: int = 0, labels: int = 3, layers: int = 2, **config: object) -> BertForSequenceClassification:
     """A BERT of width 32 with two heads of 16, random but far from its small initial values."""
     return tiny("bert", seed=seed, num_labels=labels, num_hidden_layers=layers, **config)

@@ -7,64 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from conftest import random_rows, tiny_bert
+from conftest import contents, random_rows, tiny_bert
 from rmtkd import compression
-from rmtkd.checkpoint import RunFolder, new_folder, read_planned, write_atomically, write_json
+from rmtkd.checkpoint import RunFolder, read_planned
 from rmtkd.errors import RunError
 from rmtkd.planning import Plan
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def test_writing_replaces_the_whole_content(tmp_path: Path):
-    path = tmp_path / "a.json"
-    path.write_bytes(b"a much longer old content")
-    write_atomically(path, b"new")
-    assert contents(tmp_path) == {"a.json": b"new"}
-
-
-@pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
-):
-    path = tmp_path / "a.json"
-    path.write_bytes(b"old")
-
-    def fail(*_: object):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(*((os, "fsync") if step == "fsync" else (Path, "replace")), fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, b"new")
-    assert contents(tmp_path) == {"a.json": b"old"}
-
-
-def test_json_that_cannot_be_written_leaves_the_old_content(tmp_path: Path):
-    write_json(tmp_path / "a.json", {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "a.json", {"a": object()})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
-
-
-def test_a_new_folder_appears_whole_and_readable_by_the_same_people(tmp_path: Path):
-    with new_folder(tmp_path / "in" / "new") as partial:
-        (partial / "private").write_bytes(b"1")
-        (partial / "private").chmod(0o600)
-        (partial / "plain").write_bytes(b"2")
-        assert not (tmp_path / "in" / "new").exists()
-        plain = (partial / "plain").stat().st_mode
-    assert [path.name for path in (tmp_path / "in").iterdir()] == ["new"]
-    assert (tmp_path / "in" / "new" / "private").stat().st_mode == plain
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_an_interrupted_new_folder_leaves_nothing(tmp_path: Path, error: type[BaseException]):
-    with pytest.raises(error), new_folder(tmp_path / "new") as partial:
-        (partial / "file").write_bytes(b"1")
-        raise error
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_may_start_in_a_new_an_empty_or_a_planned_folder(tmp_path: Path):

@@ -20,7 +20,7 @@ import torch
 from pyarrow import csv
 
 import rmtkd
-from conftest import Sentiment, make_tokenizer, tiny_bert, write_sentiment_rows
+from conftest import Sentiment, contents, make_tokenizer, tiny_bert, write_sentiment_rows
 from rmtkd import artifact, cli, recipes
 from rmtkd.checkpoint import RunFolder
 from rmtkd.errors import DataError
@@ -52,10 +52,6 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 QUICK = ("--target", "70%params", "--multiple-of", 4, "--calibration-share", 0.3)
 """Options with which the little task is planned."""
 PAPER = ("--policy", "paper")
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_from_training_to_evaluation(sentiment: Sentiment, command: Command, tmp_path: Path):

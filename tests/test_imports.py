@@ -16,6 +16,7 @@ ROOT = Path(rmtkd.__file__).parent
 ORDER = [
     "errors",
     "environment",
+    "writing",
     "spectra",
     "covariance",
     "effective",

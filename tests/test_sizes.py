@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import rmtkd
-from conftest import Sentiment, assert_untouched, random_rows, snapshot, tiny_bert
+from conftest import Sentiment, assert_untouched, contents, random_rows, snapshot, tiny_bert
 from rmtkd import dry_run, environment, progress, run
 from rmtkd.checkpoint import REPORT, RunFolder
 from rmtkd.errors import OptionError, PlanError, RunError
 from rmtkd.planning import LatencyTable
 from rmtkd.sensitivity import Sensitivity
 from rmtkd.sites import find_sites
-from test_cli import PAPER, Command, command, contents
+from test_cli import PAPER, Command, command
 from test_latency import flops
 
 __all__ = ["command"]

@@ -25,8 +25,9 @@ from safetensors import safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from rmtkd.errors import OptionError, RmtkdError, RunError
+from rmtkd.errors import OptionError, RunError
 from rmtkd.planning import Plan, Spectrum, Target
+from rmtkd.writing import write_atomically, write_json
 
 REPORT = "report.html"
 """The page that tells what a folder holds, made from the rest at any time."""
@@ -42,25 +43,6 @@ def is_size(folder: Path) -> bool:
     except OptionError:
         return False
     return folder.is_dir()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, flush it to disk, rename it: a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON, whole or not at all."""
-    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def write_state(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -115,40 +97,6 @@ def _read_spectrum(arrays: Mapping[str, np.ndarray], prefix: str) -> Spectrum:
         if (value := arrays.get(f"{prefix}/{name}")) is not None:
             found[name] = value if value.ndim else value.item()
     return Spectrum(**found)
-
-
-def check_new(path: Path, what: str, kind: type[RmtkdError] = RunError) -> Path:
-    """Return the path of what shall come into being. Raise an error of this kind if anything has its name, be it a link
-    to nowhere.
-
-    Args:
-        path: of a file or folder.
-        what: it will be, at the beginning of a sentence.
-        kind: of the error.
-    """
-    if os.path.lexists(path):
-        raise kind(f"{what} must be new. {path} exists. Choose another name or remove it.")
-    return path
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill under a temporary name. It gets its own name when all went well; otherwise nothing is left.
-
-    Args:
-        path: the folder that shall come into being.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        partial.mkdir()
-        yield partial
-        for file in partial.iterdir():  # safetensors makes its files private, whatever the umask allows
-            file.chmod(partial.stat().st_mode & 0o666)
-        partial.rename(path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 class RunFolder:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from rmtkd import batches as batching
-from rmtkd.checkpoint import RunFolder, check_new, checksum, new_folder, read_state, write_json, write_state
+from rmtkd.checkpoint import RunFolder, checksum, read_state, write_state
 from rmtkd.environment import PRECISIONS, check_device, precision_on, versions
 from rmtkd.errors import OptionError, RunError, check_choice
 from rmtkd.interruption import interruptible
@@ -21,6 +21,7 @@ from rmtkd.recipes.recipe import Recipe
 from rmtkd.roles import fingerprint
 from rmtkd.surgery import tensors_of
 from rmtkd.training import Phase, PhaseState
+from rmtkd.writing import check_new, new_folder, write_json
 
 SAVE_EVERY = 60.0
 """Seconds between two saves of where a training stands."""

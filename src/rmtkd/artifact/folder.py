@@ -17,7 +17,6 @@ from rmtkd.artifact.files import WEIGHTS, read_json, read_shapes, told
 from rmtkd.artifact.manifest import FORMAT, MANIFEST, read_manifest, sealed, verify_files, vouch
 from rmtkd.artifact.self_test import SELF_TEST
 from rmtkd.batches import Batch, Forward
-from rmtkd.checkpoint import new_folder, write_atomically
 from rmtkd.environment import check_device, versions
 from rmtkd.errors import ArtifactError
 from rmtkd.families import FAMILIES, IMAGE_FAMILIES, EncoderFamily, ImageFamily
@@ -26,6 +25,7 @@ from rmtkd.modules import set_levels
 from rmtkd.pretrained import OURS, class_named, described, on_meta, presented, quietly, shapes_of, without_values
 from rmtkd.sites import Site, trace_sites
 from rmtkd.surgery import factorize, fill, resize, tensors_of
+from rmtkd.writing import check_new, new_folder, write_atomically
 
 CONFIG = "config.json"
 CARD = "README.md"
@@ -69,9 +69,8 @@ def save(
             the model's outputs are not finite.
         UnsupportedModelError: if the model's family is not known, and no sites are given.
     """
-    folder, extra_files = Path(folder), check_extra_files(extra_files)
-    if folder.exists() or folder.is_symlink():
-        raise ArtifactError(f"a model folder must be new. {folder} exists. Choose another name or remove it.")
+    extra_files = check_extra_files(extra_files)
+    folder = check_new(Path(folder), "a model folder", ArtifactError)
     try:
         origin = json.loads(json.dumps(dict(provenance or {}), allow_nan=False))
     except (TypeError, ValueError) as error:

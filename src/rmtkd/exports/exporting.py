@@ -14,7 +14,6 @@ from torch import nn
 from rmtkd import batches as batching
 from rmtkd.artifact import vouch
 from rmtkd.batches import Batch
-from rmtkd.checkpoint import check_new, new_folder, write_json
 from rmtkd.conformance import random_batches
 from rmtkd.environment import machine, versions
 from rmtkd.errors import ExportError
@@ -24,6 +23,7 @@ from rmtkd.exports.tracing import IMAGES, OUTPUT, complete, input_names, quiet, 
 from rmtkd.measurement import count_disk_bytes, quality, time_forward
 from rmtkd.pretrained import save_tokenizer
 from rmtkd.sites import longest_input, random_images
+from rmtkd.writing import check_new, new_folder, write_json
 
 FORMAT_VERSION = 1
 RECORD = "export.json"

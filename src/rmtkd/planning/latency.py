@@ -27,6 +27,7 @@ from rmtkd.planning.lines import Problems, check, parse
 from rmtkd.planning.timed_parts import filled, monotone, outlines, parts_by_shape, shapes_of
 from rmtkd.sites import Site
 from rmtkd.surgery import skeleton
+from rmtkd.writing import write_atomically
 
 SECONDS, FEWEST, MOST = 20.0, 5, 100
 """How long all parts are timed, in turns, unless these are fewer or more turns."""
@@ -298,11 +299,6 @@ class _File:
 
     def save(self, path: Path) -> None:
         """Write it, whole or not at all. A cache that cannot be written is none: the plan has the table."""
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
         with suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                temporary.write_text(json.dumps(asdict(self)), encoding="utf-8")
-                temporary.replace(path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            write_atomically(path, json.dumps(asdict(self)).encode())

@@ -12,6 +12,7 @@ from rmtkd.planning.latency import LatencyTable
 from rmtkd.planning.lines import Problems, brief, check, parse
 from rmtkd.planning.review import misfits, review
 from rmtkd.sites import Site, share_settings
+from rmtkd.writing import write_atomically
 
 FORMAT = 5
 
@@ -234,5 +235,5 @@ class Plan:
         return cls.from_json(text, sites=sites, name=str(path))
 
     def save(self, path: Path) -> None:
-        """Write the plan as JSON."""
-        path.write_text(self.to_json() + "\n", encoding="utf-8")
+        """Write the plan as JSON, whole or not at all."""
+        write_atomically(path, (self.to_json() + "\n").encode())

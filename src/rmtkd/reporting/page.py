@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rmtkd.checkpoint import write_atomically
 from rmtkd.errors import RunError
 from rmtkd.reporting.markup import Child, Html, element, join
+from rmtkd.writing import write_atomically
 
 GENERATOR = "rmtkd report"
 FOOT = "Made by rmtkd from the records of the run alone. Nothing here is computed anew, and no weights were read."
