@@ -26,7 +26,7 @@ from records import arguments, identity, print_event, publish, tried
 from rmtkd import batches as batching
 from rmtkd import recipes
 from rmtkd.checkpoint import checksum
-from rmtkd.distillation import Recovery
+from rmtkd.distillation import Recovery, Teacher
 from rmtkd.energy import Counter, Metered, measure_energy
 from rmtkd.environment import precision_on
 from rmtkd.interruption import interruptible
@@ -86,13 +86,14 @@ class Bench:
 
     Attributes:
         name: of the table.
-        settings: options of `rmtkd.compress` by name; the target may be a function of the entry.
+        settings: options of `rmtkd.compress` by name, which may depend on the entry; with None the teacher is not
+            cut, and learns on.
         prepared: folder of packed rows (`parts.py`), in place of the data's.
     """
 
     name: str
     scale: str
-    settings: Mapping[str, Callable[[Entry], Mapping[str, Any]]]
+    settings: Mapping[str, Callable[[Entry], Mapping[str, Any]] | None]
     data: Path | None
     cache: Path
     results: Path
@@ -118,8 +119,10 @@ class Bench:
         """All cells of an entry; without its teacher none."""
         work = Work(bench=self, entry=entry)
         if self._cell(entry, "teacher", partial(train, work)) is not None:
-            for setting in self.settings:
-                self._cell(entry, setting, partial(compress, work, setting))
+            for setting, options in self.settings.items():
+                self._cell(
+                    entry, setting, partial(compress, work, setting, options) if options else partial(go_on, work)
+                )
 
     def _cell(self, entry: Entry, part: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
         def described() -> dict[str, Any]:
@@ -163,17 +166,50 @@ class Passed(Exception):
 
 
 def train(work: Work) -> dict[str, Any]:
-    """The teacher: from its start until selection rows pass the threshold, or the epochs are over. After Ctrl-C the
-    next call goes on at the same step."""
+    """The teacher: from its start until selection rows pass the threshold, or the epochs are over."""
     entry, bench = work.entry, work.bench
     if entry.start is None:
         source = work.recipe.start(bench.pretrained, bench.seed, bench.data)
     else:
         source = entry.start(bench.data, bench.seed)
-    rows, recovery = work.rows(source), entry.training or work.recipe.training
+    how = {"recovery": entry.training or work.recipe.training, "threshold": entry.threshold}
+    trained = learn(work, source, "teacher", epochs=entry.epochs, **how)
+    return {"start": "random" if entry.start else "pretrained", "teacher_id": identity(source.model), **trained}
+
+
+def go_on(work: Work) -> dict[str, Any]:
+    """The teacher, not cut, and recovered as if it had been: what its students owe to learning on alone."""
+    source, beside = work.recipe.load(str(work.folder / "teacher"), work.bench.data), work.teacher.model
+    recovery = work.recipe.options.get("recovery", Recovery())
+    return learn(work, source, "uncut", epochs=work.entry.recovery, recovery=recovery, beside=beside)
+
+
+def learn(
+    work: Work,
+    source: Source,
+    part: str,
+    *,
+    epochs: float,
+    recovery: Recovery,
+    threshold: float = 1.0,
+    beside: nn.Module | None = None,
+) -> dict[str, Any]:
+    """A training, and what came of it. After Ctrl-C the next call goes on at the same step.
+
+    Args:
+        work: its entry and folders.
+        source: what learns; its model is changed in place.
+        part: name among files.
+        epochs: at most.
+        recovery: how.
+        threshold: selection accuracy, after a whole epoch, at which it ends.
+        beside: teaches, and is what latency is measured beside; None where labels alone do.
+    """
+    bench, rows = work.bench, work.rows(source)
     student, passes = source.model.to(bench.device), len(rows.train)
-    asked_for = json.dumps([entry.epochs, passes, asdict(recovery), bench.seed, rows.note])
-    left = TrainingFile(bench.cache / f"{work.folder.name}-teacher", checksum(tensors_of(student), asked_for))
+    steps = round(epochs * passes)
+    asked_for = json.dumps([part, steps, asdict(recovery), bench.seed, rows.note])
+    left = TrainingFile(bench.cache / f"{work.folder.name}-{part}", checksum(tensors_of(student), asked_for))
 
     def between(phase: Phase) -> None:
         step = len(phase.losses)
@@ -183,7 +219,7 @@ def train(work: Work) -> dict[str, Any]:
                 seen.append(quality(student, rows.selection)["accuracy"].value)
             print(f"epoch {step // passes}: {seen[-1]:.4f} of selection rows", flush=True)
             student.train()
-        is_passed = bool(seen) and seen[-1] >= entry.threshold
+        is_passed = bool(seen) and seen[-1] >= threshold
         if asked.stop or is_passed or step == phase.steps or left.age() > SAVE_EVERY:
             left.save(phase, seen=seen)
         if asked.stop:
@@ -195,13 +231,14 @@ def train(work: Work) -> dict[str, Any]:
     phase = Phase(
         student,
         rows.train,
-        steps=entry.epochs * passes,
+        steps=steps,
+        teacher=None if beside is None else Teacher(beside.to(bench.device)),
         recovery=recovery,
         precision=precision_on(bench.device),
     )
     seen: list[float] = (left.restore(phase) or {"seen": []})["seen"]
     try:
-        if seen and seen[-1] >= entry.threshold:
+        if seen and seen[-1] >= threshold:
             raise Passed
         with interruptible() as asked:
             phase.run(between)
@@ -209,18 +246,17 @@ def train(work: Work) -> dict[str, Any]:
         if phase.average:
             with torch.no_grad():
                 phase.average.apply()
-    shutil.rmtree(work.folder, ignore_errors=True)  # runs of an earlier teacher, or one half written
-    work.folder.mkdir(parents=True)
-    with new_folder(work.folder / "teacher") as partial_folder:
+    # What is there is half written, or of an earlier teacher, whose runs go with it.
+    shutil.rmtree(work.folder if beside is None else work.folder / part, ignore_errors=True)
+    work.folder.mkdir(parents=True, exist_ok=True)
+    with new_folder(work.folder / part) as partial_folder:
         save_classifier(source, partial_folder)
-    found = measures(work, source.model, rows, work.folder / "teacher")
+    found = measures(work, source.model, rows, work.folder / part, beside=beside)
     left.drop()
     return {
-        "start": "random" if entry.start else "pretrained",
-        "teacher_id": identity(source.model),
         "training": asdict(recovery),
         "epochs": len(phase.losses) / passes,
-        "threshold": entry.threshold,
+        "threshold": threshold,
         "selection_by_epoch": seen,
         "rows": rows.note,
         "losses": phase.losses[:: max(1, len(phase.losses) // 200)],
@@ -228,11 +264,11 @@ def train(work: Work) -> dict[str, Any]:
     }
 
 
-def compress(work: Work, setting: str) -> dict[str, Any]:
+def compress(work: Work, setting: str, options_of: Callable[[Entry], Mapping[str, Any]]) -> dict[str, Any]:
     """One run of the library, and what came of it."""
     bench, source = work.bench, work.teacher
     rows, out = work.rows(source), work.folder / setting
-    asked = dict(bench.settings[setting](work.entry))
+    asked = dict(options_of(work.entry))
     recovery = Recovery(**{**asdict(work.recipe.options.get("recovery", Recovery())), **asked.pop("recovery", {})})
     given = {"train": rows.train, "selection": rows.selection, "report": rows.report}
     given["example"] = work.recipe.example(source.model, rows)

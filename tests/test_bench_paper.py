@@ -26,7 +26,7 @@ def test_a_table_is_made_from_nothing_and_goes_on_where_it_was_left(name: str, t
     run("--settings", "published")
     records = {path.name: path.read_bytes() for path in (tmp_path / "results").iterdir()}
     assert sorted(records) == [f"tiny-digits-{task}-{part}-seed0.json" for part in ("published", "teacher")]
-    told = run("--settings", "published", "same-size")
+    told = run("--settings", "published", "same-size", "uncut")
     for file, content in records.items():  # what was measured is not measured again
         assert (tmp_path / "results" / file).read_bytes() == content
     record = json.loads((tmp_path / "results" / f"tiny-digits-{task}-same-size-seed0.json").read_text())
@@ -39,14 +39,29 @@ def test_a_table_is_made_from_nothing_and_goes_on_where_it_was_left(name: str, t
     assert (energy["joules"] is None) != (energy["reason"] is None)  # a number, or why there is none
     assert record["machine"] and record["versions"]["torch"] and "--scale tiny" in record["command"]
     lines = [line for line in told.splitlines() if line.startswith("| tiny")]
-    assert [line.split(" | ")[2] for line in lines] == 2 * ["teacher", "published", "same-size"]  # costs, accuracy
+    assert [line.split(" | ")[2] for line in lines] == 2 * [
+        "teacher",
+        "published",
+        "same-size",
+        "uncut",
+    ]  # costs, accuracy
+    uncut, teacher = (
+        json.loads((tmp_path / "results" / f"tiny-digits-{task}-{part}-seed0.json").read_text())
+        for part in ("uncut", "teacher")
+    )
+    assert uncut["cost"]["parameters"] == teacher["cost"]["parameters"]
+    assert (uncut["training"]["alpha"], uncut["epochs"]) == (
+        record["options"]["recovery"]["alpha"],
+        0.5,
+    )  # as the others
+    assert uncut["accuracy"]["value"] > teacher["accuracy"]["value"]  # which ended before it had learned all
 
 
 def test_a_teacher_that_was_left_is_the_one_that_was_not(
     benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paper, packed, vision = (benchmark(name) for name in ("paper", "packed", "paper_vision"))
-    monkeypatch.setattr(paper, "measures", lambda *_: {})
+    monkeypatch.setattr(paper, "measures", lambda *_, **__: {})
     (entry,) = vision.SCALES["tiny"]
     rows = recipes.get(entry.task).rows(None, entry.start(None, 0), 0)
     packed.pack(rows, tmp_path / "parts" / entry.key, largest=200_000)
