@@ -77,7 +77,8 @@ REASONS = {
     "speed_up": "published on a GPU of 48 GB; here on the machine below",
     "memory": "what was counted is not published",
     "power": "published from nvidia-smi, once a second; here from a counter of energy alone",
-    "peers": "published of GLUE as a whole; here on one task, with the same teacher and as many steps for all",
+    "peers": "published of GLUE as a whole; here on one task, half of the layers and a whole embedding, same teacher "
+    "and as many steps for all",
     "peers, not run": "rmtkd bench peers, with this teacher",
 }
 NOTES = {

@@ -255,7 +255,8 @@ def test_no_epochs_cut_only(teacher: torch.nn.Module, task: Rows):
     result = run(teacher, task, epochs=0.0, **GUARDED)
     (done,) = result.rounds
     assert done.steps == 0 and done.loss_first is None and done.accuracy == done.accuracy_cut
-    expected = compression.narrow(teacher, result.plan, calibration=compression.share_of(task.train, 0.3))
+    seen = compression.share_of(task.train, 0.3)
+    expected = compression.narrow(teacher, result.plan, calibration=seen, precision=QUICK["precision"])
     assert_untouched(result.model, snapshot(expected))
 
 
@@ -349,7 +350,7 @@ def test_a_compressed_model_can_be_compressed_again(finished, task: Rows, tmp_pa
 
 def test_a_plan_changes_nothing_and_is_what_a_run_does(teacher: torch.nn.Module, task: Rows):
     before, state = snapshot(teacher), torch.get_rng_state()
-    options = {name: QUICK[name] for name in ("target", "multiple_of", "calibration_share")}
+    options = {name: QUICK[name] for name in ("target", "multiple_of", "calibration_share", "precision")}
     made, _ = plan(
         teacher,
         calibration=compression.share_of(task.train, 0.3),

@@ -235,6 +235,7 @@ def narrow(
     calibration: Iterable[Batch],
     sites: Sequence[Site] | None = None,
     metric: str = "fisher",
+    precision: str = "auto",
     train: Iterable[Batch] | None = None,
 ) -> nn.Module:
     """Apply a plan in closed form: cut, check, train nothing. The model is left as it was.
@@ -244,7 +245,7 @@ def narrow(
         plan: the widths to keep; edit them with `dataclasses.replace`, or in its JSON.
         calibration: batches whose activations choose the bases.
         sites: the widths that may be narrowed; those of the model's family by default.
-        metric: see `Options`.
+        metric, precision: see `Options`.
         train: batches whose tokens are counted for `embedding_levels`; those of calibration by default.
 
     Returns:
@@ -256,7 +257,8 @@ def narrow(
     """
     model, every = _start(model, sites, calibration, train, plan)
     cut = narrowed(every, plan)
-    metrics = metrics_of(model, cut, calibration, Options(metric=metric))  # type: ignore[arg-type]
+    options = Options(metric=metric, precision=precision)  # type: ignore[arg-type]
+    metrics = metrics_of(model, cut, calibration, options)
     student, bases = cut_in_order(model, cut, plan.widths, calibration, metrics=metrics, blocks=blocks_of(every))
     check_cut(model, student, cut, bases, batching.head(batching.first(calibration, "calibration"), CHECK_ROWS))
     return student.eval()

@@ -27,6 +27,7 @@ from rmtkd.cli.options import (
     Model,
     MultipleOf,
     Policy,
+    Precision,
     Rule,
     Seed,
     Target,
@@ -81,6 +82,7 @@ def plan(
     epochs: Annotated[
         float | None, typer.Option(help="Recovery that the forecast counts; the recipe's by default.")
     ] = None,
+    precision: Precision = "auto",
     seed: Seed = 0,
     device: Device = "cpu",
     as_json: AsJson = False,
@@ -125,6 +127,7 @@ def plan(
             "--calibration-share": calibration_share,
             "--epochs": epochs,
             "--metric": metric,
+            "--precision": None if precision == "auto" else precision,
             "--embedding-levels": shape.pop("embedding_levels", None),
             "--low-rank": shape.pop("low_rank", None),
             "--trim-vocabulary": trim_vocabulary or None,
@@ -138,7 +141,7 @@ def plan(
     task = recipes.get(recipe, columns=columns, label=label, max_length=max_length)
     if out is None:
         raise OptionError(f"--out must be a folder for the plan. Got none. Pass --out FOLDER, such as runs/{recipe}.")
-    options: dict[str, Any] = {**task.options, **shape, "seed": seed, "device": device}
+    options: dict[str, Any] = {**task.options, **shape, "precision": precision, "seed": seed, "device": device}
     options |= given({"calibration_share": calibration_share, "epochs": epochs, "metric": metric})
     chosen = Options(**options)  # before anything takes time
     RunFolder.check_free(out)
@@ -174,7 +177,7 @@ def plan(
         steps=round(chosen.epochs * len(rows.train)),
         recovery=chosen.recovery,
         blend=chosen.blend,
-        precision=precision_on(device),
+        precision=precision_on(device, precision),
         calibration=calibration,
         seconds_plan=seconds_plan,
     )
