@@ -73,7 +73,7 @@ REASONS = {
     "published of GLUE as a whole",
     "same-size, reduction": "the published reduction is the target, which widths meet from below",
     "accuracy": "published of GLUE as a whole, against a baseline that is not given; here of one task, against a "
-    "teacher that was trained to a threshold, which learning on alone changes as `uncut` tells below",
+    "teacher that was trained to a threshold, which learning on alone changes, too (`uncut`, where it was run)",
     "speed_up": "published on a GPU of 48 GB; here on the machine below",
     "memory": "what was counted is not published",
     "power": "published from nvidia-smi, once a second; here from a counter of energy alone",

@@ -43,7 +43,7 @@ REPORTED = Reported(
         "rectifier follows lose units, not directions",
         "same-size, reduction": "the published reduction is the target, which widths meet from below",
         "accuracy": "published against a baseline that is not given; here against a teacher that was trained for as "
-        "long as is told below, which learning on alone changes as `uncut` tells",
+        "long as is told below, which learning on alone changes, too (`uncut`, where it was run)",
         "speed_up": "no number is published; here on the machine below",
         "energy": "published from nvidia-smi, once a second, over inference; here from a counter of energy, rest "
         "subtracted",
