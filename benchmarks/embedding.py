@@ -29,6 +29,7 @@ from rmtkd.fisher import Metrics, output_metrics, weighed
 from rmtkd.levels import count_tokens, in_levels, share_out
 from rmtkd.measurement import count_parameters
 from rmtkd.recipes.recipe import Source
+from rmtkd.seeding import seeded
 from rmtkd.sites import Site, blocks_of, find_family, find_sites
 from rmtkd.surgery import check_cut
 from rmtkd.training import Phase
@@ -78,8 +79,7 @@ def cut_cell(task_name: str, variant: str, teacher: str, data: Path, share: floa
     check_cut(model, student, cut, bases, next(iter(rows.selection)))
     if steps:
         recovery = Recovery()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with seeded(0):
             Phase(student, rows.train, steps=steps, recovery=recovery, teacher=Teacher(whole), precision="fp32").run(
                 lambda _: None
             )

@@ -19,7 +19,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from records import cell, print_event
@@ -29,6 +28,7 @@ from rmtkd.distillation import Recovery, Teacher
 from rmtkd.measurement import count_parameters, predict
 from rmtkd.modules import randomize
 from rmtkd.schedule import Options
+from rmtkd.seeding import seeded
 from rmtkd.sites import blocks_of, find_sites
 from rmtkd.surgery import fill_with_zeros, skeleton
 from rmtkd.training import Phase
@@ -88,8 +88,7 @@ def run_cell(
         student = cut_model(source.model, rows.train, task.example(source.model, rows), work / f"{task_name}-{seed}")
         steps = round(epochs * len(rows.train))
         started = time.monotonic()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             Phase(
                 student,
                 rows.train,

@@ -16,6 +16,7 @@ ROOT = Path(rmtkd.__file__).parent
 ORDER = [
     "errors",
     "environment",
+    "seeding",
     "writing",
     "spectra",
     "covariance",
@@ -54,6 +55,7 @@ ORDER = [
     "reporting",
     "dry_run",
     "roles",
+    "subject",
     "standing",
     "result",
     "run",

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -499,6 +500,50 @@ def test_a_loader_with_a_random_order_of_its_own_goes_on_in_that_order(
         with pytest.raises(Killed):
             run(model, loaded, out, on_event=killing_at(moment))
         assert_same(rmtkd.resume(out, model, **loaded), expected)
+
+
+class Augmented:
+    """Rows of which a token is drawn anew in every pass, by the random numbers of a library."""
+
+    def __init__(self, rows: TokenRows, draw: Callable[[], float]):
+        self.rows, self.draw = rows, draw
+
+    def set_epoch(self, number: int) -> None:
+        self.rows.set_epoch(number)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.rows:
+            ids = batch["input_ids"].clone()
+            ids[:, 0] = int(40 * self.draw())
+            yield {**batch, "input_ids": ids}
+
+
+@pytest.mark.parametrize("draw", [np.random.rand, lambda: float(torch.rand(()))])
+def test_rows_that_draw_random_numbers_for_every_batch_go_on_to_the_same_bits(
+    model: torch.nn.Module, rows: dict[str, Any], tmp_path: Path, draw: Callable[[], float]
+):
+    given = {**rows, "train": Augmented(rows["train"], draw)}
+    expected = run(model, given, tmp_path / "whole")
+    assert "seed" not in "".join(expected.plan.remarks)
+    for moment in (4, 9, 16):
+        out = tmp_path / f"killed at {moment}"
+        with pytest.raises(Killed):
+            run(model, given, out, on_event=killing_at(moment))
+        draw()
+        assert_same(rmtkd.resume(out, model, **given), expected)
+
+
+def test_a_run_whose_rows_no_seed_sets_goes_on_with_others_and_says_so(
+    model: torch.nn.Module, rows: dict[str, Any], stopped: Path, tmp_path: Path
+):
+    given, out = {**rows, "train": Augmented(rows["train"], np.random.default_rng().random)}, tmp_path / "run"
+    with pytest.raises(Killed):
+        run(model, given, out, on_event=killing_at(9))
+    result = rmtkd.resume(out, model, **given)
+    assert result.record["finished"]
+    assert "by random numbers that no seed sets" in "".join(result.plan.remarks)
+    with pytest.raises(RunError, match="goes on with the training rows that it began with"):
+        rmtkd.resume(stopped, model, **given)
 
 
 def test_a_half_written_line_of_the_record_is_dropped(model: torch.nn.Module, rows: dict[str, Any], stopped: Path):

@@ -1,7 +1,11 @@
+# ruff: noqa: NPY002 - the global numbers are the ones in question
 """The claims of the rows of a run: they are known again in any order, and labelled by the teacher once."""
 
+import random
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +15,8 @@ from conftest import random_rows, tiny_bert
 from rmtkd import batches as batching
 from rmtkd.batches import Calls
 from rmtkd.memory import Pieces
-from rmtkd.roles import Answered, fingerprint_of_all
+from rmtkd.roles import ANEW, Answered, fingerprint_of_all, fingerprint_of_training
+from rmtkd.seeding import seeded
 
 BATCHES = list(random_rows(40, seed=3))
 
@@ -37,10 +42,49 @@ def test_rows_are_known_again_in_any_order_and_padding() -> None:
     assert {fingerprint_of_all(shuffling(longer(BATCHES))) for _ in range(3)} == {known}
 
 
-def shuffling(batches: list[Any]) -> Any:
+class Noisy:
+    """The batches with other labels in every pass."""
+
+    def __init__(self, draw: Callable[[], float]):
+        self.draw = draw
+
+    def __iter__(self) -> Iterator[Any]:
+        return ({**batch, "labels": torch.full_like(batch["labels"], int(1e6 * self.draw()))} for batch in BATCHES)
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: float(torch.rand(()))])
+def test_rows_that_draw_random_numbers_of_the_run_are_known_by_its_seed(draw: Callable[[], float]) -> None:
+    found = []
+    for seed in (1, 1, 2):
+        with seeded(seed):
+            found.append(fingerprint_of_training(Noisy(draw), "cpu")[0])
+    assert found[0] == found[1] != found[2]
+    assert ANEW not in found
+
+
+def test_rows_that_draw_random_numbers_of_their_own_are_said_to_be_drawn_anew() -> None:
+    assert fingerprint_of_training(Noisy(np.random.default_rng(0).random), "cpu") == (ANEW, 3)
+
+
+def test_an_order_of_their_own_does_not_make_rows_others() -> None:
+    own = shuffling(longer(BATCHES), generator=torch.Generator().manual_seed(0))
+    assert fingerprint_of_training(own, "cpu") == fingerprint_of_all(BATCHES)
+
+
+def test_a_fingerprint_leaves_random_numbers_as_a_plain_pass_does() -> None:
+    rows = Noisy(np.random.rand)
+    with seeded(1):
+        list(rows)
+        expected = np.random.rand()
+    with seeded(1):
+        fingerprint_of_training(rows, "cpu")
+        assert np.random.rand() == expected
+
+
+def shuffling(batches: list[Any], **loader: Any) -> Any:
     """A loader of their rows, in an order of its own in every pass."""
     rows = [{k: value[i] for k, value in batch.items()} for batch in batches for i in range(len(batch["labels"]))]
-    return DataLoader(rows, batch_size=16, shuffle=True)  # type: ignore[arg-type]
+    return DataLoader(rows, batch_size=16, shuffle=True, **loader)  # type: ignore[arg-type]
 
 
 def longer(batches: list[Any]) -> list[Any]:

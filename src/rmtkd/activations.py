@@ -22,6 +22,7 @@ from rmtkd.errors import DataError, UnsupportedModelError
 from rmtkd.measurement import evaluation
 from rmtkd.memory import Pieces
 from rmtkd.replicates import Replicates
+from rmtkd.seeding import seeded
 from rmtkd.sites import Axis, Site, Stream
 
 
@@ -197,9 +198,8 @@ def _gather(
 def _dropout(model: nn.Module, *seeds: int) -> Iterator[None]:
     """Dropout modules in training mode, on random numbers of their own."""
     active = _dropout_modules(model)
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)):
-        torch.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1)[0]))
+    seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
+    with seeded(seed, next(model.parameters()).device):
         for module in active:
             module.train()
         try:

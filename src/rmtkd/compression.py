@@ -11,13 +11,16 @@ from rmtkd import artifact, progress
 from rmtkd.batches import Forward
 from rmtkd.checkpoint import RunFolder
 from rmtkd.dry_run import narrow, plan
+from rmtkd.environment import check_device
 from rmtkd.errors import RunError
 from rmtkd.planning import Plan
 from rmtkd.result import Compressed
 from rmtkd.roles import Roles, share_of
-from rmtkd.run import Run, seeded
+from rmtkd.run import Run
 from rmtkd.schedule import Options
+from rmtkd.seeding import seeded
 from rmtkd.sites import Site
+from rmtkd.subject import Subject
 
 
 def compress(
@@ -82,9 +85,10 @@ def compress(
         RunFolder.check_free(Path(out))
     extra_files = artifact.check_extra_files(extra_files)
     rows = Roles(train=train, selection=selection, report=report, calibration=calibration, example=example)
-    with seeded(chosen):
+    with seeded(chosen.seed, check_device(chosen.device)):
         rows = rows.called(forward)
-        run = Run(model, rows, chosen, sites=sites, teacher_model=teacher_model, control=control, on_event=on_event)
+        subject = Subject(model, rows, chosen, sites=sites, teacher_model=teacher_model)
+        run = Run(subject, chosen, control=control, on_event=on_event)
         if out is None:
             return run.execute(plan)
         config = {**run.config(), "plan": plan and json.loads(plan.to_json()), "command": dict(command or {})}
@@ -132,14 +136,15 @@ def resume(
     try:
         chosen, given, control, config = _asked(folder)
         rows = Roles(train=train, selection=selection, report=report, calibration=calibration, example=example)
-        with seeded(chosen):
+        with seeded(chosen.seed, check_device(chosen.device)):
             rows = rows.called(forward)
-            run = Run(model, rows, chosen, sites=sites, teacher_model=teacher_model, control=control, on_event=on_event)
-            if others := run.take_up(config):
+            subject = Subject(model, rows, chosen, sites=sites, teacher_model=teacher_model)
+            if others := subject.take_up(config):
                 raise RunError(
                     f"a run goes on with the {others[0]} that it began with. These are others. Pass the same ones, or "
                     "start a new run; nothing was changed."
                 )
+            run = Run(subject, chosen, control=control, on_event=on_event)
             return run.execute(given, folder, artifact.check_extra_files(extra_files))
     finally:
         folder.release()

@@ -16,6 +16,7 @@ from rmtkd.environment import Precision
 from rmtkd.measurement import count_parameters, evaluation
 from rmtkd.memory import available_bytes, held_bytes
 from rmtkd.modules import randomize
+from rmtkd.seeding import seeded
 from rmtkd.sites import Site, blocks_of
 from rmtkd.surgery import fill_with_zeros, skeleton
 from rmtkd.training import Phase
@@ -80,7 +81,7 @@ def forecast(
     """
     device = next(model.parameters()).device
     teacher = model if teacher is None else teacher
-    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+    with seeded(None, device):
         student = skeleton(model, sites, widths)
         fill_with_zeros(student, device)
         randomize(student, seed=0)

@@ -15,9 +15,12 @@ from rmtkd.checkpoint import checksum
 from rmtkd.errors import DataError
 from rmtkd.measurement import Estimate, answers, chance_level, check_labels, predict, proportion
 from rmtkd.memory import Pieces
+from rmtkd.seeding import seeded
 
 MOST = 1024
 """About as many numbers of each tensor of a row tell it from others."""
+ANEW = "drawn anew in every pass"
+"""In place of a fingerprint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +130,30 @@ def fingerprint_of_all(rows: Iterable[Batch]) -> tuple[str, int]:
         count += 1
         total += sum(int.from_bytes(hashlib.sha256(content).digest(), "big") for content in _contents(batch))
     return f"{total % 2**256:064x}", count
+
+
+def fingerprint_of_training(rows: Iterable[Batch], device: torch.device | str) -> tuple[str, int]:
+    """The same of training rows; `ANEW` in its place if they are other rows in every pass, whatever our random numbers:
+    augmented by random numbers of another library, say. The caller's random numbers are left as they are.
+
+    Args:
+        rows: training batches.
+        device: of the run.
+    """
+    batching.set_epoch(rows, 0)
+    seen, count = fingerprint_of_all(rows)
+    with seeded(None, device):
+        is_anew = not _come_again(rows) and fingerprint_of_all(rows)[0] != seen
+    return ANEW if is_anew else seen, count
+
+
+def _come_again(rows: Iterable[Batch]) -> bool:
+    """Whether the first batch is the same when random numbers are: else a collection has some of its own."""
+    seen = set()
+    for _ in range(2):
+        with seeded(0):
+            seen.add(checksum(_tensors(batching.first(rows, "training rows"))))
+    return len(seen) == 1
 
 
 def _contents(batch: Batch) -> Iterator[bytes]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,17 @@ from torch import Tensor, nn
 from rmtkd import artifact, progress, reporting
 from rmtkd.batches import Forward
 from rmtkd.checkpoint import REPORT, RunFolder, is_size
+from rmtkd.environment import check_device
 from rmtkd.errors import OptionError, RmtkdError, RunError
 from rmtkd.planning import Target
 from rmtkd.result import Compressed
 from rmtkd.roles import Roles
-from rmtkd.run import Planned, Run, report_on, seeded
+from rmtkd.run import Planned, Run, report_on
 from rmtkd.schedule import Options
+from rmtkd.seeding import random_state, seeded, set_random_state
 from rmtkd.sites import Site
 from rmtkd.standing import Standing, device_of
-from rmtkd.training import random_state, set_random_state
+from rmtkd.subject import Subject
 
 
 class Sizes(dict[str, Compressed]):
@@ -83,25 +86,27 @@ def compress_sizes(
         check_place(place, names)
     extra_files = artifact.check_extra_files(extra_files)
     rows = Roles(train=train, selection=selection, report=report, calibration=calibration, example=example)
-    with seeded(chosen), ExitStack() as held:
+    with seeded(chosen.seed, check_device(chosen.device)), ExitStack() as held:
         rows = rows.called(forward)
-        first = Run(model, rows, chosen, sites=sites, teacher_model=teacher_model, control=control, on_event=on_event)
-        runs = {name: first.aimed(name) for name in names}
+        emit = progress.Emitter([on_event] if on_event else [])
+        subject = Subject(model, rows, chosen, sites=sites, teacher_model=teacher_model)
+        subject.pieces.on_halved = lambda count: emit("memory", pieces=count)
+        runs = {name: Run(subject, replace(chosen, target=name), control=control, on_event=on_event) for name in names}
         folders = {} if place is None else {name: _open(place / name, run) for name, run in runs.items()}
         for folder in folders.values():
             held.callback(folder.release)
-        began = _begin(first, runs, folders, place, held, dict(command or {}))
+        began = _begin(subject, runs, folders, place, held, dict(command or {}))
         done = Sizes()
         for number, (name, run) in enumerate(runs.items(), 1):
-            first.emit("size", target=name, number=number, sizes=len(runs))
+            emit("size", target=name, number=number, sizes=len(runs))
             begun, state = began.pop(name, (None, None))
             if state is not None:
-                set_random_state(state, device_of(first.model))
+                set_random_state(state, device_of(subject.model))
             done[name] = run.execute(None, folders.get(name), extra_files, begun=begun)
             if not done[name].record["finished"]:
                 break
         if place is not None:
-            report_on(place, first.emit)
+            report_on(place, emit)
         return done
 
 
@@ -146,7 +151,7 @@ def _open(path: Path, run: Run) -> RunFolder:
         config = folder.config()
         theirs = {**Options.from_dict(config["options"]).to_dict(), "control": config["control"]}
         ours = {**run.options.to_dict(), "control": run.with_control}
-        if differ := [name for name in ours if ours[name] != theirs[name]] + run.take_up(config):
+        if differ := [name for name in ours if ours[name] != theirs[name]] + run.subject.take_up(config):
             raise RunError(
                 f"a run goes on with what it began with. In {path} other values were given for: {', '.join(differ)}. "
                 "Give the same, or choose another folder; nothing was changed."
@@ -158,7 +163,7 @@ def _open(path: Path, run: Run) -> RunFolder:
 
 
 def _begin(
-    first: Run,
+    subject: Subject,
     runs: Mapping[str, Run],
     folders: dict[str, RunFolder],
     place: Path | None,
@@ -170,8 +175,7 @@ def _begin(
     missing = [name for name in runs if place is None or not folders[name].has_begun_or_ended()]
     planned: dict[str, Planned] = {}
     if missing:
-        first.look()
-        survey = first.survey()
+        survey = subject.survey()
         planned = {name: (survey.plan(name), survey.spectrums) for name in missing}
         del survey
     began: dict[str, tuple[Standing, Tensor]] = {}
@@ -184,7 +188,7 @@ def _begin(
                 held.callback(folder.release)
                 folders[name] = folder
         try:
-            began[name] = run.begin(None, folder, made), random_state(device_of(first.model))
+            began[name] = run.begin(None, folder, made), random_state(device_of(subject.model))
         except RmtkdError:
             if folder is not None and not folder.has_begun():
                 folder.forget()

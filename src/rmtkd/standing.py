@@ -10,9 +10,9 @@ from rmtkd.checkpoint import RunFolder
 from rmtkd.measurement import Estimate
 from rmtkd.planning import Plan
 from rmtkd.schedule import Round, kept_widths
+from rmtkd.seeding import random_state, set_random_state
 from rmtkd.sites import Site
 from rmtkd.surgery import fill, skeleton, tensors_of
-from rmtkd.training import random_state, set_random_state
 
 
 @dataclass(kw_only=True)

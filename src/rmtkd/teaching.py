@@ -7,8 +7,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from rmtkd import batches as batching
 from rmtkd.checkpoint import RunFolder, checksum, read_state, write_state
 from rmtkd.environment import PRECISIONS, check_device, precision_on, versions
@@ -19,6 +17,7 @@ from rmtkd.progress import Emitter, Listener
 from rmtkd.recipes.checkpoints import save_classifier
 from rmtkd.recipes.recipe import Recipe
 from rmtkd.roles import fingerprint
+from rmtkd.seeding import seeded
 from rmtkd.surgery import tensors_of
 from rmtkd.training import Phase, PhaseState
 from rmtkd.writing import check_new, new_folder, write_json
@@ -85,8 +84,7 @@ def train_teacher(
     batching.set_epoch(rows.train, 0)
     asked_for = {"rows": fingerprint(rows.train, "training")[0], "steps": steps, "seed": seed, "precision": precision}
     left = TrainingFile(out, checksum(tensors_of(student), json.dumps([asked_for, asdict(recovery)])))
-    with torch.random.fork_rng(devices=[]), interruptible() as asked:
-        torch.manual_seed(seed)
+    with seeded(seed, device), interruptible() as asked:
         phase = Phase(student, rows.train, steps=steps, recovery=recovery, precision=precision)
         if left.restore(phase) is not None:
             emit("training", step=len(phase.losses), steps=steps)

@@ -17,6 +17,7 @@ from rmtkd.environment import Precision
 from rmtkd.errors import DataError, OptionError
 from rmtkd.measurement import check_labels
 from rmtkd.memory import Pieces
+from rmtkd.seeding import random_state, set_random_state
 from rmtkd.surgery import tensors_of
 
 OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
@@ -223,17 +224,17 @@ class Phase:
         """Batches without end, from where the phase stands."""
         while True:
             batching.set_epoch(self.rows, self.epoch)
+            now = random_state(self.device)
             if self.position == 0:
-                self.pass_began = random_state(self.device)
-                batches = iter(self.rows)
-            else:
-                # A collection may draw its order when the pass begins: let it draw the same again.
-                now = random_state(self.device)
-                set_random_state(self.pass_began, self.device)
-                batches = itertools.islice(self.rows, self.position, None)
-                first = list(itertools.islice(batches, 1))
+                self.pass_began = now
+            # A collection may draw its order when the pass begins: let it draw the same again. What it draws for each
+            # batch, it draws between two steps.
+            set_random_state(self.pass_began, self.device)
+            batches = iter(self.rows)
+            if self.position:
+                for _ in itertools.islice(batches, self.position):
+                    pass
                 set_random_state(now, self.device)
-                batches = itertools.chain(first, batches)
             for batch in batches:
                 self.position += 1
                 yield batch
@@ -257,22 +258,6 @@ def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
     if step < rising:
         return (step + 1) / rising
     return 1 - 0.9 * (step + 1 - rising) / max(1, steps - rising)
-
-
-def random_state(device: torch.device) -> Tensor:
-    """The state of the random numbers that a phase on this device draws from."""
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return torch.cat(states)
-
-
-def set_random_state(state: Tensor, device: torch.device) -> None:
-    """Set what `random_state` gave."""
-    size = len(torch.get_rng_state())
-    torch.set_rng_state(state[:size])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state[size:], device)
 
 
 def _beside(parameter: Tensor, value: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from rmtkd import artifact
 from rmtkd.errors import DataError
 from rmtkd.pretrained import quietly, save_tokenizer
 from rmtkd.recipes.recipe import Source
+from rmtkd.seeding import seeded
 from rmtkd.sites import find_sites, longest_input
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
@@ -71,8 +72,7 @@ def start_classifier(path: str, labels: Sequence[str], seed: int) -> Source:
         DataError: if there is no checkpoint, or its weights are not those of its configuration.
         UnsupportedModelError: if the trained model could not be narrowed.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         model, _, mismatched = _from_pretrained(
             path,
             num_labels=len(labels),

@@ -20,6 +20,7 @@ from rmtkd.recipes.images import BATCH, ImageRows, decode, preprocessor
 from rmtkd.recipes.recipe import Recipe, Rows, Source
 from rmtkd.recipes.results import MEASURED
 from rmtkd.recipes.tables import class_indices, read_columns
+from rmtkd.seeding import seeded
 
 LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIDE = 32
@@ -127,8 +128,7 @@ def start(path: str | None, seed: int, data: Path | None) -> Source:
     Raises:
         DataError: if there is none of this name.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         if path == "resnet50":
             return source_of(resnet50())
         if path is not None and (found := SMALL.fullmatch(path)):

@@ -20,6 +20,7 @@ from rmtkd.recipes.recipe import Recipe, Rows, Source
 from rmtkd.recipes.results import MEASURED
 from rmtkd.recipes.rows import TokenRows, synthetic_batch
 from rmtkd.recipes.tables import class_indices, read_columns
+from rmtkd.seeding import seeded
 
 LEVELS = 4
 """Grey levels of a pixel, from the scans' 17."""
@@ -118,8 +119,7 @@ def start(path: str | None, seed: int, data: Path | None = None) -> Source:
         label2id={name: i for i, name in enumerate(LABELS)},
         pad_token_id=PAD,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return Source(model=BertForSequenceClassification(config).eval())
 
 
@@ -140,8 +140,7 @@ def start_cnn(path: str | None, seed: int, data: Path | None = None) -> Source:
         raise DataError(f"the digits teacher starts from nothing. Got --model {path!r}. Leave it out.")
     names = {"id2label": dict(enumerate(LABELS)), "label2id": {name: i for i, name in enumerate(LABELS)}}
     config = CifarResNetConfig(hidden_sizes=[16, 32], inner_sizes=[[16, 16], [32, 32]], num_channels=1, **names)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return source_of(CifarResNetForImageClassification(config).eval())
 
 
