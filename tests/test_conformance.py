@@ -11,8 +11,9 @@ from conftest import FAMILY_NAMES, assert_untouched, pair_batches, random_rows, 
 from rmtkd.activations import collect
 from rmtkd.conformance import LONGEST, Verdict, random_batches
 from rmtkd.cutting import cut_in_order
-from rmtkd.errors import DataError, UnsupportedModelError
+from rmtkd.errors import DataError, SurgeryError, UnsupportedModelError
 from rmtkd.sites import attention_sites, embedding_site, feed_forward_site, find_sites, linear_site
+from rmtkd.surgery import check_cut
 
 
 def failed(verdicts: tuple[Verdict, ...]) -> dict[str, str]:
@@ -237,6 +238,31 @@ def test_rows_may_be_numbers_of_their_own_precision() -> None:
     verdicts = rmtkd.check(model, [(torch.randn(64, 6), torch.zeros(64))], sites)
     assert failed(verdicts) == {}
     assert [verdict.keep for verdict in verdicts] == [8, 6]
+
+
+class Casting(Own):
+    """Casts to float32 on its way, as code that was written for half precision does."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.block(self.words(ids).float()).mean(1))
+
+
+def test_a_forward_that_casts_to_float32_is_checked_in_float32() -> None:
+    torch.manual_seed(0)
+    model = Casting()
+    with pytest.raises(RuntimeError):
+        model.double()(BATCHES[0][0])
+    model.float()
+    sites = own_sites(model)
+    verdicts = rmtkd.check(model, BATCHES, sites)
+    assert failed(verdicts) == {}
+    assert all(verdict.full_width_error is not None and verdict.full_width_error < 1e-4 for verdict in verdicts)
+    student, bases = cut_in_order(model, sites, {site.name: site.width // 2 for site in sites}, BATCHES)
+    assert check_cut(model, student, sites, bases, BATCHES[0]) < 1e-4
+    with torch.no_grad():
+        student.get_parameter("block.reader.weight").mul_(1.01)
+    with pytest.raises(SurgeryError):
+        check_cut(model, student, sites, bases, BATCHES[0])
 
 
 def test_a_table_that_is_wrong_fails_at_the_site_that_is_wrong() -> None:

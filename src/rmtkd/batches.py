@@ -154,9 +154,9 @@ def to(batch: Batch, device: torch.device | str) -> Batch:
     return map_tensors(batch, lambda value: value.to(device))
 
 
-def double(batch: Batch) -> Batch:
-    """The batch for a model in float64: every floating-point tensor in float64."""
-    return map_tensors(batch, lambda value: value.double() if value.is_floating_point() else value)
+def in_precision(batch: Batch, precision: torch.dtype) -> Batch:
+    """The batch for a model in this precision: every floating-point tensor in it."""
+    return map_tensors(batch, lambda value: value.to(precision) if value.is_floating_point() else value)
 
 
 def rows(batch: Batch) -> int:

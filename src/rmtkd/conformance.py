@@ -1,10 +1,10 @@
 """Does the algebra hold for this very model? The two checks that every cut is made of, site by site.
 
-At full width a cut must change nothing: float64 outputs of the folded model against those of the untouched one. At half
-width it must compute what the untouched model computes with its activations projected by hooks.
+At full width a cut must change nothing: float64 outputs of the folded model against those of the untouched one
+(float32 where the forward casts to it). At half width it must compute what the untouched model computes with its
+activations projected by hooks.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from rmtkd.cutting import fit_bases
 from rmtkd.errors import DataError, RmtkdError, SurgeryError, UnsupportedModelError
 from rmtkd.measurement import evaluation, relative_difference
 from rmtkd.sites import Site, by_width, check_parameters, find_family, is_known, random_images, search, trace_sites
-from rmtkd.surgery import check_cut, fold
+from rmtkd.surgery import ROUNDINGS, check_cut, exact, fold
 
 FULL_WIDTH_TOLERANCE = 1e-10
 """Largest relative difference of float64 outputs at full width."""
@@ -197,22 +197,22 @@ def _try_all(model: nn.Module, sites: Sequence[Site], rows: Sequence[Batch]) -> 
     """Both checks of every site."""
     if not sites:
         return {}
-    exact = copy.deepcopy(model).double().eval()
-    sample = batching.to(batching.head(batching.first(rows, "batches"), ROWS), next(exact.parameters()).device)
+    sample = batching.to(batching.head(batching.first(rows, "batches"), ROWS), "cpu")
+    whole, precision = exact(model, sample)
     try:
         moments = collect(model, sites, rows)
-        expected = _outputs(exact, sample)
+        expected = _outputs(whole, sample)
     except RmtkdError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         why = f"the model must run on these rows. It fails with {error}. Look at the parts that are refused, if any."
         return {site.name: Verdict(site=site.name, ok=False, width=site.width, why=why) for site in sites}
-    tolerance = _tolerance(model)
+    tolerance = _tolerance(model, precision)
     verdicts = {}
     for group in by_width(sites).values():
         keep, cut_error, cut_fault = _try_cut(model, group, moments, sample)
         for site in group:
-            error, fault = _try_full_width(exact, site, moments, sample, expected, tolerance)
+            error, fault = _try_full_width(whole, site, moments, sample, expected, tolerance)
             why = " ".join(part for part in (fault, cut_fault) if part)
             verdicts[site.name] = Verdict(
                 site=site.name,
@@ -227,7 +227,7 @@ def _try_all(model: nn.Module, sites: Sequence[Site], rows: Sequence[Batch]) -> 
 
 
 def _try_full_width(
-    exact: nn.Module,
+    whole: nn.Module,
     site: Site,
     moments: Mapping[str, Sequence[Covariance]],
     sample: Batch,
@@ -235,7 +235,7 @@ def _try_full_width(
     tolerance: float,
 ) -> tuple[float | None, str]:
     """The error of a fold that keeps everything, and what is wrong with it."""
-    student = fold(exact, [site], {site.name: fit_bases(exact, site, moments[site.name], site.width)})
+    student = fold(whole, [site], {site.name: fit_bases(whole, site, moments[site.name], site.width)})
     try:
         got = _outputs(student, sample)
     except RuntimeError as failure:
@@ -264,15 +264,17 @@ def _finite(error: float) -> float | None:
     return error if math.isfinite(error) else None
 
 
-def _tolerance(model: nn.Module) -> float:
-    """Where the stock forward casts to float32 inside, its rounding may fall to the other side."""
+def _tolerance(model: nn.Module, precision: torch.dtype) -> float:
+    """Where all or a part of the forward is in float32, its rounding may fall to the other side."""
+    if precision == torch.float32:
+        return ROUNDINGS * torch.finfo(torch.float32).eps
     try:
-        precision = find_family(model).precision
+        inside = find_family(model).precision
     except UnsupportedModelError:
-        precision = torch.float64
-    return max(FULL_WIDTH_TOLERANCE, 10 * torch.finfo(precision).eps)
+        inside = torch.float64
+    return max(FULL_WIDTH_TOLERANCE, 10 * torch.finfo(inside).eps)
 
 
 def _outputs(model: nn.Module, batch: Batch) -> Tensor:
     with evaluation(model):
-        return batching.logits(model, batching.double(batch))
+        return batching.logits(model, batching.in_precision(batch, next(model.parameters()).dtype))

@@ -27,8 +27,8 @@ from rmtkd.modules import factorized, low_rank, order_of
 from rmtkd.sites import Axis, Site, Stream, after_cuts
 
 ROUNDINGS = 1000
-"""A cut model may differ from its reference, relatively and both run in float64, by this many roundings of its dtype:
-folds are made in float64 and stored in the model's own precision, one after the other."""
+"""A cut model may differ from its reference, relatively, by this many roundings of its dtype: folds are made in float64
+and stored in the model's own precision, one after the other."""
 
 
 def fold(model: nn.Module, sites: Sequence[Site], bases: Mapping[str, Sequence[Basis]]) -> nn.Module:
@@ -148,7 +148,7 @@ def check_cut(
     """Compare a cut model with the uncut one whose activations are projected by hooks at full width.
 
     The reference shares no code with the folding: it is the unmodified model, in which every stream is replaced by
-    `mean + lift reduce (h - mean)` on the fly. Both run in float64.
+    `mean + lift reduce (h - mean)` on the fly. Both run in float64, or in float32 if the forward casts to it.
 
     Args:
         reference: the model before the cut.
@@ -162,11 +162,13 @@ def check_cut(
         SurgeryError: if it exceeds what rounding of the folded weights explains, or if the cut model does not run.
     """
     dtype = next(student.parameters()).dtype
-    reference, student = (copy.deepcopy(m).double().cpu() for m in (reference, student))
+    batch = batching.to(batch, "cpu")
+    reference, precision = exact(reference, batch)
+    student = copy.deepcopy(student).to("cpu", precision)
     if any(stream.norm for site in sites for stream in site.streams):
         # Statistics that were gathered anew are not those of the reference: the folded ones are.
         fill(student, dict(fold(reference, sites, bases).named_buffers()))
-    batch = batching.double(batching.to(batch, "cpu"))
+    batch = batching.in_precision(batch, precision)
     expected = projected_logits(reference, sites, bases, batch)
     try:
         with evaluation(student):
@@ -185,6 +187,18 @@ def check_cut(
             error=error,
         )
     return error
+
+
+def exact(model: nn.Module, batch: Batch) -> tuple[nn.Module, torch.dtype]:
+    """A copy of the model on the CPU in float64, in evaluation mode, and that precision; in float32 if it does not run
+    on this batch otherwise: its forward casts to it on the way."""
+    copied = copy.deepcopy(model).to("cpu", torch.float64).eval()
+    try:
+        with evaluation(copied):
+            batching.logits(copied, batching.in_precision(batch, torch.float64))
+    except RuntimeError:
+        return copied.float(), torch.float32
+    return copied, torch.float64
 
 
 def projected_logits(
