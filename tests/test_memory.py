@@ -7,7 +7,7 @@ import torch
 
 import rmtkd
 from conftest import random_rows, tiny_bert
-from rmtkd.activations import collect
+from rmtkd.activations import collect, observe
 from rmtkd.distillation import Recovery, Teacher
 from rmtkd.measurement import predict
 from rmtkd.memory import Pieces, available_bytes, held_bytes, is_out_of_memory, peak_bytes
@@ -80,6 +80,30 @@ def test_moments_count_every_row_once_when_memory_ran_out_half_way():
         for mine, theirs in zip(got[name], streams, strict=True):
             assert mine.count == theirs.count
             torch.testing.assert_close(mine.covariance(), theirs.covariance())
+
+
+@pytest.mark.parametrize("call", [2, 3])
+def test_replicates_are_pairs_of_the_same_rows_when_memory_ran_out_in_one_of_them(call: int):
+    model = tiny_bert(hidden_dropout_prob=0.1)
+    sites, rows = find_sites(model), random_rows(200)
+    calls = 0
+
+    def fail(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise ERRORS[0]
+
+    handle = model.get_submodule("bert.encoder.layer.1.intermediate").register_forward_hook(fail)
+    pieces = Pieces()
+    got = observe(model, sites, rows, pieces=pieces, replicate_seed=0)
+    handle.remove()
+    assert pieces.count == 2
+    expected = observe(model, sites, rows, pieces=Pieces(count=2), replicate_seed=0)
+    for name, streams in expected.items():
+        for mine, theirs in zip(got[name], streams, strict=True):
+            assert mine.replicates is not None and theirs.replicates is not None
+            assert torch.equal(mine.replicates.covariance(), theirs.replicates.covariance())
 
 
 def test_gradients_of_the_pieces_add_up_to_those_of_the_batch():

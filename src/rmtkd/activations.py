@@ -158,6 +158,7 @@ def _gather(
     pairs: Sequence[Replicates] | None = None,
     seed: int = 0,
 ) -> dict[str, tuple[Observed, ...]]:
+    pieces = pieces or Pieces()
     streams = [site for site in sites for _ in site.streams]
     moments = [Covariance(site.size, groups=site.groups) for site in streams]
     rows = 0
@@ -169,8 +170,11 @@ def _gather(
                 if sizes and sequences is not None:
                     sizes[i].update(vectors.flatten(1), sequences)
             if pairs:
-                with _dropout(model, seed, number):
-                    first, second = vectors_of(batch, rows), vectors_of(batch, rows)
+                first, second, halved = [], [], 0
+                while halved != pieces.count:  # memory may run out: both in as many pieces
+                    halved = pieces.count
+                    with _dropout(model, seed, number):
+                        first, second = vectors_of(batch, rows), vectors_of(batch, rows)
                 for (i, one, _), (_, other, _) in zip(first, second, strict=True):
                     with _named(streams[i]):
                         pairs[i].update(one, other)
