@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from records import cell
 from recovery import compare
@@ -26,7 +26,7 @@ from rmtkd.activations import collect
 from rmtkd.cutting import cut_in_order
 from rmtkd.distillation import Recovery, Teacher
 from rmtkd.fisher import Metrics, output_metrics, weighed
-from rmtkd.levels import count_tokens, in_levels, share_out
+from rmtkd.levels import count_tokens, in_levels
 from rmtkd.measurement import count_parameters
 from rmtkd.recipes.recipe import Source
 from rmtkd.seeding import seeded
@@ -112,6 +112,32 @@ def ranks_of(
     if len(words) == 1:
         return {words[0].name: budget // prices[0]}
     return dict(zip((site.name for site in words), share_out(gains, prices, budget), strict=True))
+
+
+def share_out(gains: Sequence[Tensor], prices: Sequence[int], budget: int, *, least: int = 1) -> list[int]:
+    """Ranks of several tables that together lose least at this price: the directions are bought in the order of what
+    each is worth for its price (water-filling).
+
+    Exact for errors that add, up to the last direction, which may be too dear.
+
+    Args:
+        gains: for each table the eigenvalues of its second moment, descending, in one unit for all.
+        prices: for each table what a direction costs: parameters of a column and of its row in the projection.
+        budget: what may be spent.
+        least: rank that each table has whatever its worth.
+    """
+    ranks = [min(least, len(values)) for values in gains]
+    left = budget - sum(rank * price for rank, price in zip(ranks, prices, strict=True))
+    worth = [
+        (float(value) / price, i)
+        for i, (values, price, rank) in enumerate(zip(gains, prices, ranks, strict=True))
+        for value in values[rank:]
+    ]
+    for _, i in sorted(worth, key=lambda pair: -pair[0]):
+        if prices[i] <= left:
+            ranks[i] += 1
+            left -= prices[i]
+    return ranks
 
 
 def table() -> str:

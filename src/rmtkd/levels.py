@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from rmtkd import batches as batching
@@ -44,34 +44,6 @@ def in_levels(
     split = split_embedding(model, path, count_tokens(model, path, rows), levels)
     parts = embedding_sites(split, path, name=words.name, block=words.block)
     return split, tuple(part for site in sites for part in (parts if site is words else (site,)))
-
-
-def share_out(
-    gains: Sequence[Float[Tensor, " width"]], prices: Sequence[int], budget: int, *, least: int = 1
-) -> list[int]:
-    """Ranks of several tables that together lose least at this price: the directions are bought in the order of what
-    each is worth for its price (water-filling).
-
-    Exact for errors that add, up to the last direction, which may be too dear.
-
-    Args:
-        gains: for each table the eigenvalues of its second moment, descending, in one unit for all.
-        prices: for each table what a direction costs: parameters of a column and of its row in the projection.
-        budget: what may be spent.
-        least: rank that each table has whatever its worth.
-    """
-    ranks = [min(least, len(values)) for values in gains]
-    left = budget - sum(rank * price for rank, price in zip(ranks, prices, strict=True))
-    worth = [
-        (float(value) / price, i)
-        for i, (values, price, rank) in enumerate(zip(gains, prices, ranks, strict=True))
-        for value in values[rank:]
-    ]
-    for _, i in sorted(worth, key=lambda pair: -pair[0]):
-        if prices[i] <= left:
-            ranks[i] += 1
-            left -= prices[i]
-    return ranks
 
 
 def count_tokens(model: nn.Module, path: str, rows: Iterable[Batch]) -> Int[Tensor, " vocabulary"]:
