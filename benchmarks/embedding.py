@@ -6,7 +6,7 @@
 
 All variants have the same widths elsewhere and at most as many parameters in the embedding as one common rank of 32.
 Selection rows alone are read. Every cell is one file in `benchmarks/results/embedding/`; cells whose record is there
-are not run again.
+are not run again. `table` writes docs/results.md.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from records import cell
+from records import cell, identity, publish
 from recovery import compare
 from rmtkd import compression, recipes
 from rmtkd.activations import collect
@@ -142,15 +142,19 @@ def share_out(gains: Sequence[Tensor], prices: Sequence[int], budget: int, *, le
 
 def table() -> str:
     """The records as Markdown."""
-    lines = ["| task | variant | tokens | ranks | embedding | parameters | steps | KL | accuracy | teacher |"]
-    lines.append("|---|---|---|---|--:|--:|--:|--:|--:|--:|")
+    lines = [
+        "| task | variant | tokens | ranks | embedding | parameters | steps | KL | accuracy | teacher | untouched |"
+    ]
+    lines.append("|---|---|---|---|--:|--:|--:|--:|--:|--:|--:|")
     records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     order = {name: i for i, name in enumerate(VARIANTS)}
     for r in sorted(records, key=lambda r: (r["task"], r["steps"], order[r["variant"]])):
         tokens, ranks = (" / ".join(f"{n:,}" for n in r[key]) for key in ("rows", "ranks"))
+        untouched = (r["before_trimming"] or {"accuracy": r["teacher"]})["accuracy"]
         lines.append(
             f"| {r['task']} | {r['variant']} | {tokens} | {ranks} | {r['embedding_parameters']:,} "
-            f"| {r['parameters']:,} | {r['steps']} | {r['kl']:.4f} | {r['accuracy']:.2%} | {r['teacher']:.2%} |"
+            f"| {r['parameters']:,} | {r['steps']} | {r['kl']:.4f} | {r['accuracy']:.2%} | {r['teacher']:.2%} "
+            f"| {untouched:.2%} |"
         )
     return "\n".join(lines)
 
@@ -167,8 +171,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     chosen = parser.parse_args(arguments)
     if chosen.part == "table":
-        print(table())
+        publish("embedding", table())
         return
+    teacher_id = identity(recipes.get(chosen.task).load(chosen.teacher).model)
     for variant in chosen.variants:
         name = f"{chosen.task}-{variant.replace(', ', '-').replace(' ', '_')}-{chosen.steps}"
         cell(
@@ -176,6 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             lambda variant=variant: cut_cell(
                 chosen.task, variant, chosen.teacher, chosen.data, chosen.share, chosen.steps
             ),
+            teacher_id=teacher_id,
         )
 
 
