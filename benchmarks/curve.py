@@ -287,7 +287,8 @@ def run(
     if is_blended:
         rows = spread_rows(work.rows.selection, ROWS)
         facts["unblended"] = {"accuracy": asdict(accuracy(student, work.rows.report)), "near": work.nearness(student)}
-        facts["share"] = blend(student, cut_weights, lambda: divergence(student, work.model, rows), lambda: None)
+        distance = partial(divergence, student, work.model, rows)
+        facts["share"], facts["way"] = blend(student, cut_weights, distance, lambda: None)
     return {
         "task": work.task,
         "method": method,

@@ -21,7 +21,8 @@ def moved(best: float) -> tuple[nn.BatchNorm1d, float, list[float]]:
         settled.append(float(student.weight[0]))
         student.running_mean.fill_(settled[-1])  # type: ignore[union-attr]
 
-    share = blend(student, start, lambda: abs(float(student.weight[0]) - best), settle)
+    share, way = blend(student, start, lambda: abs(float(student.weight[0]) - best), settle)
+    assert way == tuple((point, abs(point - best)) for point in (1.0, *SHARES))
     return student, share, settled
 
 
@@ -44,7 +45,7 @@ def test_an_end_that_is_no_number_is_left():
     student = nn.Linear(1, 1)
     start = {name: torch.zeros_like(parameter) for name, parameter in student.named_parameters()}
     distances = iter([float("nan"), 0.5, 0.4, float("nan")])
-    assert blend(student, start, lambda: next(distances), lambda: None) == SHARES[1]
+    assert blend(student, start, lambda: next(distances), lambda: None)[0] == SHARES[1]
 
 
 def test_a_quarter_of_recovery_is_kept_at_least():

@@ -195,6 +195,8 @@ def test_blending_with_the_cut_never_ends_farther_from_the_teacher(teacher: torc
     assert before.blend is None and before.losses == after.losses
     assert before.divergence is not None and after.divergence is not None
     assert after.blend in SHARES and after.divergence < before.divergence
+    assert before.way == () and after.way[0] == (1.0, before.divergence)
+    assert min(after.way, key=lambda point: point[1]) == (after.blend, after.divergence)
 
 
 def test_a_teacher_model_takes_the_place_of_the_run_s_own(teacher: torch.nn.Module, task: Rows):

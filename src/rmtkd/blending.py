@@ -17,11 +17,14 @@ from torch import Tensor, nn
 SHARES = (0.25, 0.5, 0.75)
 """Of the way from the cut to the end of recovery, beside the end itself."""
 
+Way = tuple[tuple[float, float], ...]
+"""Shares of the way that were tried, and the distance from the teacher at each."""
+
 
 @torch.no_grad()
 def blend(
     student: nn.Module, start: Mapping[str, Tensor], distance: Callable[[], float], settle: Callable[[], None]
-) -> float:
+) -> tuple[float, Way]:
     """Leave a student, in place, where on the line between its parameters of before and now it is nearest.
 
     Args:
@@ -31,7 +34,7 @@ def blend(
         settle: called at every point but the end: it gives norms the statistics of these weights.
 
     Returns:
-        The share of the way that is kept: one of `SHARES`, or 1.
+        The share of the way that is kept, one of `SHARES`, or 1; and the distance at each of them, of the end first.
     """
     end = {name: parameter.clone() for name, parameter in student.named_parameters()}
 
@@ -43,12 +46,14 @@ def blend(
         return {name: buffer.clone() for name, buffer in student.named_buffers()}
 
     best, least, statistics = 1.0, distance(), buffers()
+    way = [(best, least)]
     for share in SHARES:
         go_to(share)
         settle()
-        if (found := distance()) < least or math.isnan(least):
+        way.append((share, found := distance()))
+        if found < least or math.isnan(least):
             best, least, statistics = share, found, buffers()
     go_to(best)
     for name, buffer in student.named_buffers():
         buffer.copy_(statistics[name])
-    return best
+    return best, tuple(way)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rmtkd.batches import Batch
-from rmtkd.blending import blend
+from rmtkd.blending import Way, blend
 from rmtkd.checkpoint import RunFolder
 from rmtkd.distillation import Recovery, Teacher
 from rmtkd.environment import Precision
@@ -32,9 +32,22 @@ START = "start."
 CONTROL = 0
 """The number under which the control's training goes; rounds begin at 1."""
 
-Recovered = tuple[list[float], float, float | None]
-"""The loss of every step, the seconds of all sessions, and, where the weights were blended with those of the cut, the
-share of recovery that is kept."""
+
+@dataclass(frozen=True, kw_only=True)
+class Recovered:
+    """What a recovery came to.
+
+    Attributes:
+        losses: of every step.
+        seconds: of all sessions.
+        share: of recovery that is kept, where the weights were blended with those of the cut.
+        way: see `blending.Way`; empty where they were not.
+    """
+
+    losses: list[float]
+    seconds: float
+    share: float | None = None
+    way: Way = ()
 
 
 class AtOnce(KeyboardInterrupt):
@@ -98,7 +111,7 @@ class Recoveries:
             RunError: if the state is of another round.
         """
         if steps == 0:
-            return [], 0.0, None
+            return Recovered(losses=[], seconds=0.0)
         began = time.monotonic() - facts.get("seconds", 0.0)
         phase = self._phase(student, teacher, number, steps, replace(self.options.recovery, **recovery))
         cut = None if apart is None else _cut_weights(student, saved)
@@ -107,14 +120,14 @@ class Recoveries:
         with interruptible() as asked:
             try:
                 phase.run(_Between(self, asked, number, {**facts}, began, cut or {}))
-                kept = None if apart is None or cut is None else self._blend(student, cut, apart, number)
+                share, way = (None, ()) if apart is None or cut is None else self._blend(student, cut, apart, number)
                 if asked.stop:
                     raise Interrupted(number, _where(steps, steps, number), student)
             except KeyboardInterrupt as again:
                 if asked.stop:
                     raise AtOnce from again
                 raise
-        return phase.losses, time.monotonic() - began, kept
+        return Recovered(losses=phase.losses, seconds=time.monotonic() - began, share=share, way=way)
 
     def from_nothing(self, student: nn.Module, teacher: nn.Module, steps: int) -> nn.Module:
         """A model of the student's shape from a random start, distilled for as many steps: the control of a run."""
@@ -143,7 +156,9 @@ class Recoveries:
             pieces=self.pieces,
         )
 
-    def _blend(self, student: nn.Module, cut: Mapping[str, Tensor], apart: Callable[[], float], number: int) -> float:
+    def _blend(
+        self, student: nn.Module, cut: Mapping[str, Tensor], apart: Callable[[], float], number: int
+    ) -> tuple[float, Way]:
         self.emit("blend", number=number)
         settle = partial(gather_statistics, student, batch_norms(student), self.calibration, pieces=self.pieces)
         return blend(student, cut, apart, settle)

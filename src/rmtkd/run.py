@@ -269,9 +269,8 @@ class Run:
             facts = saved.facts
         lr = self.options.rate_after(facts.get("divergence_cut"))
         back = partial(subject.apart, student) if self.options.blend else None
-        losses, seconds, share = self.recoveries.recover(
-            student, teacher, number, steps, facts, saved, apart=back, lr=lr
-        )
+        recovered = self.recoveries.recover(student, teacher, number, steps, facts, saved, apart=back, lr=lr)
+        losses = recovered.losses
         after = accuracy(student, subject.selection, pieces=subject.pieces).value if losses else facts["accuracy_cut"]
         untouched, latency = time_forward([subject.model, student], subject.example, repeats=ROUND_REPEATS)
         return student, Round(
@@ -286,11 +285,12 @@ class Run:
             loss_first=losses[0] if losses else None,
             loss_last=losses[-1] if losses else None,
             seconds_cut=facts["seconds_cut"],
-            seconds_recovery=seconds,
+            seconds_recovery=recovered.seconds,
             divergence_cut=facts.get("divergence_cut"),
             divergence=subject.apart(student) if losses else facts.get("divergence_cut"),
             lr=lr if losses else None,
-            blend=share,
+            blend=recovered.share,
+            way=recovered.way,
             losses=thinned(losses),
             latency_ms=latency,
             latency_ms_untouched=untouched,

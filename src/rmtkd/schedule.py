@@ -226,6 +226,8 @@ class Round:
     """The peak learning rate of recovery."""
     blend: float | None = None
     """The share of what recovery changed that is kept; None where the weights were not blended with the cut's."""
+    way: tuple[tuple[float, float], ...] = ()
+    """Every share that was tried, and the divergence there; of all that recovery changed first."""
     losses: tuple[tuple[int, float], ...] = ()
     """The loss of recovery over steps, see `thinned`."""
     latency_ms: Latency | None = None
@@ -240,6 +242,7 @@ class Round:
             "sites": tuple(values["sites"]),
             "widths": {name: tuple(pair) for name, pair in values["widths"].items()},
             "losses": tuple((step, loss) for step, loss in values.get("losses", ())),
+            "way": tuple((share, distance) for share, distance in values.get("way", ())),
         }
         for name in ("latency_ms", "latency_ms_untouched"):
             found = values.get(name)
