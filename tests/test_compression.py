@@ -22,7 +22,7 @@ from rmtkd.modules import randomize
 from rmtkd.recipes import TokenRows
 from rmtkd.recipes.checkpoints import load_classifier
 from rmtkd.recipes.recipe import Rows
-from rmtkd.recovering import Recoveries
+from rmtkd.recovering import Recovered, Recoveries
 from rmtkd.roles import check_teacher
 from rmtkd.schedule import Options
 from rmtkd.sites import by_width, feed_forward_site, find_sites
@@ -301,13 +301,11 @@ def test_a_round_that_breaks_the_tolerance_is_taken_back_and_ends_the_run(
 ):
     calls = []
 
-    def spoil(
-        _: Recoveries, student: torch.nn.Module, *_rest: object, **_given: Any
-    ) -> tuple[list[float], float, None]:
+    def spoil(_: Recoveries, student: torch.nn.Module, *_rest: object, **_given: Any) -> Recovered:
         calls.append(student)
         if len(calls) == spoiled:
             student.get_parameter("classifier.weight").data.mul_(-1)
-        return [1.0], 0.0, None
+        return Recovered(losses=[1.0], seconds=0.0)
 
     monkeypatch.setattr(Recoveries, "recover", spoil)
     result = run(teacher, task, granularity="site", tolerance=0.1)
