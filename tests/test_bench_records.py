@@ -45,6 +45,7 @@ def test_a_record_of_another_teacher_is_refused_and_stays(benchmark: Any, tmp_pa
 
 TABLES: Mapping[str, Callable[[Any], str]] = {
     "curve": lambda module: module.table(),
+    "embedding": lambda module: module.table(),
     "vision": lambda module: module.table(),
     "ablation": lambda module: module.table(module.RESULTS),
     "shift": lambda module: module.table(module.RESULTS),
