@@ -1,6 +1,6 @@
 """The claims of `rmtkd.batches`: what the model is called with, and which positions are real."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import pytest
 import torch
@@ -134,9 +134,13 @@ def test_the_first_batch_is_found_or_its_absence_named() -> None:
         batching.first([], "selection")
 
 
-def test_every_third_batch_is_taken_from_the_first_on() -> None:
-    rows = [(torch.tensor(i), torch.tensor(i)) for i in range(8)]
-    assert [int(batching.inputs(batch)[0][0]) for batch in batching.every(rows, 3)] == [0, 3, 6]
+@pytest.mark.parametrize(
+    ("share", "taken"),
+    [(0.1, [0]), (0.25, [0, 4, 8]), (1 / 3, [0, 3, 6, 9]), (0.4, [0, 2, 5, 7]), (0.7, [0, 1, 2, 4, 5, 7, 8]), (1.0, range(10))],
+)
+def test_a_share_of_the_batches_is_spread_evenly_from_the_first_on(share: float, taken: Iterable[int]) -> None:
+    rows = [(torch.tensor(i), torch.tensor(i)) for i in range(10)]
+    assert [int(batching.inputs(batch)[0][0]) for batch in batching.evenly(rows, share)] == list(taken)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from rmtkd.recovering import Recovered, Recoveries
 from rmtkd.roles import check_teacher
 from rmtkd.schedule import Options
 from rmtkd.sites import by_width, feed_forward_site, find_sites
+from rmtkd.training import Phase
 
 QUICK: dict[str, Any] = {
     "target": "70%params",
@@ -270,6 +272,18 @@ def test_the_granularity_gives_that_many_rounds(teacher: torch.nn.Module, task: 
     assert len(result.rounds) == len(portions) > 0
     assert sorted(name for done in result.rounds for name in done.sites) == sorted(site.name for site in narrowed)
     assert result.record["stop_reason"] == "target: 70%params reached"
+
+
+def test_rounds_go_through_the_rows_together(
+    teacher: torch.nn.Module, task: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches, seen, step = list(task.train), [], Phase._step
+    monkeypatch.setattr(Phase, "_step", lambda phase, batch: (seen.append(batch), step(phase, batch)))
+    few = replace(task, train=batches[:7])  # a list: it comes in one order
+    result = run(teacher, few, epochs=2.0, granularity="layer")
+    assert [done.steps for done in result.rounds] == [4, 5, 5]
+    taught = seen[-14:]  # a forecast took some steps before
+    assert [id(batch) for batch in taught] == 2 * [id(batch) for batch in batches[:7]]
 
 
 @pytest.mark.parametrize("granularity", ["site", "layer", "round"])

@@ -15,7 +15,7 @@ from conftest import random_rows, tiny_bert
 from rmtkd import batches as batching
 from rmtkd.batches import Calls
 from rmtkd.memory import Pieces
-from rmtkd.roles import ANEW, Answered, fingerprint_of_all, fingerprint_of_training
+from rmtkd.roles import ANEW, Answered, Roles, fingerprint, fingerprint_of_all, fingerprint_of_training, share_of
 from rmtkd.seeding import seeded
 
 BATCHES = list(random_rows(40, seed=3))
@@ -40,6 +40,18 @@ def test_rows_are_known_again_in_any_order_and_padding() -> None:
         rows.set_epoch(epoch)
         assert fingerprint_of_all(rows) == known
     assert {fingerprint_of_all(shuffling(longer(BATCHES))) for _ in range(3)} == {known}
+
+
+@pytest.mark.parametrize("is_called", [False, True])
+def test_a_share_of_shuffled_batches_is_the_same_in_every_pass(is_called: bool) -> None:
+    for rows in (shuffling(longer(BATCHES)), random_rows(40, seed=3, shuffle=True)):
+        train = Roles(train=rows, selection=BATCHES).called((lambda model, rows: model(rows)) if is_called else None).train
+        share, seen = share_of(train, 0.7), set()
+        for epoch in range(3):
+            batching.set_epoch(train, epoch)
+            list(train)
+            seen.add(fingerprint(share, "calibration"))
+        assert len(seen) == 1
 
 
 class Noisy:

@@ -5,8 +5,10 @@ Keys of a mapping that are not inputs: `labels`, and `row_ids`, each row's place
 `attention_mask`, if present, says which positions are real (1) and which are padding (0).
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -51,24 +53,29 @@ class Calls:
 
 
 class Share:
-    """Every `step`-th batch of a collection, of the same pass each time."""
+    """An even share of a collection's batches, of the same pass each time."""
 
-    def __init__(self, batches: Iterable[Batch], step: int):
-        self.step = step
+    def __init__(self, batches: Iterable[Batch], share: float):
+        self.share = share
         # A collection that knows epochs gives the same pass again; of others the batches are kept.
-        self.batches = batches if hasattr(batches, "set_epoch") else list(every(batches, step))
-        self.kept = self.batches is not batches
+        self.kept = not knows_epochs(batches)
+        self.batches = list(evenly(batches, share)) if self.kept else batches
 
     def __iter__(self) -> Iterator[Batch]:
         if self.kept:
             return iter(self.batches)
         set_epoch(self.batches, 0)
-        return every(self.batches, self.step)
+        return evenly(self.batches, self.share)
+
+
+def knows_epochs(batches: Iterable[Any]) -> bool:
+    """Whether the order of its next pass can be chosen."""
+    return knows_epochs(batches.batches) if isinstance(batches, Calls) else hasattr(batches, "set_epoch")
 
 
 def set_epoch(batches: Iterable[Any], epoch: int) -> None:
     """Choose the order of the next pass through a collection that knows epochs; others keep their own."""
-    if hasattr(batches, "set_epoch"):
+    if knows_epochs(batches):
         batches.set_epoch(epoch)  # type: ignore[attr-defined]
 
 
@@ -283,6 +290,7 @@ def first(batches: Iterable[Batch], role: str) -> Batch:
     raise DataError(f"{role} must hold at least one batch. Got none. Pass more rows.")
 
 
-def every(batches: Iterable[Batch], step: int) -> Iterator[Batch]:
-    """Every `step`-th batch, from the first."""
-    return (batch for i, batch in enumerate(batches) if i % step == 0)
+def evenly(batches: Iterable[Batch], share: float) -> Iterator[Batch]:
+    """This share of the batches, evenly spread, from the first."""
+    exact = Fraction(str(share))  # as a double 0.1 is a little more than a tenth
+    return (batch for i, batch in enumerate(batches) if math.ceil((i + 1) * exact) > math.ceil(i * exact))

@@ -89,6 +89,7 @@ class Recoveries:
         facts: Mapping[str, Any],
         saved: PhaseState | None,
         *,
+        taken: int = 0,
         apart: Callable[[], float] | None = None,
         **recovery: Any,
     ) -> Recovered:
@@ -101,6 +102,7 @@ class Recoveries:
             steps: of the whole recovery.
             facts: what else is known of the round, saved with its state.
             saved: the state that it was left in.
+            taken: steps of the recoveries before: it begins with the rows that come next.
             apart: how far the student is from the teacher of all rounds. If given, it goes back towards the cut as far
                 as makes this least.
             recovery: fields of `Recovery` that are other than the run's.
@@ -113,7 +115,7 @@ class Recoveries:
         if steps == 0:
             return Recovered(losses=[], seconds=0.0)
         began = time.monotonic() - facts.get("seconds", 0.0)
-        phase = self._phase(student, teacher, number, steps, replace(self.options.recovery, **recovery))
+        phase = self._phase(student, teacher, steps, taken, replace(self.options.recovery, **recovery))
         cut = None if apart is None else _cut_weights(student, saved)
         if saved is not None:
             _go_back(phase, saved)
@@ -143,12 +145,14 @@ class Recoveries:
             return None
         return PhaseState(tensors=saved[0], facts=saved[1])
 
-    def _phase(self, student: nn.Module, teacher: nn.Module, number: int, steps: int, recovery: Recovery) -> Phase:
+    def _phase(self, student: nn.Module, teacher: nn.Module, steps: int, taken: int, recovery: Recovery) -> Phase:
+        epoch, batch = divmod(taken, self.batches_per_epoch)
         return Phase(
             student,
             self.rows,
             steps=steps,
-            first_epoch=max(number, 1) - 1,
+            first_epoch=epoch,
+            first_batch=batch,
             teacher=Teacher(teacher, cache=recovery.cache_teacher and steps > self.batches_per_epoch),
             recovery=recovery,
             precision=self.precision,

@@ -80,7 +80,7 @@ class Answered:
 
 def share_of(rows: Iterable[Batch], share: float) -> Iterable[Batch]:
     """An even share of the batches, the same in every pass."""
-    return Share(rows, max(1, round(1 / share)))
+    return Share(rows, share)
 
 
 def check_teacher(model: nn.Module, selection: Iterable[Batch], *, pieces: Pieces | None = None) -> Estimate:
@@ -134,7 +134,7 @@ def fingerprint_of_all(rows: Iterable[Batch]) -> tuple[str, int]:
 
 def fingerprint_of_training(rows: Iterable[Batch], device: torch.device | str) -> tuple[str, int]:
     """The same of training rows; `ANEW` in its place if they are other rows in every pass, whatever our random numbers:
-    augmented by random numbers of another library, say. The caller's random numbers are left as they are.
+    augmented by random numbers of another library, say. The caller's random numbers are left as after one pass.
 
     Args:
         rows: training batches.

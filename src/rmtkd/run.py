@@ -269,7 +269,10 @@ class Run:
             facts = saved.facts
         lr = self.options.rate_after(facts.get("divergence_cut"))
         back = partial(subject.apart, student) if self.options.blend else None
-        recovered = self.recoveries.recover(student, teacher, number, steps, facts, saved, apart=back, lr=lr)
+        taken = sum(done.steps for done in standing.rounds)
+        recovered = self.recoveries.recover(
+            student, teacher, number, steps, facts, saved, taken=taken, apart=back, lr=lr
+        )
         losses = recovered.losses
         after = accuracy(student, subject.selection, pieces=subject.pieces).value if losses else facts["accuracy_cut"]
         untouched, latency = time_forward([subject.model, student], subject.example, repeats=ROUND_REPEATS)

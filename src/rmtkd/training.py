@@ -44,6 +44,7 @@ class Phase:
         recovery: loss, optimiser and schedule.
         teacher: whose answers, and hidden states, the student learns.
         first_epoch: number of the first pass.
+        first_batch: number of the batch of that pass to begin with.
         precision: `bf16` runs both models under autocast.
         blocks: paths of the modules after which hidden states are compared, where `recovery.hidden` is not 0.
         pieces: in how many pieces a batch is run, should memory run out. Gradients add up to those of the batch.
@@ -61,6 +62,7 @@ class Phase:
         recovery: Recovery,
         teacher: Teacher | None = None,
         first_epoch: int = 0,
+        first_batch: int = 0,
         precision: Precision = "fp32",
         blocks: Sequence[str] = (),
         pieces: Pieces | None = None,
@@ -77,7 +79,7 @@ class Phase:
         self.optimizer = _optimizer(self.trained.values(), recovery)
         self.average = WeightAverage(student, recovery.average) if recovery.average else None
         self.losses: list[float] = []
-        self.epoch, self.position = first_epoch, 0
+        self.epoch, self.position = first_epoch, first_batch
         """The pass that is under way, and how many of its batches have been used."""
         self.pass_began = random_state(self.device)
         """The state of the random numbers when it began."""
