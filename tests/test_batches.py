@@ -136,7 +136,14 @@ def test_the_first_batch_is_found_or_its_absence_named() -> None:
 
 @pytest.mark.parametrize(
     ("share", "taken"),
-    [(0.1, [0]), (0.25, [0, 4, 8]), (1 / 3, [0, 3, 6, 9]), (0.4, [0, 2, 5, 7]), (0.7, [0, 1, 2, 4, 5, 7, 8]), (1.0, range(10))],
+    [
+        (0.1, [0]),
+        (0.25, [0, 4, 8]),
+        (1 / 3, [0, 3, 6, 9]),
+        (0.4, [0, 2, 5, 7]),
+        (0.7, [0, 1, 2, 4, 5, 7, 8]),
+        (1.0, range(10)),
+    ],
 )
 def test_a_share_of_the_batches_is_spread_evenly_from_the_first_on(share: float, taken: Iterable[int]) -> None:
     rows = [(torch.tensor(i), torch.tensor(i)) for i in range(10)]

@@ -187,6 +187,13 @@ def test_dtypes_may_change_between_batches() -> None:
     np.testing.assert_allclose(mixed.covariance(), one_shot(vectors), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1e-12, 1e-23, 1e-30])
+def test_squares_of_tiny_vectors_do_not_vanish(scale: float) -> None:
+    vectors = (scale * vectors_of(500, 1, 6)).float()
+    covariance = streamed(vectors, [200, 300])
+    np.testing.assert_allclose(covariance.covariance() / scale**2, one_shot(vectors.double() / scale), rtol=1e-4)
+
+
 def test_gradients_are_not_recorded() -> None:
     vectors = vectors_of(20, 1, 3).requires_grad_()
     covariance = streamed(vectors, [10, 10])

@@ -178,6 +178,20 @@ def test_predicting_costs_leaves_the_model_alone() -> None:
     assert_untouched(MODEL, before)
 
 
+@pytest.mark.parametrize("rule", ["mp", "rdpa"])
+def test_constant_units_of_a_float64_model_are_no_negative_variances(rule: str) -> None:
+    """Shifted by what float32 holds of them, their variances are rounding, to either side of zero."""
+    model = tiny_bert().double()
+    with torch.no_grad():
+        for layer in model.bert.encoder.layer:
+            layer.intermediate.dense.weight[:20] = 0
+            layer.intermediate.dense.bias[:20] = torch.linspace(0.1, 2, 20)
+    sites = find_sites(model)
+    spectrums = spectra_of(observe(model, sites, random_rows(64)))
+    plan = make_plan(model, sites, spectrums, next(iter(random_rows(64))), rule=rule)
+    assert max(site.count for site in plan.sites if site.name.endswith("ffn")) <= 28
+
+
 def test_costs_are_predicted_in_float64_too() -> None:
     model = tiny_bert().double()
     assert predict_cost(model, SITES, {}, BATCH) == predict_cost(MODEL, SITES, {}, BATCH)

@@ -45,7 +45,9 @@ def test_rows_are_known_again_in_any_order_and_padding() -> None:
 @pytest.mark.parametrize("is_called", [False, True])
 def test_a_share_of_shuffled_batches_is_the_same_in_every_pass(is_called: bool) -> None:
     for rows in (shuffling(longer(BATCHES)), random_rows(40, seed=3, shuffle=True)):
-        train = Roles(train=rows, selection=BATCHES).called((lambda model, rows: model(rows)) if is_called else None).train
+        train = (
+            Roles(train=rows, selection=BATCHES).called((lambda model, rows: model(rows)) if is_called else None).train
+        )
         share, seen = share_of(train, 0.7), set()
         for epoch in range(3):
             batching.set_epoch(train, epoch)

@@ -443,8 +443,9 @@ def test_ks_is_that_of_scipy(spectrum: np.ndarray, q: float, tau: float) -> None
         ({"eigenvalues": np.ones(4)}, r"shape \[groups, width\] — got \[4\]"),
         ({"variances": np.ones((1, 4))}, r"variances of a spectrum must have the shape .*\[2, 4\] — got \[1, 4\]"),
         ({"replicate": np.ones((4, 2))}, r"replicate of a spectrum .* got \[4, 2\]"),
-        ({"samples": 0}, "samples of a spectrum must be above 0 — got 0"),
+        ({"samples": 0}, "samples of a spectrum must be above 0 and finite — got 0"),
         ({"effective_samples": 0.0}, "effective_samples of a spectrum must be above 0"),
+        ({"effective_samples": math.inf}, "effective_samples of a spectrum must be above 0 and finite — got inf"),
     ],
 )
 def test_a_spectrum_whose_parts_do_not_fit_is_refused(fields: dict, message: str) -> None:

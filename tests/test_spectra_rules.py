@@ -221,6 +221,18 @@ def test_law_of_unequal_variances_is_that_of_a_large_draw(ratio: float) -> None:
     assert values[-1] == pytest.approx(law.upper, rel=0.05)
 
 
+@pytest.mark.parametrize("q", [0.005, 0.1, 2.0])
+@pytest.mark.parametrize("few", [15.0, 1e-4, 1e4])
+def test_law_of_variances_far_apart_is_that_of_each_where_its_own_are(few: float, q: float) -> None:
+    """A fifth of the variances lies far off: its eigenvalues are those of noise of its own, or all but."""
+    law = AnisotropicMarchenkoPastur(variances=np.repeat([1.0, few], [80, 20]), q=q)
+    grid = law._curve[1]
+    assert np.diff(grid).max() <= 0.0101
+    draw = np.linalg.eigvalsh(wishart(np.repeat([1.0, few], [320, 80]), int(400 / q), 0)) if q < 1 else None
+    if draw is not None:
+        np.testing.assert_allclose(law.cdf(draw), (np.arange(400) + 0.5) / 400, atol=0.012)
+
+
 def test_edge_with_margin_lies_above_the_noise_of_nearly_every_draw() -> None:
     """Claimed for one draw in a hundred at the nominal level; at most three are allowed."""
     variances, n = np.repeat([1.0, 3.0], 32), 640
@@ -299,7 +311,9 @@ def heads(loudness: np.ndarray, n: int, seed: int, strengths: np.ndarray | None 
     )
 
 
-@pytest.mark.parametrize("rule", [ParallelAnalysisRule(), TracyWidomRule(), GapRule(), ConsensusRule()])
+@pytest.mark.parametrize(
+    "rule", [ParallelAnalysisRule(), TracyWidomRule(), BulkMatchingRule(level=0.01), GapRule(), ConsensusRule()]
+)
 def test_heads_of_unequal_noise_are_not_called_signal(rule: Any) -> None:
     """At a common edge rdpa called a head signal in 87 of 100 such draws. Tracy and Widom's rule estimates each level
     from 32 eigenvalues, which is worth a few alarms more."""
@@ -308,7 +322,7 @@ def test_heads_of_unequal_noise_are_not_called_signal(rule: Any) -> None:
     assert alarms <= (3 if rule.name == "tracy-widom" else 1)
 
 
-@pytest.mark.parametrize("rule", [ParallelAnalysisRule(), TracyWidomRule(), GapRule()])
+@pytest.mark.parametrize("rule", [ParallelAnalysisRule(), TracyWidomRule(), BulkMatchingRule(), GapRule()])
 def test_signal_of_quiet_heads_is_counted_beside_loud_ones(rule: Any) -> None:
     spectrum = heads(np.geomspace(1, 10, 12), 1600, 0, np.array([4.0, 3, 2]))
     found = rule(spectrum)
@@ -318,6 +332,59 @@ def test_signal_of_quiet_heads_is_counted_beside_loud_ones(rule: Any) -> None:
     assert counted(found, spectrum) == 36
     with pytest.raises(DataError, match="all 12 groups"):
         found.count(spectrum.eigenvalues.ravel())
+
+
+@pytest.mark.parametrize("rest", [0.0, 1e-18])
+@pytest.mark.parametrize("name", sorted(RULES.keys() - {"replicate", "fixed"}))
+def test_dead_heads_change_no_count(name: str, rest: float) -> None:
+    """Nine of twelve heads, all zero or rounding: what the living are told stays."""
+    rule, whole = rule_named(name), heads(np.ones(3), 1600, 0, np.array([4.0, 3, 2]))
+    dead = [np.concatenate([part, np.full((9, 32), rest)]) for part in (whole.eigenvalues, whole.variances)]
+    spectrum = Spectrum(eigenvalues=dead[0], variances=dead[1], samples=1600)
+    found, expected = rule(spectrum), rule(whole)
+    assert counted(found, spectrum) == counted(expected, whole)
+    assert found.edge == pytest.approx(expected.edge)
+    assert "9 of 12 groups are dead and set aside." in found.remarks
+
+
+@pytest.mark.parametrize("n", [8, 30])
+def test_centring_every_head_makes_no_direction_dead(n: int) -> None:
+    vectors = np.random.default_rng(0).standard_normal((n, 12, 64))
+    vectors -= vectors.mean(axis=0)
+    covariance = np.einsum("ngi,ngj->gij", vectors, vectors) / n
+    spectrum = Spectrum(eigenvalues=np.linalg.eigvalsh(covariance)[:, ::-1].clip(0), samples=n)
+    for rule in (TracyWidomRule(), BulkMatchingRule(), MarchenkoPasturRule()):
+        found = rule(spectrum)
+        assert found.q_eff == found.q == 64 / n
+        assert found.sigma2 == pytest.approx(1, rel=0.1)
+
+
+@pytest.mark.parametrize("repeats", [1, 2, 4])
+def test_repeated_vectors_make_no_direction_dead(repeats: int) -> None:
+    """64 vectors of 128 dimensions, repeated: noise of variance one at q = 2 all along."""
+    vectors = np.random.default_rng(0).standard_normal((64, 128)).repeat(repeats, axis=0)
+    n = len(vectors)
+    for effective in (58.0, 64.0, 70.0):  # as it is measured
+        spectrum = spectrum_of(vectors.T @ vectors / n, n, effective)
+        for rule in (ParallelAnalysisRule(), TracyWidomRule(), BulkMatchingRule(), ConsensusRule()):
+            found = rule(spectrum)
+            assert found.q_eff == 128 / effective
+            assert found.sigma2 == pytest.approx(1, rel=0.15)
+            assert counted(found, spectrum) == 0
+
+
+@pytest.mark.parametrize(("rho", "sequences"), [(0.9, 40), (0.9, 25), (0.95, 25)])
+def test_fewer_effective_samples_than_dimensions_are_a_misfit_and_told(rho: float, sequences: int) -> None:
+    """σ² = 1. All eigenvalues are positive, where the law would have zeros: matched to all of them it was 0.11 to 0.63,
+    and 17 to 46 directions of noise lay above Tracy and Widom's edge."""
+    vectors, lags = ar1(np.random.default_rng(0), rho, sequences, 200), np.arange(1, 32)
+    n = len(vectors)
+    spectrum = spectrum_of(vectors.T @ vectors / n, n, n / float(1 + 2 * np.sum((1 - lags / 32) * rho ** (2 * lags))))
+    for rule in (ParallelAnalysisRule(), TracyWidomRule(), BulkMatchingRule()):
+        found = rule(spectrum)
+        assert found.sigma2 == pytest.approx(1, rel=0.2)
+        assert counted(found, spectrum) <= 10
+        assert found.misfit and any("fewer effective samples than dimensions" in told for told in found.remarks)
 
 
 def test_correlated_samples_make_few_false_directions_where_the_effective_size_is_known() -> None:
@@ -379,7 +446,7 @@ def test_detector_counts_planted_signal_exactly(kind: str) -> None:
 
 
 def act_like(seed: int, *, massive: int = 0) -> Spectrum:
-    """n/d = 50: unequal variances, correlation 0.8 along sequences, heavy-tailed token scale; ten spikes, and massive
+    """n/d = 50: unequal variances, correlation 0.8 along sequences, heavy-tailed token scale; five spikes, and massive
     channels at 100 times the edge. n_eff/n = 1 / (2 + 2 Σ (1 − k/32) 0.64^k)."""
     rng, d = np.random.default_rng(seed), 64
     n = 50 * d
@@ -549,6 +616,29 @@ def test_mirror_counts_signal_under_rotated_power_law_noise(sequence: float) -> 
         found.append(counted(edge, spectrum))
         assert not edge.misfit
     assert np.mean(np.equal(found, 10)) >= 0.95
+
+
+def test_every_head_has_a_mirror_of_its_own() -> None:
+    """Noise a hundred times louder in the last head than in the first; at one mirror for all 27 of 36 were found."""
+    rng, n = np.random.default_rng(0), 1600
+    own, shared = [], []
+    for level in np.geomspace(1, 100, 12):
+        axes = np.linalg.qr(rng.standard_normal((32, 32)))[0][:, :3] * np.sqrt([5.0, 4, 3])
+        signal = rng.standard_normal((n, 3)) @ axes.T
+        first, second = (np.sqrt(level) * (signal + rng.standard_normal((n, 32))) for _ in range(2))
+        cross = first.T @ second / n
+        own.append(np.linalg.eigvalsh(first.T @ first / n)[::-1])
+        shared.append(np.linalg.eigvalsh((cross + cross.T) / 2)[::-1])
+    spectrum = Spectrum(eigenvalues=np.stack(own), samples=n, replicate=np.stack(shared))
+    found = ReplicateRule()(spectrum)
+    assert list((found.levelled(spectrum.eigenvalues) > found.edge).sum(axis=1)) == [3] * 12
+
+
+@pytest.mark.parametrize("width", [1, 4, 8, 64])
+def test_without_noise_all_is_signal(width: int) -> None:
+    spectrum = spectrum_of(wishart(np.geomspace(1, 9, width), 200, 1), 200)
+    spectrum = replace(spectrum, replicate=spectrum.eigenvalues)
+    assert counted(ReplicateRule()(spectrum), spectrum) == width
 
 
 # ------------------------------------------------------------------------------------------- gaps and consensus

@@ -26,6 +26,7 @@ from rmtkd.errors import DataError, OptionError
 _ROWS = 1024  # of one float32 product: short sums keep its error near one rounding
 _COLUMNS = 256  # of a block: what lies left of the diagonal's blocks is the mirror of the right and not computed
 _LARGEST = 1e17  # magnitude at which the sum of that many squares still fits float32
+_SMALLEST = 1e-15  # and at which squares of what is a millionth of it still do
 
 
 class Covariance:
@@ -80,7 +81,7 @@ class Covariance:
 
         Products are taken in the dtype of the vectors, float32 at least, whatever autocast says; in float64
         if the process has relaxed its float32 products (TF32 and the like), which would cost the small
-        eigenvalues.
+        eigenvalues, or if the vectors are so small that squares would vanish.
 
         Args:
             vectors: n vectors of every group.
@@ -104,7 +105,9 @@ class Covariance:
             )
         if not _holds_float64(vectors.device):
             vectors = vectors.cpu()
-        dtype = torch.float64 if _products_are_relaxed() else torch.promote_types(vectors.dtype, torch.float32)
+        is_tiny = max(-lowest, highest) < _SMALLEST
+        exact = is_tiny or _products_are_relaxed()
+        dtype = torch.float64 if exact else torch.promote_types(vectors.dtype, torch.float32)
 
         self._move(vectors.device)
         if self._shift is None:

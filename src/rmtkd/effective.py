@@ -18,6 +18,9 @@ nor the kurtosis of single coordinates tells. Nothing of this needs all d coordi
 fixed random signs into 128 buckets, an orthogonal projection but for scale, so that a stream costs 1 MB and d additions
 a vector, whatever d. A massive coordinate stays in its bucket.
 
+The ratio is one of quadratic forms of few vectors where sequences are few, and then n_eff comes out too large: with
+ρ = 0.9 and sequences of 32, by 44 % of 8 sequences, 13 % of 20, 6 % of 40, 2 % of 200.
+
 References:
     Z. Burda, J. Jurkiewicz, B. Wacław, "Eigenvalue density of empirical covariance matrix for correlated samples", Acta
         Phys. Polon. B 36 (2005) 2641–2653: how A broadens the spectrum.
@@ -116,7 +119,7 @@ class EffectiveSize:
         """n_eff, at most n.
 
         Returns:
-            None where nothing can be said: fewer than two groups of sequences in a half, or fewer than two directions.
+            None where nothing can be said: fewer than two groups of sequences in a half, or fewer than three directions.
         """
         if self.count == 0:
             return None

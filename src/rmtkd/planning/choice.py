@@ -30,7 +30,7 @@ def _spectrum(stream: Observed) -> Spectrum:
     return Spectrum(
         eigenvalues=eigenvalues_of(covariance).numpy(),
         samples=stream.moments.count,
-        variances=covariance.diagonal(dim1=-2, dim2=-1).numpy().copy(),
+        variances=covariance.diagonal(dim1=-2, dim2=-1).clamp_min(0).numpy(),
         effective_samples=stream.effective_samples,
         replicate=None if replicate is None else replicate.eigenvalues().numpy(),
     )

@@ -9,7 +9,16 @@ from jaxtyping import Float
 
 from rmtkd.spectra.matching import BulkMatchingRule
 from rmtkd.spectra.parallel import ParallelAnalysisRule
-from rmtkd.spectra.spectrum import Alive, NoiseEdge, Spectrum, against_white_noise, alive, divided, noise_levels
+from rmtkd.spectra.spectrum import (
+    Alive,
+    NoiseEdge,
+    Spectrum,
+    against_white_noise,
+    alive,
+    divided,
+    edge_below,
+    noise_levels,
+)
 from rmtkd.spectra.tracy_widom import tracy_widom_quantile
 
 
@@ -35,7 +44,7 @@ class GapRule:
         level = divided(spectrum, levels)
         found = alive(level)
         descending = _mean_spectrum(level, found)
-        edge = _edge_below(descending, _last_gap(descending))
+        edge = edge_below(descending, _last_gap(descending))
         return against_white_noise(self.name, found, edge, assumes=False, levels=levels)
 
 
@@ -74,16 +83,17 @@ class ConsensusRule:
     needs: ClassVar[frozenset[str]] = frozenset({"variances"})
 
     def __call__(self, spectrum: Spectrum) -> NoiseEdge:
-        """See `Rule`. The diagnostics hold the count of each member, per group."""
+        """See `Rule`. The diagnostics hold the count of each member, per living group."""
         members = [rule(spectrum) for rule in (ParallelAnalysisRule(), BulkMatchingRule(), GapRule())]
-        counts = {member.rule: member.count(spectrum.eigenvalues) / spectrum.groups for member in members}
+        living = int(spectrum.living.sum())
+        counts = {member.rule: member.count(spectrum.eigenvalues) / living for member in members}
         middle = sorted(members, key=lambda member: counts[member.rule])[1]
         edge, levels, remarks = middle.edge, middle.levels, []
         bound, own = counts[middle.rule], noise_levels(spectrum)
         level = divided(spectrum, own)
         descending = _mean_spectrum(level, alive(level))
         if (count := last_step(descending, math.ceil(bound))) < math.ceil(bound):
-            edge, levels = _edge_below(descending, count), own
+            edge, levels = edge_below(descending, count), own
             remarks.append(f"Of {bound:.3g} directions above the middle edge only {count} end in a step.")
         if abs(counts["rdpa"] - counts["bema"]) > 2:
             told = ", ".join(f"{name} {count:.3g}" for name, count in counts.items())
@@ -119,11 +129,6 @@ def last_step(descending: Float[np.ndarray, " width"], bound: int, window: int =
 
 
 def _mean_spectrum(spectrum: Spectrum, found: Alive) -> Float[np.ndarray, " alive"]:
-    """The groups averaged rank by rank, descending; as many as are not zero in the mean of the groups."""
-    rank = math.ceil(len(found.eigenvalues) / spectrum.groups)
-    return np.sort(spectrum.eigenvalues, axis=1)[:, ::-1][:, :rank].mean(axis=0)
-
-
-def _edge_below(descending: Float[np.ndarray, " width"], count: int) -> float:
-    """Between a rank and the next."""
-    return float(np.concatenate([[2 * descending[0]], descending, [0.0]])[count : count + 2].mean())
+    """The living groups averaged rank by rank, descending; as many as are not zero in their mean."""
+    rank = math.ceil(len(found.eigenvalues) / found.groups)
+    return np.sort(spectrum.eigenvalues[spectrum.living], axis=1)[:, ::-1][:, :rank].mean(axis=0)

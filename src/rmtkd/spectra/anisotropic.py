@@ -44,6 +44,7 @@ from rmtkd.errors import DataError
 from rmtkd.spectra.laws import check_positive
 
 _NODES = 128  # points of the curve, once at the quantiles of H and once over the whole range
+_STEP = 0.01  # of the cdf between two nodes, at most
 _ATOMS = 256  # of H that the curve needs; the edge takes them all
 
 
@@ -106,7 +107,7 @@ class AnisotropicMarchenkoPastur:
         return float(self._edge.scale)
 
     def cdf(self, x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
-        """Probability of an eigenvalue at or below `x`, of those that are not zero; to about 1e-3."""
+        """Probability of an eigenvalue at or below `x`, of those that are not zero; to about 5e-3."""
         return np.asarray(np.interp(x, *self._curve, left=0, right=1))
 
     def ppf(self, p: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
@@ -129,23 +130,40 @@ class AnisotropicMarchenkoPastur:
         low, high = (float(_end(h, q, side=side)) for side in (-1, 1))
         quantiles = np.quantile(np.concatenate([[low], h, [high]]), np.linspace(0, 1, _NODES))
         even = low + (high - low) * np.sin(np.linspace(0, np.pi / 2, _NODES)) ** 2
-        a = np.unique(np.concatenate([quantiles, even]))[:, None]
-        # Newton for s = b² on the concave 1/E[h²/((a − h)² + s)] from the left: monotone.
-        s, square = np.full_like(a, 1e-30), (a - h) ** 2
-        for _ in range(60):
-            terms = h**2 / (square + s)
-            mean = terms.mean(axis=1, keepdims=True)
-            step = mean * (q * mean - 1) / np.mean(terms / (square + s), axis=1, keepdims=True)
-            s = np.maximum(s + step, 1e-30)
-            if np.all(np.abs(step) <= 1e-12 * np.maximum(s, 1e-15)):
+        a = np.unique(np.concatenate([quantiles, even]))
+        points, probabilities = _on_the_curve(a, h, q)
+        for _ in range(60):  # far from where the nodes are, all of a small part of the mass may lie between two
+            wide = (np.diff(probabilities) > _STEP) & (np.diff(a) > 1e-15 * a[1:])
+            if not wide.any():
                 break
-        distance, b = square + s, np.sqrt(s)
-        points = a[:, 0] + q * np.mean(h + h**2 * (a - h) / distance, axis=1)
-        angle = np.arctan2(b, a)
-        above = angle[:, 0] / q - np.mean(angle - np.arctan2(b, a - h) + h * b / distance, axis=1)
-        share = min(1.0, 1 / q)  # of the eigenvalues, the others being zero
-        probabilities = 1 - np.clip(above / np.pi / share, 0, 1)
+            middles = (a[1:] + a[:-1])[wide] / 2
+            more = _on_the_curve(middles, h, q)
+            places = np.flatnonzero(wide) + 1
+            a = np.insert(a, places, middles)
+            points, probabilities = (np.insert(*pair) for pair in zip((points, probabilities), (places,) * 2, more))
         return unit * np.maximum.accumulate(np.maximum(points, 0)), np.maximum.accumulate(probabilities)
+
+
+def _on_the_curve(
+    a: Float[np.ndarray, " nodes"], h: Float[np.ndarray, " atoms"], q: float
+) -> tuple[Float[np.ndarray, " nodes"], Float[np.ndarray, " nodes"]]:
+    """Eigenvalues, and the cdf there, of the points of the curve with these real parts."""
+    a = a[:, None]
+    # Newton for s = b² on the concave 1/E[h²/((a − h)² + s)] from the left: monotone.
+    s, square = np.full_like(a, 1e-30), (a - h) ** 2
+    for _ in range(60):
+        terms = h**2 / (square + s)
+        mean = terms.mean(axis=1, keepdims=True)
+        step = mean * (q * mean - 1) / np.mean(terms / (square + s), axis=1, keepdims=True)
+        s = np.maximum(s + step, 1e-30)
+        if np.all(np.abs(step) <= 1e-12 * np.maximum(s, 1e-15)):
+            break
+    distance, b = square + s, np.sqrt(s)
+    points = a[:, 0] + q * np.mean(h + h**2 * (a - h) / distance, axis=1)
+    angle = np.arctan2(b, a)
+    above = angle[:, 0] / q - np.mean(angle - np.arctan2(b, a - h) + h * b / distance, axis=1)
+    share = min(1.0, 1 / q)  # of the eigenvalues, the others being zero
+    return points, 1 - np.clip(above / np.pi / share, 0, 1)
 
 
 def _end(h: Float[np.ndarray, "*batch atoms"], q: float, *, side: int) -> Float[np.ndarray, "*batch"]:

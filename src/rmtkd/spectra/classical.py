@@ -27,9 +27,8 @@ from rmtkd.spectra.spectrum import (
     against_white_noise,
     alive,
     divided,
-    fitted_scale,
     noise_levels,
-    white_noise,
+    white_variance,
 )
 from rmtkd.spectra.tracy_widom import tracy_widom_quantile
 
@@ -92,8 +91,8 @@ class TracyWidomRule:
         p = max(1.0, n * found.q_eff)  # of the directions that are not dead
         roots = math.sqrt(n - 0.5) + math.sqrt(p - 0.5)
         scale = roots * math.cbrt(1 / math.sqrt(n - 0.5) + 1 / math.sqrt(p - 0.5))
-        top = (roots**2 + tracy_widom_quantile(1 - self.level / spectrum.groups) * scale) / n
-        edge = top * fitted_scale(found.eigenvalues, white_noise(found))
+        top = (roots**2 + tracy_widom_quantile(1 - self.level / found.groups) * scale) / n
+        edge = top * white_variance(found)
         return against_white_noise(self.name, found, edge, levels=levels)
 
 

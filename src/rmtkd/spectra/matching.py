@@ -16,7 +16,7 @@ from scipy.stats import gamma
 
 from rmtkd.errors import OptionError
 from rmtkd.spectra.anisotropic import AnisotropicMarchenkoPastur, edge_of
-from rmtkd.spectra.spectrum import NoiseEdge, Spectrum, alive, answer, fitted_scale
+from rmtkd.spectra.spectrum import NoiseEdge, Spectrum, alive, answer, divided, fitted_scale, noise_levels
 from rmtkd.spectra.tracy_widom import tracy_widom_cdf
 
 _ATOMS = 128  # of the working law, at quantiles of the gamma distribution
@@ -59,8 +59,9 @@ class BulkMatchingRule:
                 raise OptionError(f"{name} must be within (0, 0.5) — got {value} — 0.1 and 0.2 are published.")
 
     def __call__(self, spectrum: Spectrum) -> NoiseEdge:
-        """See `Rule`. The diagnostics hold the `variation` of the variances."""
-        found = alive(spectrum)
+        """See `Rule`. Each group is held against its own level. The diagnostics hold the `variation` of the variances."""
+        levels = noise_levels(spectrum)
+        found = alive(divided(spectrum, levels)).effective
         values = found.eigenvalues
         ranks = (np.arange(len(values)) + 0.5) / len(values)
         middle = (ranks > self.trim) & (ranks < 1 - self.trim) | (len(values) < 5)
@@ -78,7 +79,7 @@ class BulkMatchingRule:
         law = _working_law(variation, found.q_eff)
         sigma2 = fitted_scale(values, law, self.trim)
         width = max(1, round(spectrum.width * found.q_eff / spectrum.q_eff))  # without dead directions
-        top = _largest_eigenvalue(spectrum.groups, width, found.q_eff, variation, self.level, self.seed)
+        top = _largest_eigenvalue(found.groups, width, found.q_eff, variation, self.level, self.seed)
         return answer(
             self.name,
             found,
@@ -87,6 +88,7 @@ class BulkMatchingRule:
             sigma2=sigma2,
             scale=sigma2,
             diagnostics={"variation": variation},
+            levels=levels,
         )
 
 

@@ -5,6 +5,7 @@ References:
     sample size, and setting massive channels aside, are ours.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
@@ -13,7 +14,6 @@ from jaxtyping import Bool, Float
 
 from rmtkd.errors import DataError, OptionError
 from rmtkd.spectra.anisotropic import AnisotropicMarchenkoPastur
-from rmtkd.spectra.laws import check_positive
 from rmtkd.spectra.spectrum import NoiseEdge, Spectrum, alive, answer, divided, fitted_scale, relative_levels
 from rmtkd.spectra.tracy_widom import tracy_widom_quantile
 
@@ -43,7 +43,7 @@ class ParallelAnalysisRule:
         massive: variance of a massive channel over the median.
 
     Raises:
-        OptionError: if `level` is not within (0, 0.5) or `massive` is not positive.
+        OptionError: if `level` is not within (0, 0.5) or `massive` is below 1.
     """
 
     name: ClassVar[str] = "rdpa"
@@ -52,7 +52,8 @@ class ParallelAnalysisRule:
     massive: float = 20.0
 
     def __post_init__(self) -> None:
-        check_positive("massive", self.massive)
+        if not 1 <= self.massive < math.inf:
+            raise OptionError(f"massive must be at least 1 and finite — got {self.massive} — 20 is usual.")
         if not 0 < self.level < 0.5:
             raise OptionError(f"level must be within (0, 0.5) — got {self.level} — 0.01 is usual.")
 
@@ -68,7 +69,7 @@ class ParallelAnalysisRule:
         edge = float(np.mean([bound.edge for bound in bounds if bound.edge > 0]))
         levels = relative_levels([bound.edge for bound in bounds])
         level = divided(spectrum, levels)
-        found = alive(level)
+        found = alive(level).effective
         is_massive = np.stack([bound.is_massive for bound in bounds])
         massive, remarks = int(is_massive.sum()), []
         if massive:
@@ -106,14 +107,14 @@ class ParallelAnalysisRule:
         """Where the noise of one group ends. The level is shared out over all groups."""
         assert spectrum.variances is not None
         variances = spectrum.variances[group]
-        if not np.any(variances > 0):
+        if not spectrum.living[group] or not np.any(variances > 0):
             return _Bound(edge=0.0, upper=0.0, is_massive=np.zeros(spectrum.width, dtype=bool))
         is_massive = variances > self.massive * float(np.median(variances[variances > 0]))
         law = AnisotropicMarchenkoPastur(
             variances=variances[~is_massive], q=spectrum.q_eff * float(np.mean(~is_massive))
         )
         effective = spectrum.width / spectrum.q_eff
-        margin = tracy_widom_quantile(1 - self.level / spectrum.groups) * effective ** (-2 / 3)
+        margin = tracy_widom_quantile(1 - self.level / int(spectrum.living.sum())) * effective ** (-2 / 3)
         edge = law.upper + margin * law.scale
         if massive := int(is_massive.sum()):
             # Every massive channel has its direction, also where one lies below the edge of the others.

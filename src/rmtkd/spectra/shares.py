@@ -33,7 +33,7 @@ class EnergyRule:
         found = alive(spectrum)
         carried = np.cumsum(found.eigenvalues[::-1])
         count = 1 + int(np.searchsorted(carried, self.share * carried[-1] * (1 - 1e-12)))
-        return against_white_noise(self.name, found, edge_below(found, count), assumes=False)
+        return against_white_noise(self.name, found, edge_below(found.eigenvalues[::-1], count), assumes=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class FixedRule:
         found = alive(spectrum)
         width = math.ceil(self.share * spectrum.width - 1e-9) if self.width is None else self.width
         count = min(spectrum.groups * width, len(found.eigenvalues))
-        return against_white_noise(self.name, found, edge_below(found, count), assumes=False)
+        return against_white_noise(self.name, found, edge_below(found.eigenvalues[::-1], count), assumes=False)
 
 
 def _check_share(share: float) -> None:

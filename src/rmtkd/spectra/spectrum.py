@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from rmtkd.errors import DataError
 from rmtkd.spectra.anisotropic import AnisotropicMarchenkoPastur
@@ -15,6 +15,7 @@ from rmtkd.spectra.laws import check_positive
 
 MISFIT_KS = 0.1
 """The distance above which no bulk was found: true noise of 50 eigenvalues or more stays well below."""
+_UNSURE = 0.1  # relative error that is borne in a measured number of effective samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +60,10 @@ class Spectrum:
                     f"{list(np.shape(value))} — pass those of the same groups, or None."
                 )
         for name, count in (("samples", self.samples), ("effective_samples", self.effective_samples)):
-            if count is not None and not count > 0:
-                raise DataError(f"The {name} of a spectrum must be above 0 — got {count} — pass how many there were.")
+            if count is not None and not 0 < count < math.inf:
+                raise DataError(
+                    f"The {name} of a spectrum must be above 0 and finite — got {count} — pass how many there were."
+                )
 
     @cached_property
     def _answers(self) -> "dict[Rule, NoiseEdge]":
@@ -81,6 +84,12 @@ class Spectrum:
     def width(self) -> int:
         """Dimensions of one group."""
         return self.eigenvalues.shape[1]
+
+    @property
+    def living(self) -> Bool[np.ndarray, " groups"]:
+        """Which groups vary at all, but for rounding: a head may be dead."""
+        tops = self.eigenvalues.max(axis=1)
+        return tops > self.eigenvalues.size * np.finfo(np.float64).eps * tops.max(initial=0.0)
 
     @property
     def q(self) -> float:
@@ -185,46 +194,80 @@ class Alive:
     """The part of a spectrum that is not zero, checked.
 
     Args:
-        eigenvalues: positive, ascending, of all groups.
+        eigenvalues: positive, ascending, of all groups that are not dead.
+        groups: how many these are.
         q: aspect ratio that belongs to them.
         q_eff: the same with effective samples.
+        independent: how many of the eigenvalues as many independent vectors as there are effective samples would leave.
         remarks: what to say about zeros.
+        is_rough: whether there are more eigenvalues than the law for `q_eff` promises.
     """
 
     eigenvalues: Float[np.ndarray, " alive"]
+    groups: int
     q: float
     q_eff: float
+    independent: int
     remarks: tuple[str, ...]
+    is_rough: bool = False
+
+    @property
+    def effective(self) -> "Alive":
+        """What the law for `q_eff` speaks of: where that is above 1, it leaves the other eigenvalues zero. Vectors that
+        resemble each other make them small instead."""
+        rank = len(self.eigenvalues)
+        if self.independent == rank:
+            return self
+        is_rough, remarks = rank > (1 + _UNSURE) * self.independent, self.remarks
+        if is_rough:
+            remarks = (
+                *remarks,
+                f"There are fewer effective samples than dimensions, {rank} eigenvalues in place of "
+                f"{self.independent}: σ² is rough, and too low.",
+            )
+        return replace(self, eigenvalues=self.eigenvalues[-self.independent :], remarks=remarks, is_rough=is_rough)
 
 
 def alive(spectrum: Spectrum) -> Alive:
-    """Set aside zero eigenvalues, which are no noise level.
+    """Set aside zero eigenvalues, which are no noise level, and dead groups.
 
     Those of dead, constant or dependent directions shrink q to the dimensions left, where vectors outnumber these.
-    Those that the law itself promises for q > 1 (fewer vectors than dimensions, less one if centred) leave q unchanged.
+    Those that the law itself promises for q > 1 (fewer vectors than dimensions, less one in each group, as they are
+    centred) leave q unchanged; so do they q_eff, whose number of vectors is measured, and may be off by a tenth.
 
     Raises:
         DataError: if there are no eigenvalues, or if they are not finite, negative, or all zero.
     """
-    eigenvalues, q = _checked(spectrum.eigenvalues.ravel()), spectrum.q
+    _checked(spectrum.eigenvalues.ravel())
+    living = spectrum.eigenvalues[spectrum.living]
+    groups, eigenvalues, q = len(living), _checked(living.ravel()), spectrum.q
     total, largest = len(eigenvalues), float(eigenvalues[-1])
     rank = int(np.count_nonzero(eigenvalues > total * np.finfo(np.float64).eps * largest))
-    full = spectrum.groups * min(spectrum.width, spectrum.samples)
+    full = groups * min(spectrum.width, spectrum.samples)
     # Where the law promises zeros, what float32 vectors leave in their place is rounding, not noise.
     if rank > full and eigenvalues[total - full - 1] <= total * np.finfo(np.float32).eps * largest:
         rank = full
-    remarks, share = [], 1.0
+    effective = groups * spectrum.width / spectrum.q_eff  # of all groups
+    lacks_vectors = rank >= groups * min(spectrum.width, spectrum.samples - 1)
+    lacks_effective = lacks_vectors or abs(rank - effective) <= _UNSURE * effective + groups
+    share = 1.0 if lacks_vectors else rank / total
+    remarks = []
+    if groups < spectrum.groups:
+        remarks.append(f"{spectrum.groups - groups} of {spectrum.groups} groups are dead and set aside.")
     if q > 1:
         remarks.append(f"With q = {q:.3g} there are fewer vectors than dimensions: only {rank} eigenvalues tell.")
-    # Centring costs one vector (per group, hence the 2 %): that is no dead direction.
-    if rank < (total if q <= 1 else 0.98 * full - 1):
-        share = rank / total
+    if not lacks_vectors:
         remarks.append(
             f"{total - rank} of {total} eigenvalues are zero (dead, constant or dependent directions) and "
             f"set aside: q is {share * q:.3g} instead of {q:.3g}."
         )
     return Alive(
-        eigenvalues=eigenvalues[total - rank :], q=share * q, q_eff=share * spectrum.q_eff, remarks=tuple(remarks)
+        eigenvalues=eigenvalues[total - rank :],
+        groups=groups,
+        q=share * q,
+        q_eff=spectrum.q_eff if lacks_effective else rank / total * spectrum.q_eff,
+        independent=min(rank, max(1, round(effective))),
+        remarks=tuple(remarks),
     )
 
 
@@ -309,7 +352,7 @@ def answer(
         edge=edge,
         fit_error=histogram_error(noise, law),
         ks=ks,
-        misfit=misfit,
+        misfit=misfit or (assumes and found.is_rough),
         diagnostics=dict(diagnostics or {}),
         remarks=(*found.remarks, *remarks, *([f"No bulk fits, KS {ks:.2f}."] if misfit else [])),
         levels=tuple(levels),
@@ -323,9 +366,14 @@ def white_noise(found: Alive) -> Law:
 
 def against_white_noise(rule: str, found: Alive, edge: float, **told: Any) -> NoiseEdge:
     """`answer` of a rule that has no law of its own: white noise with the variance of the middle of the spectrum."""
-    law = white_noise(found)
-    sigma2 = fitted_scale(found.eigenvalues, law)
+    found = found.effective
+    law, sigma2 = white_noise(found), white_variance(found)
     return answer(rule, found, law, edge, sigma2=sigma2, scale=sigma2, **told)
+
+
+def white_variance(found: Alive) -> float:
+    """σ² of white noise of which the middle of the spectrum is."""
+    return fitted_scale(found.effective.eigenvalues, white_noise(found))
 
 
 def divided(spectrum: Spectrum, levels: Sequence[float]) -> Spectrum:
@@ -343,9 +391,11 @@ def noise_levels(spectrum: Spectrum) -> tuple[float, ...]:
     if spectrum.groups == 1:
         return ()
     plain = replace(spectrum, variances=None, replicate=None)
-    living = [alive(replace(plain, eigenvalues=own[None])) if own.any() else None for own in spectrum.eigenvalues]
     return relative_levels(
-        [0.0 if found is None else fitted_scale(found.eigenvalues, white_noise(found)) for found in living]
+        [
+            white_variance(alive(replace(plain, eigenvalues=own[None]))) if lives else 0.0
+            for own, lives in zip(spectrum.eigenvalues, spectrum.living, strict=True)
+        ]
     )
 
 
@@ -355,10 +405,9 @@ def relative_levels(levels: Sequence[float]) -> tuple[float, ...]:
     return tuple(level / mean if level > 0 else 1.0 for level in levels) if len(levels) > 1 else ()
 
 
-def edge_below(found: Alive, count: int) -> float:
-    """An edge that just so many of the pooled eigenvalues lie above; fewer, if the last equals the next."""
-    descending = np.concatenate([[2 * found.eigenvalues[-1]], found.eigenvalues[::-1], [0.0]])
-    return float(descending[count : count + 2].mean())
+def edge_below(descending: Float[np.ndarray, " count"], count: int) -> float:
+    """An edge that just so many of these eigenvalues lie above; fewer, if the last equals the next."""
+    return float(np.concatenate([[2 * descending[0]], descending, [0.0]])[count : count + 2].mean())
 
 
 def _checked(eigenvalues: Float[np.ndarray, " count"]) -> Float[np.ndarray, " count"]:
