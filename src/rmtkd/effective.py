@@ -119,7 +119,8 @@ class EffectiveSize:
         """n_eff, at most n.
 
         Returns:
-            None where nothing can be said: fewer than two groups of sequences in a half, or fewer than three directions.
+            None where nothing can be said: fewer than two groups of sequences in a half, or fewer than three
+            directions.
         """
         if self.count == 0:
             return None

@@ -140,7 +140,7 @@ class AnisotropicMarchenkoPastur:
             more = _on_the_curve(middles, h, q)
             places = np.flatnonzero(wide) + 1
             a = np.insert(a, places, middles)
-            points, probabilities = (np.insert(*pair) for pair in zip((points, probabilities), (places,) * 2, more))
+            points, probabilities = np.insert(points, places, more[0]), np.insert(probabilities, places, more[1])
         return unit * np.maximum.accumulate(np.maximum(points, 0)), np.maximum.accumulate(probabilities)
 
 

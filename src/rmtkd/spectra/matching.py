@@ -59,7 +59,7 @@ class BulkMatchingRule:
                 raise OptionError(f"{name} must be within (0, 0.5) — got {value} — 0.1 and 0.2 are published.")
 
     def __call__(self, spectrum: Spectrum) -> NoiseEdge:
-        """See `Rule`. Each group is held against its own level. The diagnostics hold the `variation` of the variances."""
+        """See `Rule`. Each group is held against its own level. The diagnostics: `variation`, of the variances."""
         levels = noise_levels(spectrum)
         found = alive(divided(spectrum, levels)).effective
         values = found.eigenvalues
