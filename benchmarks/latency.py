@@ -26,7 +26,7 @@ from rmtkd.errors import PlanError
 from rmtkd.modules import randomize
 from rmtkd.planning import LATENCY, LatencyTable, make_plan, predict_cost, retarget, spectra_of
 from rmtkd.sites import Site, find_sites
-from rmtkd.surgery import fill_with_zeros, skeleton
+from rmtkd.surgery import fill_with_ones, skeleton
 
 RESULTS = Path(__file__).parent / "results" / "latency"
 TARGETS = ("50%params", "25%params", "10%params", "2x", "4x")
@@ -89,7 +89,7 @@ def random_widths(sites: Sequence[Site], scale: float, draw: random.Random) -> d
 
 def filled(model: torch.nn.Module) -> torch.nn.Module:
     """A skeleton with random values."""
-    fill_with_zeros(model, "cpu")
+    fill_with_ones(model, "cpu")
     randomize(model, seed=1)
     return model.eval()
 

@@ -30,7 +30,7 @@ from rmtkd.modules import randomize
 from rmtkd.schedule import Options
 from rmtkd.seeding import seeded
 from rmtkd.sites import blocks_of, find_sites
-from rmtkd.surgery import fill_with_zeros, skeleton
+from rmtkd.surgery import fill_with_ones, skeleton
 from rmtkd.training import Phase
 
 RESULTS = Path(__file__).parent / "results" / "recovery"
@@ -148,7 +148,7 @@ def pace(teacher: nn.Module, widths: dict[str, int], rows: Iterable[Batch], reco
     """Median seconds of a step in each of three passes over a few batches."""
     sites = find_sites(teacher)
     student = skeleton(teacher, sites, widths)
-    fill_with_zeros(student, "cpu")
+    fill_with_ones(student, "cpu")
     randomize(student, seed=0)
     few = list(itertools.islice(rows, PACE_BATCHES))
     blocks = list(dict.fromkeys(site.scope for site in sites if site.scope))

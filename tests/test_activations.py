@@ -18,7 +18,7 @@ from rmtkd.memory import Pieces
 from rmtkd.recipes.rows import TokenRows
 from rmtkd.replicates import Replicates
 from rmtkd.sites import Site, find_sites
-from rmtkd.surgery import factorize, fill_with_zeros, skeleton
+from rmtkd.surgery import factorize, fill_with_ones, skeleton
 
 
 def double_bert() -> nn.Module:
@@ -358,5 +358,5 @@ def test_the_reader_of_an_embedding_is_the_identity_until_it_is_factorised() -> 
     site = find_sites(model)[0]
     assert torch.equal(readers(model, site)[0], torch.eye(32, dtype=torch.float64)[None])
     small = skeleton(model, [site], {site.name: 5})
-    fill_with_zeros(small, "cpu")
+    fill_with_ones(small, "cpu")
     assert readers(small, find_sites(small)[0])[0].shape == (1, 32, 5)

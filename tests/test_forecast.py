@@ -85,3 +85,34 @@ def test_a_forecast_is_told_in_words_and_warns_of_too_little_memory():
     assert line is not None and "100 steps" in line and "2.0 GB of memory and" in line
     line = describe({**seen, "free_bytes": 1_000_000_000, "memory_bytes": 2_000_000_000})
     assert line is not None and "only 1.0 GB are free" in line
+
+
+class Divided(torch.nn.Module):
+    """A classifier with a temperature of its own, and a weight that is made of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv2d(3, 8, 3))
+        self.second, self.head = torch.nn.Conv2d(8, 8, 3), torch.nn.Linear(8, 4)
+        self.temperature = torch.nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.second(self.first(x).relu()).relu().mean((2, 3))) / self.temperature
+
+
+def test_a_network_that_divides_by_parameters_can_be_forecast() -> None:
+    model, rows = Divided().eval(), [(torch.randn(8, 3, 8, 8), torch.arange(8) % 4) for _ in range(6)]
+    sites = find_sites(model, rows[0])
+    seen = forecast(
+        model,
+        sites,
+        {site.name: 4 for site in sites},
+        rows,
+        steps=3,
+        recovery=Recovery(),
+        blend=False,
+        precision="fp32",
+        calibration=rows,
+        seconds_plan=1.0,
+    )
+    assert seen.seconds_step > 0

@@ -104,7 +104,12 @@ def frozen_by_itself(model: Any) -> None:
     norm.train = lambda mode=True: norm
 
 
-@pytest.mark.parametrize("freeze", [frozen_by_its_class, frozen_by_itself])
+def frozen_by_what_is_around(model: Any) -> None:
+    norm, train = model.body[1], model.train
+    model.train = lambda mode=True: (train(mode), norm.eval())[0]
+
+
+@pytest.mark.parametrize("freeze", [frozen_by_its_class, frozen_by_itself, frozen_by_what_is_around])
 def test_a_frozen_norm_keeps_its_statistics_and_others_are_gathered_behind_it(freeze: Any) -> None:
     model: Any = Scores(network())
     gather_statistics(model, ["body.1"], rows())

@@ -23,7 +23,7 @@ from rmtkd.batches import logits
 from rmtkd.errors import UnsupportedModelError
 from rmtkd.families import FAMILIES
 from rmtkd.sites import Attribute, Quantity, Site, after_cuts, by_width, find_family, find_sites
-from rmtkd.surgery import factorize, fill_with_zeros, skeleton
+from rmtkd.surgery import factorize, fill_with_ones, skeleton
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -121,7 +121,7 @@ def test_the_sites_of_a_compressed_model_are_found_again_with_their_new_widths(m
     assert sites[0].factorizes == "bert.embeddings.word_embeddings"
     assert again[0].factorizes is None
     assert again[1:] == after_cuts(sites, keep)[1:]
-    fill_with_zeros(small, "cpu")
+    fill_with_ones(small, "cpu")
     assert logits(small, next(iter(random_rows(2)))).shape == (2, 3)
 
 

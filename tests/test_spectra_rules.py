@@ -339,8 +339,9 @@ def test_signal_of_quiet_heads_is_counted_beside_loud_ones(rule: Any) -> None:
 def test_dead_heads_change_no_count(name: str, rest: float) -> None:
     """Nine of twelve heads, all zero or rounding: what the living are told stays."""
     rule, whole = rule_named(name), heads(np.ones(3), 1600, 0, np.array([4.0, 3, 2]))
-    dead = [np.concatenate([part, np.full((9, 32), rest)]) for part in (whole.eigenvalues, whole.variances)]
-    spectrum = Spectrum(eigenvalues=dead[0], variances=dead[1], samples=1600)
+    assert whole.variances is not None
+    values, variances = (np.vstack([part, np.full((9, 32), rest)]) for part in (whole.eigenvalues, whole.variances))
+    spectrum = Spectrum(eigenvalues=values, variances=variances, samples=1600)
     found, expected = rule(spectrum), rule(whole)
     assert counted(found, spectrum) == counted(expected, whole)
     assert found.edge == pytest.approx(expected.edge)

@@ -23,7 +23,7 @@ from rmtkd.sites import Site, find_sites
 from rmtkd.surgery import (
     check_cut,
     factorize,
-    fill_with_zeros,
+    fill_with_ones,
     fold,
     projected_logits,
     resize,
@@ -362,7 +362,7 @@ def test_a_skeleton_takes_no_memory_and_leaves_the_model_alone() -> None:
     shape = skeleton(model, find_sites(model), CUTS["all"])
     assert all(parameter.is_meta for parameter in shape.parameters())
     assert_untouched(model, before)
-    fill_with_zeros(shape, "cpu")
+    fill_with_ones(shape, "cpu")
     assert_untouched(model, before)
     assert not any(parameter.any() for parameter in shape.parameters())
 
@@ -383,7 +383,7 @@ def test_a_skeleton_counts_tied_parameters_once_and_runs() -> None:
     model.classifier = nn.Sequential(dense, model.classifier)
     shape = skeleton(model, find_sites(model), {})
     assert count_parameters(shape) == count_parameters(model)
-    fill_with_zeros(shape, "cpu")
+    fill_with_ones(shape, "cpu")
     assert not any(parameter.is_meta for parameter in shape.parameters())
     assert run(shape).tolist() == [[0.0] * 3] * 16
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rmtkd
+from conftest import assert_untouched, snapshot
+from rmtkd.batches import Calls
 from rmtkd.cutting import cut_in_order
 from rmtkd.errors import SurgeryError, UnsupportedModelError
 from rmtkd.measurement import count_flops, count_parameters
@@ -400,14 +402,15 @@ def test_widths_that_go_through_one_norm_are_one(shared: nn.Module) -> None:
     assert check_cut(model, student, list(found.values()), bases, rows[0]) < 1e-5
 
 
-def test_statistics_that_two_norms_share_are_refused_by_name() -> None:
+def test_statistics_that_two_norms_share_leave_their_widths_whole_by_name() -> None:
     model = nn.Sequential(
         *(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()),
         *(nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)),
     )
     model[4].running_mean = model[1].running_mean
-    with pytest.raises(UnsupportedModelError, match=r"1\.running_mean and 4\.running_mean are the same"):
-        find_sites(model.eval(), batches()[0])
+    found = trace_sites(model.eval(), batches()[0])
+    assert found.whole == dict.fromkeys(["0", "3"], "1.running_mean and 4.running_mean are the same")
+    assert [site.name for site in found.sites] == ["6"]
 
 
 def test_a_module_that_is_called_twice_has_one_width_on_each_side() -> None:
@@ -517,3 +520,151 @@ def test_what_stays_whole_stands_in_the_plan() -> None:
     answered = labelled(model, rows)
     result = rmtkd.compress(model, train=answered, selection=answered, policy="paper", epochs=0.0, multiple_of=1)
     assert any("What first writes stays whole: softmax" in remark for remark in result.plan.remarks)
+
+
+# ------------------------------------------------------------------------- how networks are written, and what is seen
+
+
+MASK = torch.rand(1, 8, 1, 1)
+
+
+class Net(nn.Module):
+    """Two convolutions and a linear map; `middle` and `end` of a case may do anything with what goes through."""
+
+    def __init__(self, **parts: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 3, padding=1)
+        self.head = nn.Linear(12, 4)
+        for name, module in parts.items():
+            self.add_module(name, module)
+
+    def middle(self, x: Tensor) -> Tensor:
+        return F.relu(x)
+
+    def end(self, x: Tensor) -> Tensor:
+        return self.head(x.mean((2, 3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(F.relu(self.second(self.middle(self.first(x)))))
+
+
+def as_written(**methods: Any) -> Net:
+    parts = {name: module for name, module in methods.items() if isinstance(module, nn.Module)}
+    torch.manual_seed(0)
+    kind = type("Written", (Net,), {name: part for name, part in methods.items() if name not in parts})
+    return kind(**parts).eval()
+
+
+def constant_view(net: Any, x: Tensor) -> Tensor:
+    return net.flat(F.max_pool2d(x, 4).view(-1, 12 * 2 * 2))
+
+
+def only_in_training(net: Any, x: Tensor) -> Tensor:
+    return net.head(x.mean((2, 3))) + (net.other(x.mean((2, 3))) if net.training else 0)
+
+
+def by_hand(net: Any, x: Tensor) -> Tensor:
+    return F.relu(F.conv2d(F.relu(x), net.other.weight, net.other.bias))
+
+
+def tied(net: Any, x: Tensor) -> Tensor:
+    return net.head(F.linear(F.relu(net.other(x.mean((2, 3)))), net.other.weight.t()))
+
+
+@pytest.mark.parametrize(
+    ("net", "sites", "path", "why"),
+    [
+        (
+            as_written(end=constant_view, flat=nn.Linear(48, 4)),
+            ["first"],
+            "second",
+            "the network does not run with fewer",
+        ),
+        (
+            as_written(end=only_in_training, other=nn.Linear(12, 4)),
+            ["first"],
+            "second",
+            "in training the network does not run with fewer",
+        ),
+        (as_written(middle=by_hand, other=nn.Conv2d(8, 8, 1)), ["second"], "first", "other.weight is used at"),
+        (as_written(end=tied, other=nn.Linear(12, 6)), ["first"], "second", "other.weight is used at"),
+        (as_written(middle=lambda net, x: x * MASK), ["second"], "first", "has a factor or term for each channel"),
+        (
+            as_written(end=lambda net, x: net.six(F.max_pool1d(x.mean((2, 3)), 2)), six=nn.Linear(6, 4)),
+            ["first"],
+            "second",
+            "max_pool1d at the network itself mixes channels",
+        ),
+    ],
+)
+def test_what_cannot_run_narrower_or_is_used_elsewhere_stays_whole(net: Net, sites: Any, path: str, why: str) -> None:
+    before, modes = snapshot(net), [module.training for module in net.modules()]
+    rows, state = batches()[0], torch.get_rng_state()
+    found = trace_sites(net, rows)
+    assert [site.name for site in found.sites] == sites
+    assert why in found.whole[path]
+    assert_untouched(net, before)
+    assert modes == [module.training for module in net.modules()]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        as_written(middle=lambda net, x: F.adaptive_max_pool2d(x, 4)),
+        as_written(middle=lambda net, x: x * torch.tensor(0.5)),
+        as_written(
+            end=lambda net, x: net.flat(net.norm(F.max_pool2d(x, 4).flatten(1))),
+            flat=nn.Linear(48, 4),
+            norm=nn.BatchNorm1d(48),
+        ),
+        as_written(end=lambda net, x: net.flat(net.slope(x.flatten(1))), flat=nn.Linear(768, 4), slope=nn.PReLU(768)),
+        as_written(
+            middle=lambda net, x: F.relu(net.a(net.again(x))) + F.relu(net.b(net.again(F.relu(x)))),
+            again=nn.Conv2d(8, 8, 1, bias=False),
+            a=nn.BatchNorm2d(8),
+            b=nn.BatchNorm2d(8),
+        ),
+    ],
+)
+def test_widths_are_cut_however_the_network_is_written(net: Any) -> None:
+    rows = batches()
+    found = trace_sites(net, rows[0])
+    assert found.whole == {}
+    widths = {site.name: site.width // 2 for site in found.sites}
+    assert {"first", "second"} <= widths.keys()
+    student, bases = cut_in_order(net, found.sites, widths, rows)
+    assert check_cut(net, student, found.sites, bases, rows[0]) < 1e-5
+    for module in student.modules():
+        if isinstance(module, nn.Conv2d):
+            assert module.weight.shape[:2] == (module.out_channels, module.in_channels // module.groups)
+        if isinstance(module, nn.PReLU):
+            assert module.num_parameters == len(module.weight)
+
+
+def test_a_batch_with_a_forward_of_its_own_is_followed_as_it_is_called() -> None:
+    net = as_written()
+    images = [{"image": batch[0], "labels": batch[1]} for batch in batches()]
+    calls = list(Calls(images, lambda model, batch: model(2 * batch["image"])))
+    found = trace_sites(net, calls[0])
+    assert found.sites == trace_sites(net, batches()[0]).sites
+    widths = {site.name: 4 for site in found.sites}
+    student, bases = cut_in_order(net, found.sites, widths, calls)
+    assert check_cut(net, student, found.sites, bases, calls[0]) < 1e-5
+
+
+def test_linear_maps_over_positions_of_an_image_have_widths_between_them() -> None:
+    class Over(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(64, 12), nn.Linear(12, 10), nn.Linear(10, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(F.relu(self.b(F.relu(self.a(x.flatten(2))))).mean(1))
+
+    torch.manual_seed(0)
+    model, rows = Over().eval(), batches()
+    found = trace_sites(model, rows[0])
+    assert [site.name for site in found.sites] == ["a", "b"]
+    student, bases = cut_in_order(model, found.sites, {"a": 6, "b": 5}, rows)
+    assert check_cut(model, student, found.sites, bases, rows[0]) < 1e-5

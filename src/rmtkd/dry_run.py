@@ -272,8 +272,8 @@ def metrics_of(
     *,
     pieces: Pieces | None = None,
 ) -> Metrics:
-    """The metrics that the options ask for: none for the identity."""
-    if options.metric == "output":
+    """The metrics that the options ask for: none for the identity, or where nothing is cut."""
+    if options.metric == "output" or not sites:
         return {}
     bf16 = precision_on(next(model.parameters()).device, options.precision) == "bf16"
     return output_metrics(model, sites, calibration, seed=options.seed, bf16=bf16, pieces=pieces)

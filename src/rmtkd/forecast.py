@@ -18,7 +18,7 @@ from rmtkd.memory import available_bytes, held_bytes
 from rmtkd.modules import randomize
 from rmtkd.seeding import seeded
 from rmtkd.sites import Site, blocks_of
-from rmtkd.surgery import fill_with_zeros, skeleton
+from rmtkd.surgery import fill_with_ones, skeleton
 from rmtkd.training import Phase
 
 STEPS = 4
@@ -83,7 +83,7 @@ def forecast(
     teacher = model if teacher is None else teacher
     with seeded(None, device):
         student = skeleton(model, sites, widths)
-        fill_with_zeros(student, device)
+        fill_with_ones(student, device)
         randomize(student, seed=0)
         few = list(itertools.islice(rows, STEPS + 1))
         seconds_step = 0.0

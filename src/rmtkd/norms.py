@@ -22,7 +22,7 @@ from rmtkd import batches as batching
 from rmtkd.batches import Batch
 from rmtkd.measurement import evaluation
 from rmtkd.memory import Pieces
-from rmtkd.sites import Site, is_frozen
+from rmtkd.sites import Site, frozen_norms
 
 
 def norms_of(sites: Iterable[Site]) -> tuple[str, ...]:
@@ -94,8 +94,9 @@ def gather_statistics(
 
 
 def _not_frozen(model: nn.Module, paths: Sequence[str]) -> list[_BatchNorm]:
-    norms: list[Any] = [model.get_submodule(path) for path in paths]
-    return [norm for norm in norms if not is_frozen(norm)]
+    frozen = frozen_norms(model) if paths else ()
+    found: list[Any] = [model.get_submodule(path) for path in paths if path not in frozen]
+    return found
 
 
 def _statistics(norms: Iterable[_BatchNorm]) -> list[Tensor]:

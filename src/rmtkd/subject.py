@@ -15,6 +15,7 @@ from rmtkd.checkpoint import checksum
 from rmtkd.distillation import check_pair
 from rmtkd.dry_run import Survey, metrics_of
 from rmtkd.environment import Precision, precision_on
+from rmtkd.errors import UnsupportedModelError
 from rmtkd.fisher import Metrics, fit
 from rmtkd.levels import in_levels
 from rmtkd.measurement import Estimate, answers, count_parameters, divergence, evaluation
@@ -58,7 +59,7 @@ class Subject:
     ):
         self.is_own = sites is not None or not is_known(model)
         self.encoder = None if self.is_own else encoder_of(model)
-        self.model = copy.deepcopy(model).to(options.device).eval()
+        self.model = _copied(model).to(options.device).eval()
         self.remarks: tuple[str, ...] = ()
         """For the plan: what users would want to know."""
         if sites is None:
@@ -92,7 +93,7 @@ class Subject:
         self.fingerprints |= {"training rows": f"{all_rows} {self.batches_per_epoch} batches", "calibration rows": seen}
         self.teacher_model: nn.Module | None = None
         if teacher_model is not None:
-            self.teacher_model = copy.deepcopy(teacher_model).to(options.device).eval()
+            self.teacher_model = _copied(teacher_model).to(options.device).eval()
             check_pair(self.model, self.teacher_model, self.example, self.blocks if options.recovery.hidden else ())
             self.fingerprints["teacher model"] = checksum(tensors_of(self.teacher_model))
         # What the first cut is made from: the same function as the teacher's.
@@ -206,3 +207,24 @@ class Subject:
     def _seeded(self) -> AbstractContextManager[None]:
         """Whenever something is first asked for, what is drawn later stays the same."""
         return seeded(self.options.seed, self.options.device)
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy of its own.
+
+    Raises:
+        UnsupportedModelError: if it cannot be copied: compiled, or with weights that hooks compute.
+    """
+    if isinstance(plain := getattr(model, "_orig_mod", None), nn.Module):
+        raise UnsupportedModelError(
+            f"the model must not be compiled. Got a compiled {type(plain).__name__}. Pass what torch.compile was "
+            "given; nothing was changed."
+        )
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # whatever its own code may raise
+        raise UnsupportedModelError(
+            f"the model must be one that copy.deepcopy can copy. {type(model).__name__} gave: {error!r}. Weights that "
+            "hooks compute can be made permanent (torch.nn.utils.remove_weight_norm, remove_spectral_norm); nothing "
+            "was changed."
+        ) from error

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -109,9 +110,9 @@ def fill(model: nn.Module, values: Mapping[str, Tensor]) -> None:
             setattr(model.get_submodule(path), leaf, new)
 
 
-def fill_with_zeros(model: nn.Module, device: torch.device | str) -> None:
-    """Give the parameters of a skeleton values, in place, so that it runs."""
-    fill(model, {name: torch.zeros_like(value, device=device) for name, value in list(model.named_parameters())})
+def fill_with_ones(model: nn.Module, device: torch.device | str) -> None:
+    """Give the parameters of a skeleton values, in place, so that it runs: such as a network may divide by."""
+    fill(model, {name: torch.ones_like(value, device=device) for name, value in list(model.named_parameters())})
 
 
 def resize(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
@@ -295,21 +296,37 @@ def _replace(model: nn.Module, name: str, value: Tensor) -> None:
     new = torch.empty(value.shape, device=old.device, dtype=old.dtype, memory_format=order_of(old)).copy_(value)
     is_parameter = isinstance(old, nn.Parameter)
     setattr(module, leaf, nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new)
-    if isinstance(module, _NormBase) and leaf in ("weight", "running_mean"):
-        module.num_features = len(new)
-    elif leaf == "weight" and isinstance(module, nn.Linear):
-        module.out_features, module.in_features = new.shape
-    elif leaf == "weight" and isinstance(module, nn.Embedding):
-        module.num_embeddings, module.embedding_dim = new.shape
-    elif leaf == "weight" and isinstance(module, _ConvNd):
-        module.out_channels, module.in_channels = new.shape[0], new.shape[1] * module.groups
+    if leaf in ("weight", "running_mean"):
+        _tell_sizes(module, new)
+
+
+def _tell_sizes(module: nn.Module, weight: Tensor) -> None:
+    """Let a module know the sizes of its weight, or of its statistics."""
+    if isinstance(module, _NormBase):
+        module.num_features = len(weight)
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(weight)
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = weight.shape
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = weight.shape
+    elif isinstance(module, _ConvNd):
+        module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
+
+
+def set_attribute(model: nn.Module, path: str, name: str, value: Any) -> None:
+    """Set an attribute of the module at `path`, and what hangs on it: a convolution reads so many channels a group."""
+    module = model.get_submodule(path)
+    setattr(module, name, value)
+    if isinstance(module, _ConvNd):
+        _tell_sizes(module, module.weight)
 
 
 def _finish(model: nn.Module, site: Site) -> None:
     """Let modules know a site's new width; the one that does not run without units is replaced."""
     for attribute in site.attributes:
         value = attribute.value(site.width, site.groups, site.each)
-        setattr(model.get_submodule(attribute.module), attribute.name, value)
+        set_attribute(model, attribute.module, attribute.name, value)
     if site.absent and site.width == 0:
         absent = site.absent
         model.set_submodule(absent.module, NoHeads(model.get_submodule(absent.module), absent.after, absent.norm))

@@ -24,7 +24,7 @@ from rmtkd.modeling_rmtkd import PREFIX, EmbeddingLevels, FactorizedEmbedding, l
 from rmtkd.modules import set_levels
 from rmtkd.pretrained import OURS, class_named, described, on_meta, presented, quietly, shapes_of, without_values
 from rmtkd.sites import Site, trace_sites
-from rmtkd.surgery import factorize, fill, resize, tensors_of
+from rmtkd.surgery import factorize, fill, resize, set_attribute, tensors_of
 from rmtkd.writing import check_new, new_folder, write_atomically
 
 CONFIG = "config.json"
@@ -336,12 +336,11 @@ def _own(build: Build, manifest: Mapping[str, Any], stored: Mapping[str, list[in
             factorize(model, path, side)
     resize(model, {name: stored[name] for name in (*manifest["shapes"], *narrowed.get("buffers", ()))})
     for path, name, value in narrowed["attributes"]:
-        module = model.get_submodule(path)
-        if type(getattr(module, name)) not in (int, float) or type(value) not in (int, float):
+        if type(getattr(model.get_submodule(path), name)) not in (int, float) or type(value) not in (int, float):
             raise ArtifactError(
                 f"an attribute of a width must be a number. {path}.{name} is not. Fetch the folder again."
             )
-        setattr(module, name, value)
+        set_attribute(model, path, name, value)
     return model
 
 

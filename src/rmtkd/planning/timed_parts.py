@@ -16,7 +16,7 @@ from rmtkd import batches as batching
 from rmtkd.batches import Batch
 from rmtkd.modules import randomize
 from rmtkd.sites import Site, by_width
-from rmtkd.surgery import fill_with_zeros, skeleton
+from rmtkd.surgery import fill_with_ones, skeleton
 
 POINTS = 36
 """Most combinations of widths at which a part of the network is timed, where two or more meet in a parameter."""
@@ -184,7 +184,7 @@ def monotone(values: Float[np.ndarray, "..."], steps: Sequence[bool]) -> Float[n
 
 def filled(module: nn.Module, device: torch.device) -> nn.Module:
     """The skeleton with random numbers: sums of zeros, or of numbers near it, may be faster or slower."""
-    fill_with_zeros(module, device)
+    fill_with_ones(module, device)
     randomize(module, seed=0)
     return module.eval()
 

@@ -44,7 +44,7 @@ from rmtkd.sites.site import (
     by_width,
     share_settings,
 )
-from rmtkd.sites.tracing import Traced, is_frozen, trace_sites
+from rmtkd.sites.tracing import Traced, frozen_norms, trace_sites
 
 __all__ = [
     "Absent",
@@ -69,7 +69,7 @@ __all__ = [
     "find_family",
     "find_image_family",
     "find_sites",
-    "is_frozen",
+    "frozen_norms",
     "is_known",
     "layer_paths",
     "linear_site",

@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
+CALLED = "called"
+"""Where a network lies that is followed as a batch's own `forward` calls it."""
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 CHANNEL_BY_CHANNEL = frozenset(
     (
@@ -38,7 +40,13 @@ def operator_of(node: Node) -> str:
 def place_of(node: Node) -> str:
     """The path of the innermost module that a node belongs to."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
-    return (stack[-1][0] if stack else "") or "the network itself"
+    path = stack[-1][0].removeprefix(CALLED).removeprefix(".") if stack else ""
+    return path or "the network itself"
+
+
+def positions_of(operator: str) -> int:
+    """Over how many last dimensions a pooling or the like goes; 0 of what goes over none."""
+    return int(operator[-2]) if operator[-2:] in ("1d", "2d", "3d") else 0
 
 
 def weight_of(node: object) -> object:

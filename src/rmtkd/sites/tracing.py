@@ -8,7 +8,7 @@ passes a width on. Whatever else a width meets leaves it whole, and says so.
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,9 @@ from rmtkd.batches import Batch
 from rmtkd.errors import UnsupportedModelError
 from rmtkd.measurement import evaluation
 from rmtkd.modeling_rmtkd import LowRankPair
+from rmtkd.sites.channels import Channels, Reader, Width, unite, width_of
 from rmtkd.sites.graph import (
+    CALLED,
     CHANNEL_BY_CHANNEL,
     CONVOLUTIONS,
     JOINING,
@@ -31,51 +33,15 @@ from rmtkd.sites.graph import (
     numbers,
     operator_of,
     place_of,
+    positions_of,
     rank_of,
     shape_of,
     weight_of,
 )
 from rmtkd.sites.site import RANK, Attribute, Axis, Site, Stream
+from rmtkd.sites.trial import as_called, stuck
 
 ENDS = ("it is the input of the network", "it is the output of the network")
-
-
-@dataclass(eq=False)
-class _Width:
-    """Channels that must stay or go together."""
-
-    size: int
-    order: int
-    """Place in the graph where they first are."""
-    writers: list[Axis] = field(default_factory=list)
-    readers: list["_Reader"] = field(default_factory=list)
-    attributes: list[Attribute] = field(default_factory=list)
-    writing: list[str] = field(default_factory=list)
-    """Paths of the convolutions and linear maps that write it."""
-    whole: str | None = None
-    """Why it must stay as it is."""
-    rotates: bool = True
-    """Whether nothing but maps has been seen to touch it, which a rotation goes through."""
-    same_as: "_Width | None" = None
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """A convolution or linear map that reads a width."""
-
-    module: str
-    positions: int = 1
-    norm: str | None = None
-    intercept: str | None = None
-
-
-@dataclass(frozen=True)
-class _Channels:
-    """Which dimension of an activation holds which width, and how many positions lie flattened behind each channel."""
-
-    width: _Width
-    dim: int
-    positions: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,22 +70,24 @@ def trace_sites(model: nn.Module, example: Batch) -> Traced:
         UnsupportedModelError: if it cannot be followed, or no width is found that may be narrowed.
     """
     name = type(model).__name__
-    device = next(model.parameters()).device
-    args, kwargs = batching.inputs(batching.to(batching.head(example, 2), device))
+    few = batching.to(batching.head(example, 2), next(model.parameters()).device)
+    called, args, kwargs = as_called(model, few)
     try:
         with evaluation(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.export(model, args, dict(kwargs))
+            program = torch.export.export(called, args, dict(kwargs))
     except Exception as error:  # whatever torch makes of a forward that it cannot follow
         told = str(error).strip().splitlines()
         raise UnsupportedModelError(
             f"a model without sites must have a forward that torch.export can follow. {name} gave: "
             f"{told[0] if told else type(error).__name__}. Describe its sites (docs/own-model.md); nothing was changed."
         ) from error
-    tracer = _Tracer(model, program)
+    tracer = _Tracer(model, program, "" if called is model else f"{CALLED}.")
     tracer.follow()
-    sites = tracer.sites()
-    found = Traced(sites=sites, whole=tracer.whole(), ranks=tracer.ranks(sites))
+    every = tracer.sites()
+    unable = stuck(model, every, few)
+    sites = tuple(site for site in every if site.name not in unable)
+    found = Traced(sites=sites, whole=tracer.whole() | unable, ranks=tracer.ranks(every))
     if not sites and not found.ranks:
         raise nothing_to_narrow(model, found.whole)
     return found
@@ -137,28 +105,40 @@ def nothing_to_narrow(model: nn.Module, whole: Mapping[str, str]) -> Unsupported
 class _Tracer:
     """One walk through a graph."""
 
-    def __init__(self, model: nn.Module, program: Any):
+    def __init__(self, model: nn.Module, program: Any, prefix: str = ""):
         self.model, self.nodes = model, list(program.graph.nodes)
         signature = program.graph_signature
-        self.names: dict[str, str] = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        self.found: dict[Node, _Channels] = {}
-        self.widths: list[_Width] = []
-        self.sides: dict[tuple[str, str], _Width] = {}
+        self.inputs = set(signature.user_inputs)
+        tensors = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        self.names: dict[str, str] = {name: path.removeprefix(prefix) for name, path in tensors.items()}
+        self.frozen = frozen_norms(model)
+        owners: dict[int, list[str]] = {}
+        buffers = model.named_buffers(remove_duplicate=False)
+        for name, tensor in (*model.named_parameters(remove_duplicate=False), *buffers):
+            owners.setdefault(id(tensor), []).append(name)
+        self.ties = {name: names for names in owners.values() for name in names if len(names) > 1}
+        """Of each parameter and buffer with several names, all of them."""
+        self.found: dict[Node, Channels] = {}
+        self.widths: list[Width] = []
+        self.sides: dict[tuple[str, str], Width] = {}
         """Of each parameter, the widths of its two sides: a module that is called twice has the same at each call."""
         self.convolutions: dict[str, list[Node]] = {}
         """By path, where each is called."""
+        self.handled: set[tuple[Node, Node]] = set()
+        """Parameters and buffers, each with what it was seen to be used for."""
         self.order = 0
 
     def follow(self) -> None:
         for order, node in enumerate(self.nodes):
             self.order = order
-            if node.op == "placeholder" and node.name not in self.names and shape_of(node) is not None:
+            if node.op == "placeholder" and node.name in self.inputs and shape_of(node) is not None:
                 self._stay_whole(self._begin(node), ENDS[0])
             elif node.op == "call_function":
                 self._call(node, operator_of(node))
             elif node.op == "output":
                 for source in node.all_input_nodes:
                     self._end(source, ENDS[1])
+        self._look_at_other_uses()
 
     def sites(self) -> tuple[Site, ...]:
         free = [w for w in self._roots() if w.whole is None and w.writing and w.readers and w.size > 1]
@@ -235,16 +215,21 @@ class _Tracer:
         elif operator == "batch_norm" or (operator == "prelu" and shape_of(node.args[1]) != (1,)):
             self._norm(node)
         elif (operator in CHANNEL_BY_CHANNEL and len(node.all_input_nodes) == 1) or operator == "prelu":
-            self._pass_on(node, sources[0])
+            if self.found[sources[0]].dim < rank_of(sources[0]) - positions_of(operator):
+                self._pass_on(node, sources[0])
+            else:
+                self._give_up(node, f"{operator} at {place_of(node)} mixes channels")
         elif operator in JOINING and len(node.args) > 1:
             self._join(node)
         elif operator in RESHAPING:
             self._reshape(node, sources[0])
         elif self._moves_positions(node, operator, sources[0]):
             self._pass_on(node, sources[0])
-        elif operator == "getitem":
+        elif operator == "getitem" and operator_of(sources[0]) in CHANNEL_BY_CHANNEL and node.args[1:] == (0,):
+            self._pass_on(node, sources[0])  # the largest, of a pooling that also says where they are
+        elif operator == "getitem" and node.users:
             self._give_up(node, width_of(self.found[sources[0]].width).whole or "it is one of several outputs")
-        else:
+        elif operator != "getitem":
             self._give_up(node, f"{operator} at {place_of(node)} is not known to act channel by channel")
 
     def _map(self, node: Node, *, is_linear: bool) -> None:
@@ -252,6 +237,9 @@ class _Tracer:
         source, weight, *rest = node.args
         name = self._name(weight)
         path = self._module_of(name, (nn.Linear,) if is_linear else (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        if name is not None and path is not None and not self._is_called(node, path):
+            self._give_up(node, self._tie_of(name) or f"{name} is used at {place_of(node)}, outside its module")
+            return
         if name is None or path is None:
             self._give_up(node, f"the weight at {place_of(node)} is no plain parameter of a convolution or linear map")
             return
@@ -259,35 +247,44 @@ class _Tracer:
         module: Any = self.model.get_submodule(path)
         if not is_linear:
             self.convolutions.setdefault(path, []).append(node)
+        self.handled |= {(part, node) for part in (weight, *rest) if isinstance(part, Node)}
         groups = 1 if is_linear else module.groups
-        if channels.dim != (len(shape_of(source) or ()) - 1 if is_linear else 1):
-            self._give_up(node, f"{path} reads another dimension than that of the channels")
-            return
         bias = self._name(rest[0]) if rest else None
         written = [Axis(parameter=parameter, dim=0) for parameter in (name, bias) if parameter]
-        if groups > 1:
+        if channels.dim != (rank_of(source) - 1 if is_linear else 1):  # type: ignore[arg-type]
+            self._stay_whole(channels.width, f"{path} reads another dimension than that of the channels")
+        elif groups > 1:
             self._grouped(node, channels, path, groups, written)
             return
-        read = self._side(name, "read", channels.width)
-        norm = self._norm_after(node)
-        plain = norm is None and bias is not None and (is_linear or not any(numbers(module.padding)))
-        reader = _Reader(path, channels.positions, norm, bias if plain else None)
-        if reader not in read.readers:
-            read.readers.append(reader)
+        else:
+            norm = self._norm_after(node)
+            plain = norm is None and bias is not None and (is_linear or not any(numbers(module.padding)))
+            read = self._side(name, "read", channels.width)
+            self._read(read, Reader(path, channels.positions, norm, bias if plain else None))
         made = self._begin(node, dim=len(shape_of(node) or ()) - 1 if is_linear else 1)
         width = self._side(name, "written", made)
         if path not in width.writing:
             width.writing.append(path)
             width.writers += written
 
-    def _grouped(self, node: Node, channels: _Channels, path: str, groups: int, written: Sequence[Axis]) -> None:
+    def _read(self, width: Width, reader: Reader) -> None:
+        """Once for each module: at all of its calls it reads one width."""
+        others = [other for other in width.readers if other.module == reader.module]
+        if not others:
+            width.readers.append(reader)
+        elif others[0].positions != reader.positions:
+            self._stay_whole(width, f"{reader.module} reads it at other numbers of positions")
+        elif others[0] != reader:  # nothing takes up a constant that goes to several places
+            width.readers[width.readers.index(others[0])] = Reader(reader.module, reader.positions)
+
+    def _grouped(self, node: Node, channels: Channels, path: str, groups: int, written: Sequence[Axis]) -> None:
         width = channels.width
         if groups == width_of(width).size == shape_of(node)[1]:  # type: ignore[index]  # one filter a channel
             width = self._side(written[0].parameter, "written", width)
             width.rotates = False
             width.writers += [axis for axis in written if axis not in width.writers]
             width.attributes.append(Attribute(module=path, name="groups", quantity="width"))
-            self.found[node] = _Channels(width, 1, channels.positions)
+            self.found[node] = Channels(width, 1, channels.positions)
         else:
             self._give_up(node, f"{path} is a convolution in {groups} groups")
 
@@ -303,7 +300,8 @@ class _Tracer:
         if operator_of(node) == "batch_norm" and len(names) < 3 and node.args[3] is None:
             self._give_up(node, f"{owner} takes its statistics from the batch that is run")
             return
-        axes = [Axis(parameter=name, dim=0) for name in names if name is not None]
+        self.handled |= {(part, node) for part in node.args[1:5] if isinstance(part, Node)}
+        axes = [Axis(parameter=name, dim=0, positions=channels.positions) for name in names if name is not None]
         width = self._side(axes[0].parameter, "written", channels.width)
         width.writers += [axis for axis in axes if axis not in width.writers]
         self._pass_on(node, source)  # type: ignore[arg-type]
@@ -324,7 +322,7 @@ class _Tracer:
             self._give_up(node, f"{operator_of(node)} at {place_of(node)} joins other numbers of channels")
             return
         deeper = a if rank_of(parts[0]) >= rank_of(parts[1]) else b
-        self._unite(a.width, b.width).rotates = False
+        unite(a.width, b.width).rotates = False
         self.found[node] = deeper
 
     def _reshape(self, node: Node, source: Node) -> None:
@@ -340,12 +338,12 @@ class _Tracer:
                 self._give_up(node, f"mean at {place_of(node)} is taken over channels")
                 return
             shift = 0 if keeps else sum(1 for dim in dims if dim < channels.dim)
-            self.found[node] = _Channels(channels.width, channels.dim - shift, channels.positions)
+            self.found[node] = Channels(channels.width, channels.dim - shift, channels.positions)
         elif len(after) > channels.dim and after[: channels.dim + 1] == before[: channels.dim + 1]:
             self.found[node] = channels
         elif len(after) == channels.dim + 1 and after[: channels.dim] == before[: channels.dim]:
             positions = count(before[channels.dim + 1 :])
-            self.found[node] = _Channels(channels.width, channels.dim, channels.positions * positions)
+            self.found[node] = Channels(channels.width, channels.dim, channels.positions * positions)
         else:
             self._give_up(node, f"{operator_of(node)} at {place_of(node)} mixes channels with positions")
 
@@ -358,35 +356,47 @@ class _Tracer:
 
     # ------------------------------------------------------------------ widths
 
-    def _begin(self, node: Node, dim: int = 1) -> _Width:
+    def _begin(self, node: Node, dim: int = 1) -> Width:
         shape = shape_of(node) or ()
-        width = _Width(size=shape[dim] if len(shape) > dim else 1, order=self.order)
+        width = Width(size=shape[dim] if len(shape) > dim else 1, order=self.order)
         self.widths.append(width)
-        self.found[node] = _Channels(width, dim)
+        self.found[node] = Channels(width, dim)
         return width
 
     def _pass_on(self, node: Node, source: Node) -> None:
         self.found[node] = self.found[source]
         width_of(self.found[node].width).rotates = False
 
-    def _side(self, name: str, side: str, width: _Width) -> _Width:
+    def _side(self, name: str, side: str, width: Width) -> Width:
         """The width of one side of a parameter."""
-        return self._unite(self.sides.setdefault((name, side), width), width)
+        return unite(self.sides.setdefault((name, side), width), width)
 
-    def _unite(self, a: _Width, b: _Width) -> _Width:
-        a, b = sorted((width_of(a), width_of(b)), key=lambda width: width.order)
-        if a is not b:
-            b.same_as = a
-            for name in ("writers", "readers", "attributes", "writing"):
-                mine = getattr(a, name)
-                mine += [part for part in getattr(b, name) if part not in mine]
-            a.whole = a.whole or b.whole
-            a.rotates = a.rotates and b.rotates
-        return a
-
-    def _stay_whole(self, width: _Width, why: str) -> None:
+    def _stay_whole(self, width: Width, why: str) -> None:
         width = width_of(width)
         width.whole = width.whole or why
+
+    def _look_at_other_uses(self) -> None:
+        """A parameter that something else uses, too, cannot be cut."""
+        touched = {name: node for node in self.nodes if (name := self._name(node)) and node.op == "placeholder"}
+        for width in self._roots():
+            names = [axis.parameter for axis in width.writers]
+            names += [f"{reader.module}.{leaf}" for reader in width.readers for leaf in ("weight", "bias")]
+            for name in names:
+                if tie := self._tie_of(name):
+                    self._stay_whole(width, tie)
+                node = touched.get(name)
+                for user in () if node is None else node.users:
+                    if (node, user) not in self.handled and operator_of(user) not in LOOKING:
+                        self._stay_whole(width, f"{name} is used at {place_of(user)}, too")
+
+    def _tie_of(self, name: str) -> str | None:
+        """Why a parameter or buffer with several names cannot be cut."""
+        return f"{' and '.join(self.ties[name])} are the same" if name in self.ties else None
+
+    def _is_called(self, node: Node, path: str) -> bool:
+        """Whether a map is made by the module that has its weight, where a hook sees what goes in."""
+        place = dict(self.model.named_modules(remove_duplicate=False)).get(place_of(node))
+        return place is self.model.get_submodule(path)
 
     def _end(self, node: Node, why: str) -> None:
         if node in self.found:
@@ -398,7 +408,7 @@ class _Tracer:
             self._end(source, why)
         self._stay_whole(self._begin(node), why)
 
-    def _roots(self) -> Iterator[_Width]:
+    def _roots(self) -> Iterator[Width]:
         return (width for width in self.widths if width.same_as is None)
 
     # ------------------------------------------------------------------ names
@@ -424,9 +434,9 @@ class _Tracer:
         name = self._name(statistics)
         path = None if name is None else name.rpartition(".")[0]
         is_shared = any(weight_of(call.args[0]) is not weight_of(node) for call in statistics.users)
-        return None if path is None or is_shared or is_frozen(self.model.get_submodule(path)) else path
+        return None if path is None or is_shared or path in self.frozen else path
 
-    def _site(self, width: _Width) -> Site:
+    def _site(self, width: Width) -> Site:
         name = width.writing[0]
         parts = [*width.writing, *(reader.module for reader in width.readers)]
         scope = _common_ancestor(parts)
@@ -454,22 +464,17 @@ class _Tracer:
         )
 
 
-def is_frozen(norm: nn.Module) -> bool:
-    """Whether a norm keeps its statistics on purpose: whether `train`, by its class or by itself, leaves it in
-    evaluation mode."""
-    before = norm.training
+def frozen_norms(model: nn.Module) -> frozenset[str]:
+    """Paths of the norms that keep their statistics on purpose: that `train`, by their class, by themselves or by a
+    module around them, leaves in evaluation mode."""
+    modes = {module: module.training for module in model.modules()}
     try:
-        norm.train()
-        return not norm.training
+        model.train()
+        named = model.named_modules(remove_duplicate=False)
+        return frozenset(path for path, module in named if isinstance(module, _NormBase) and not module.training)
     finally:
-        norm.training = before
-
-
-def width_of(width: _Width) -> _Width:
-    """The width that this one has become part of."""
-    while width.same_as is not None:
-        width = width.same_as
-    return width
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _parameters(path: str, *, has_bias: bool) -> tuple[Axis, ...]:

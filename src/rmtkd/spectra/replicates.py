@@ -48,9 +48,8 @@ class ReplicateRule:
         check_positive("slack", self.slack)
 
     def __call__(self, spectrum: Spectrum) -> NoiseEdge:
-        """See `Rule`. Each group has a mirror of its own. The diagnostics hold `mirror`, the threshold for the eigenvalues
-        of C, in the mean of the groups; what is counted there is counted from the top among the eigenvalues of the
-        covariance."""
+        """See `Rule`. Each group has a mirror of its own; what is counted there is counted from the top among the
+        eigenvalues of the covariance. The diagnostics: `mirror`, the threshold for those of C, in the mean."""
         if spectrum.replicate is None:
             raise DataError(
                 f"The rule {self.name} needs two stochastic passes — the spectrum has none — collect the spectra with "
@@ -73,7 +72,7 @@ class ReplicateRule:
         return against_white_noise(self.name, found, edge, assumes=False, diagnostics=told, levels=levels)
 
     def _mirror(self, shared: Float[np.ndarray, " width"]) -> float:
-        """The threshold of one group, for its ascending eigenvalues of C: no more than rounding if there is no noise."""
+        """The threshold of one group, for its ascending eigenvalues of C: rounding alone if there is no noise."""
         lowest, rounding = float(shared[0]), len(shared) * np.finfo(np.float64).eps * float(np.abs(shared).max())
         if lowest > -rounding:
             return rounding

@@ -1,0 +1,93 @@
+"""Whether a network runs with fewer channels, which the graph of one forward pass does not say: it may hold a number of
+channels as a constant (`x.view(-1, 400)`), and in training another forward may run."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from rmtkd import batches as batching
+from rmtkd.batches import Batch, Call
+from rmtkd.seeding import seeded
+from rmtkd.sites.graph import CALLED
+from rmtkd.sites.site import Site
+
+
+class Called(nn.Module):
+    """A model as a batch with a `forward` of its own calls it."""
+
+    def __init__(self, model: nn.Module, call: Call):
+        super().__init__()
+        self.add_module(CALLED, model)
+        self.call = call.forward
+
+    def forward(self, rows: Any) -> Tensor:
+        """Class scores."""
+        return self.call(self.get_submodule(CALLED), rows)
+
+
+def as_called(model: nn.Module, batch: Batch) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """A module, and what to call it with: the model itself, or it as the batch's `forward` calls it."""
+    if isinstance(batch, Call):
+        return Called(model, batch), (batch.rows,), {}
+    return model, *batching.inputs(batch)
+
+
+def stuck(model: nn.Module, sites: Sequence[Site], batch: Batch) -> dict[str, str]:
+    """The sites with half of whose width the network does not run on this batch, and why.
+
+    Parameters, buffers, modes and random numbers are left as they were.
+    """
+    found: dict[str, str] = {}
+    for is_training in (False, True):
+        if _runs(model, sites, batch, is_training) is None or _runs(model, (), batch, is_training) is not None:
+            continue
+        for site in sites:
+            if site.name not in found and (failure := _runs(model, [site], batch, is_training)) is not None:
+                found[site.name] = f"{'in training ' * is_training}the network does not run with fewer: {failure}"
+    return found
+
+
+def _runs(model: nn.Module, sites: Sequence[Site], batch: Batch, is_training: bool) -> str | None:
+    """What goes wrong in one pass with half of these widths, if anything does."""
+    called, args, kwargs = as_called(model, batch)
+    prefix = "" if called is model else f"{CALLED}."
+    values = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **values}
+    for site in sites:
+        for stream in site.streams:
+            for axis in (*stream.writers, *stream.readers):
+                size = max(1, site.width // 2) * axis.copies * axis.positions
+                values[axis.parameter] = values.get(axis.parameter, tensors[axis.parameter]).narrow(axis.dim, 0, size)
+    device = next(model.parameters()).device
+    try:
+        with seeded(None, device), torch.no_grad(), _left_as_it_was(model, sites):
+            model.train(is_training)
+            functional_call(called, {f"{prefix}{name}": value for name, value in values.items()}, args, kwargs)
+    except Exception as error:  # whatever a forward may raise
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return None
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
+    """With the attributes of half the widths for a while; afterwards these and every mode are what they were."""
+    modes = {module: module.training for module in model.modules()}
+    before: Mapping[tuple[nn.Module, str], Any] = {
+        (model.get_submodule(attribute.module), attribute.name): attribute.value(max(1, site.width // 2), site.groups)
+        for site in sites
+        for attribute in site.attributes
+    }
+    known = {(module, name): getattr(module, name) for module, name in before}
+    try:
+        for (module, name), value in before.items():
+            setattr(module, name, value)
+        yield
+    finally:
+        for (module, name), value in known.items():
+            setattr(module, name, value)
+        for module, mode in modes.items():
+            module.training = mode
