@@ -48,6 +48,15 @@ def test_of_two_runs_that_begin_in_one_folder_at_once_the_second_is_refused(
     RunFolder.open(out).release()
 
 
+@pytest.mark.parametrize("name", ["plan.json", "spectra.npz", "spectra.1.npz", "report.html", "config.json"])
+def test_what_was_left_half_written_before_a_run_began_is_in_nobodys_way(tmp_path: Path, name: str):
+    (tmp_path / f".{name}.partial").write_bytes(b"{")
+    RunFolder.check_free(tmp_path)
+    (tmp_path / f".{name}").write_bytes(b"{")
+    with pytest.raises(RunError, match="holds other files"):
+        RunFolder.check_free(tmp_path)
+
+
 def test_a_run_that_is_refused_leaves_its_folder_to_the_next(tmp_path: Path):
     first = RunFolder.create(tmp_path / "run", {"who": "first"})
     late = RunFolder(tmp_path / "run")

@@ -1,6 +1,7 @@
 """Every error is one of ours, catchable as a builtin, and suggests what was meant."""
 
 import inspect
+import json
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -53,7 +54,10 @@ GOOD: dict[str, Any] = {"share": 0.5, "count": 2, "whole": True, "name": None, "
 
 @pytest.mark.parametrize("change", [{}, {"share": 1}, {"share": np.float32(1)}, {"count": np.int64(3)}, {"name": "a"}])
 def test_values_of_their_kind_pass(change: dict[str, Any]):
-    check_kinds(Kinds(**{**GOOD, **change}))
+    kinds = Kinds(**{**GOOD, **change})
+    check_kinds(kinds)
+    kept = {**vars(kinds)}
+    assert json.loads(json.dumps(kept)) == {**GOOD, **change, "names": []}
 
 
 @pytest.mark.parametrize(

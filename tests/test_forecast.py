@@ -23,7 +23,7 @@ def look(model: torch.nn.Module, **options) -> Forecast:
         "blend": False,
         "precision": "fp32",
         "calibration": list(random_rows(160)),
-        "seconds_plan": 2.0,
+        "seconds_observed": 2.0,
         **options,
     }
     return forecast(model, sites, widths, random_rows(96), **given)
@@ -42,7 +42,7 @@ def test_time_is_steps_times_the_time_of_a_step_and_cuts():
     assert seen.steps == 100
     assert seen.seconds_recovery == pytest.approx(100 * seen.seconds_step)
     assert seen.seconds_step > 0
-    assert look(tiny_bert(), seconds_plan=4.0).seconds_cut == pytest.approx(2 * seen.seconds_cut)
+    assert look(tiny_bert(), seconds_observed=4.0).seconds_cut == pytest.approx(2 * seen.seconds_cut)
 
 
 def test_without_recovery_no_step_is_timed():
@@ -113,6 +113,6 @@ def test_a_network_that_divides_by_parameters_can_be_forecast() -> None:
         blend=False,
         precision="fp32",
         calibration=rows,
-        seconds_plan=1.0,
+        seconds_observed=1.0,
     )
     assert seen.seconds_step > 0

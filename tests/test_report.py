@@ -517,6 +517,15 @@ def test_a_notebook_shows_the_rows_of_the_terminal(results: tuple[Path, Sizes]):
     assert any(tag == "svg" for tag, _ in shown.elements)
 
 
+def test_a_notebook_shows_the_widths_of_a_run_that_was_left_within_a_round(results: tuple[Path, Sizes]):
+    result = results[1][TARGETS[0]]
+    site = next(site for site in result.plan.sites if site.keep < site.width)
+    left = replace(result, record={**result.record, "rounds": [], "widths": {site.name: site.keep}}, rounds=())
+    none = replace(result, record={**result.record, "rounds": []}, rounds=())
+    drawn, whole = (re.sub("widths-[0-9a-f]+", "", each._repr_html_()) for each in (left, none))
+    assert drawn != whole
+
+
 def test_losses_are_kept_as_means_over_stretches():
     losses = np.random.default_rng(0).random(1234).tolist()
     kept = thinned(losses)

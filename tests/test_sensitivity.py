@@ -260,8 +260,13 @@ def test_a_floor_above_what_the_rule_keeps_is_told(planned: tuple[Plan, dict]) -
 
 
 def test_losses_on_calibration_rows_are_told() -> None:
-    made, _ = rmtkd.plan(MODEL, calibration=ROWS, multiple_of=4)
-    assert any("calibration rows" in remark for remark in made.remarks)
+    made, spectrums = rmtkd.plan(MODEL, calibration=ROWS, multiple_of=4)
+    again = retarget(made, spectrums, target="80%params")
+    applied = settle(made, MODEL, find_sites(MODEL), spectrums, next(iter(ROWS)))
+    for plan in (made, again, applied):
+        assert any("calibration rows" in remark for remark in plan.remarks)
+    paper = retarget(made, spectrums, policy="paper")
+    assert not any("calibration rows" in remark for remark in paper.remarks)
 
 
 def test_fixed_widths_stay() -> None:

@@ -83,8 +83,10 @@ def test_each_size_is_what_it_would_be_alone(
     model: torch.nn.Module, common: dict[str, Any], alone: dict[str, rmtkd.Compressed], measured: list[str]
 ):
     """The same plans and the same bits, also where one target is of latency; everything is measured once."""
-    before = snapshot(model)
-    sizes = rmtkd.compress_sizes(model, targets=TARGETS, **common)
+    before, events = snapshot(model), []
+    sizes = rmtkd.compress_sizes(model, targets=TARGETS, on_event=events.append, **common)
+    told = [event["seconds_cut"] for event in events if event["event"] == "forecast"]
+    assert len(told) == len(TARGETS) and len(set(told)) == 1  # of one pass, which was seen once
     assert measured == ["check_teacher", "metrics_of", "observe", "_single"]
     assert list(sizes) == list(TARGETS)
     for target, result in sizes.items():

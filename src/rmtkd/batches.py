@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,15 @@ class Calls:
 
     def __iter__(self) -> Iterator[Call]:
         return (Call(rows, self.forward) for rows in self.batches)
+
+
+@overload
+def called(batches: Iterable[Any], forward: Forward | None) -> Iterable[Batch]: ...
+@overload
+def called(batches: None, forward: Forward | None) -> None: ...
+def called(batches: Iterable[Any] | None, forward: Forward | None) -> Iterable[Batch] | None:
+    """The same batches, with a `forward` of their own."""
+    return batches if batches is None or forward is None else Calls(batches, forward)
 
 
 class Share:

@@ -31,9 +31,10 @@ from rmtkd.writing import write_atomically, write_json
 
 REPORT = "report.html"
 """The page that tells what a folder holds, made from the rest at any time."""
-PLAN_FILES = re.compile(rf"(plan|spectra)(\.\d+)?\.(json|npz)|{re.escape(REPORT)}")
-"""What `rmtkd plan` writes, earlier plans with a number, and the page about it. A folder that holds only these is not a
-run."""
+_PLAN = rf"(plan|spectra)(\.\d+)?\.(json|npz)|{re.escape(REPORT)}"
+PLAN_FILES = re.compile(rf"{_PLAN}|\.({_PLAN}|config\.json)\.partial")
+"""What `rmtkd plan` writes, earlier plans with a number, and the page about it; or what was left half written, before a
+run had begun. A folder that holds only these is not a run."""
 
 
 def is_size(folder: Path) -> bool:

@@ -64,7 +64,7 @@ def compress(
         teacher_model: another model to learn from in all rounds, in place of one of the run's: a larger one, or the one
             that an earlier cut was made from. It is called as the model is.
         plan: use the widths of this plan, which may have been changed by hand. What else it says is derived anew, and
-            its target, rule, tau, multiple_of, min_share and uniform stand for those options.
+            its choices stand for those options (see `Options.follow`).
         control: also train the same final shape from a random start for the same number of steps.
         out: run folder to write: configuration, plan, spectra, record, state, summary, model.
         extra_files: files to copy into the model folder (a tokenizer's).

@@ -1,5 +1,6 @@
 """The dry run: what would be cut and why; and the cut alone, without recovery."""
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -9,7 +10,7 @@ from torch import nn
 
 from rmtkd import batches as batching
 from rmtkd.activations import Observed, moments_of, observe
-from rmtkd.batches import Batch
+from rmtkd.batches import Batch, Forward, called
 from rmtkd.cutting import cut_in_order
 from rmtkd.environment import precision_on
 from rmtkd.fisher import Metrics, output_metrics
@@ -17,6 +18,7 @@ from rmtkd.levels import in_levels
 from rmtkd.memory import Pieces
 from rmtkd.planning import (
     LATENCY,
+    ON_CALIBRATION,
     Curve,
     LatencyTable,
     Plan,
@@ -48,6 +50,7 @@ def plan(
     sites: Sequence[Site] | None = None,
     metrics: Metrics | None = None,
     train: Iterable[Batch] | None = None,
+    forward: Forward | None = None,
     pieces: Pieces | None = None,
     **options: Any,
 ) -> tuple[Plan, dict[str, tuple[Spectrum, ...]]]:
@@ -63,13 +66,16 @@ def plan(
         sites: the widths that may be narrowed; those of the model's family by default.
         metrics: of the outputs that sites are read into, if they are known; made by default where they are needed.
         train: batches whose tokens are counted for `embedding_levels`; those of calibration by default.
+        forward: class scores from the model and a batch, as `compress` takes it.
         pieces: in how many pieces a batch is run, should memory run out.
-        options: the fields of `Options`.
+        options: the fields of `Options`; everything is run where the model is.
 
     Returns:
         The plan, and the spectra it was made from by site name.
     """
     chosen = Options(**options)
+    calibration, selection, train = called(calibration, forward), called(selection, forward), called(train, forward)
+    example = None if example is None else batching.first(called([example], forward), "example")
     if given is None:
         survey = Survey(
             model,
@@ -118,7 +124,9 @@ class Survey:
         if options.uniform:
             uniform_sites(self.sites)  # refused before anything takes time
         self.options, self.calibration, self.selection, self.pieces = options, calibration, selection, pieces
+        began = time.monotonic()
         observed = _observed(self.model, self.sites, calibration, options.rule, options, pieces)
+        self.seconds_observed = time.monotonic() - began
         self.spectrums: dict[str, tuple[Spectrum, ...]] = spectra_of(observed)
         self.example = batching.first(calibration, "calibration") if example is None else example
         self.metrics = metrics
@@ -137,7 +145,7 @@ class Survey:
             self.moments,
             self.calibration if self.selection is None else self.selection,
             metrics=metrics,
-            bf16=precision_on(self.options.device, self.options.precision) == "bf16",
+            bf16=precision_on(next(self.model.parameters()).device, self.options.precision) == "bf16",
             pieces=self.pieces,
         )
 
@@ -157,8 +165,7 @@ class Survey:
 
         made = self.sensitivity.guarded(published, again)
         if self.selection is None:
-            told = "Losses were measured on calibration rows: no others were given."
-            made = replace(made, remarks=(*made.remarks, told))
+            made = replace(made, remarks=(*made.remarks, f"{ON_CALIBRATION}: no others were given."))
         return made
 
     def _make(self, chosen: Options, curves: Mapping[str, Curve] | None = None) -> Plan:
@@ -237,6 +244,7 @@ def narrow(
     metric: str = "fisher",
     precision: str = "auto",
     train: Iterable[Batch] | None = None,
+    forward: Forward | None = None,
 ) -> nn.Module:
     """Apply a plan in closed form: cut, check, train nothing. The model is left as it was.
 
@@ -247,6 +255,7 @@ def narrow(
         sites: the widths that may be narrowed; those of the model's family by default.
         metric, precision: see `Options`.
         train: batches whose tokens are counted for `embedding_levels`; those of calibration by default.
+        forward: class scores from the model and a batch, as `compress` takes it.
 
     Returns:
         A new, narrower, dense model in evaluation mode.
@@ -255,6 +264,7 @@ def narrow(
         PlanError: if the plan names other sites than the model has.
         SurgeryError: if the result differs from the projected full-width reference.
     """
+    calibration, train = called(calibration, forward), called(train, forward)
     model, every = _start(model, sites, calibration, train, plan)
     cut = narrowed(every, plan)
     options = Options(metric=metric, precision=precision)  # type: ignore[arg-type]

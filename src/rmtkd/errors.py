@@ -80,7 +80,8 @@ _KINDS: dict[Any, tuple[type, str]] = {
 
 
 def check_kinds(options: Any) -> None:
-    """Hold the fields of a dataclass against their annotations, as far as these are plain: `epochs: float`.
+    """Hold the fields of a dataclass against their annotations, as far as these are plain: `epochs: float`. Numbers of
+    other libraries become Python's own, which JSON knows.
 
     Raises:
         OptionError: naming the first field that holds something else; neither True nor False is a number.
@@ -92,3 +93,6 @@ def check_kinds(options: Any) -> None:
         value, kinds = getattr(options, name), [_KINDS[kind] for kind in allowed]
         if not any(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) for kind, _ in kinds):
             raise OptionError(f"{name} must be {' or '.join(told for _, told in kinds)}. Got {value!r}.")
+        if isinstance(value, numbers.Real) and type(value) not in (int, float, bool):
+            plain = int(value) if isinstance(value, numbers.Integral) else float(value)
+            object.__setattr__(options, name, plain)

@@ -39,7 +39,7 @@ class Compressed:
 
     def _repr_html_(self) -> str:
         """The same in a notebook, with the widths as a picture."""
-        return reporting.summary_html(self.record, self.plan, self.rounds)
+        return reporting.summary_html(self.record, self.plan)
 
     def save(self, folder: str | Path, *, extra_files: Iterable[Path] = ()) -> None:
         """Write the model folder that `rmtkd.load` reads: weights, shapes, checksums, self-test, model card."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rmtkd import batches as batching
-from rmtkd.batches import Batch, Calls, Forward, Share
+from rmtkd.batches import Batch, Forward, Share, called
 from rmtkd.checkpoint import checksum
 from rmtkd.errors import DataError
 from rmtkd.measurement import Estimate, answers, chance_level, check_labels, predict, proportion
@@ -45,13 +45,9 @@ class Roles:
 
     def called(self, forward: Forward | None) -> "Roles":
         """The same rows, with a `forward` of their own."""
-        if forward is None:
-            return self
-        rows = {
-            name: None if (value := getattr(self, name)) is None else Calls(value, forward)
-            for name in ("train", "selection", "report", "calibration")
-        }
-        return Roles(**rows, example=None if self.example is None else next(iter(Calls([self.example], forward))))  # type: ignore[arg-type]
+        rows = {name: called(getattr(self, name), forward) for name in ("train", "selection", "report", "calibration")}
+        example = None if self.example is None else batching.first(called([self.example], forward), "example")
+        return Roles(**rows, example=example)  # type: ignore[arg-type]
 
 
 class Answered:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -47,8 +47,14 @@ from rmtkd.standing import Standing, shaped
 from rmtkd.subject import Subject
 from rmtkd.surgery import check_cut
 
-Planned = tuple[Plan, Mapping[str, tuple[Spectrum, ...]]]
-"""A plan, and by site the spectra that it was made from."""
+
+class Planned(NamedTuple):
+    """A plan, by site the spectra that it was made from, and the seconds that it took to see these."""
+
+    plan: Plan
+    spectrums: Mapping[str, tuple[Spectrum, ...]]
+    seconds_observed: float
+
 
 ROUND_REPEATS = 10
 """Timed passes of each model after a round; the result is timed longer."""
@@ -134,12 +140,11 @@ class Run:
         """Look at the teacher and make the plan, if that was not done before."""
         subject = self.subject
         self.emit("start", options=self.options.to_dict(), selection_accuracy=asdict(subject.baseline))
-        began = time.monotonic()
-        made, spectrums = planned or self.planned(given)
+        made, spectrums, seconds = planned or self.planned(given)
         made = replace(made, remarks=(*made.remarks, *subject.remarks))
         standing = Standing(plan=made, baseline=subject.baseline, student=subject.start)
         self.emit("plan", predicted=standing.plan.predicted, widths=standing.plan.widths)
-        self.emit("forecast", **asdict(self.forecast(standing.plan, time.monotonic() - began)))
+        self.emit("forecast", **asdict(self.forecast(standing.plan, seconds)))
         if folder is not None:
             folder.save_plan(standing.plan, spectrums)
             self.emit.add(folder.append)
@@ -152,8 +157,9 @@ class Run:
         subject = self.subject
         if given is None:
             survey = subject.survey()
-            return survey.plan(self.options.target), survey.spectrums
-        return plan(
+            return Planned(survey.plan(self.options.target), survey.spectrums, survey.seconds_observed)
+        began = time.monotonic()
+        made, spectrums = plan(
             subject.start,
             calibration=subject.calibration,
             example=subject.example,
@@ -162,6 +168,7 @@ class Run:
             pieces=subject.pieces,
             **fields_of(replace(self.options, precision=subject.precision)),
         )
+        return Planned(made, spectrums, time.monotonic() - began)
 
     def go_on(self, folder: RunFolder) -> Standing | None:
         """Where the run stands by its folder; None if it has no plan yet."""
@@ -317,7 +324,7 @@ class Run:
 
     # ------------------------------------------------------------------ bookkeeping
 
-    def forecast(self, made: Plan, seconds_plan: float) -> Forecast:
+    def forecast(self, made: Plan, seconds_observed: float) -> Forecast:
         """What the run will take."""
         subject = self.subject
         control = 2 if self.with_control else 1
@@ -331,7 +338,7 @@ class Run:
             blend=self.options.blend,
             precision=subject.precision,
             calibration=subject.calibration,
-            seconds_plan=seconds_plan,
+            seconds_observed=seconds_observed,
             teacher=subject.teacher_model,
         )
 

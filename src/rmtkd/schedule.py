@@ -14,6 +14,11 @@ from rmtkd.planning import LATENCY, MAX_LOSS, POLICIES, Plan, Target, fixed_widt
 from rmtkd.spectra import RULES
 
 Granularity = Literal["site", "layer", "round"]
+OF_PLANS = (
+    *("target", "policy", "max_loss", "rule", "tau", "multiple_of", "min_share", "uniform"),
+    *("embedding_levels", "low_rank"),
+)
+"""Names of the options that a plan has decided on when it is applied, beside what sites stay whole or have a width."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,11 +156,7 @@ class Options:
         Raises:
             OptionError: naming every option that does.
         """
-        names = (
-            *("target", "policy", "max_loss", "rule", "tau", "multiple_of", "min_share", "uniform"),
-            *("embedding_levels", "low_rank"),
-        )
-        mine = {name: getattr(self, name) for name in names}
+        mine = {name: getattr(self, name) for name in OF_PLANS}
         if self.target is not None:
             mine["target"] = str(Target.parse(self.target))
         theirs = {name: getattr(plan, name) for name in mine}

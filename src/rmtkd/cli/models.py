@@ -103,7 +103,7 @@ def evaluate(
     if as_json:
         sys.stdout.write(json.dumps(result) + "\n")
     else:
-        say(reporting.quality_line(result, len(source.labels)))
+        say(reporting.quality_line(result, len(task.labels or source.labels)))
 
 
 @app.command()

@@ -1,7 +1,6 @@
 """The dry run: `rmtkd plan`."""
 
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -106,6 +105,7 @@ def plan(
     from rmtkd import batches as batching
     from rmtkd import compression, recipes
     from rmtkd.checkpoint import RunFolder
+    from rmtkd.dry_run import Survey
     from rmtkd.environment import precision_on
     from rmtkd.errors import OptionError, RunError
     from rmtkd.forecast import forecast
@@ -155,19 +155,20 @@ def plan(
         source, rows, facts = trimmed(task, source, rows, data, seed)
         log(vocabulary_line(facts))
     tell_timing(chosen.target)
-    began, model_on_device = time.monotonic(), source.model.to(device)
+    model_on_device = source.model.to(device)
     calibration = compression.share_of(rows.train, chosen.calibration_share)
     sites = find_sites(model_on_device, batching.first(rows.selection, "selection"), low_rank=chosen.low_rank)
     model_on_device, sites = in_levels(model_on_device, sites, rows.train, chosen.embedding_levels)
-    made, spectrums = compression.plan(
+    survey = Survey(
         model_on_device,
         calibration=calibration,
         selection=rows.selection,
         example=task.example(source.model, rows),
-        **options,
+        sites=sites,
+        options=chosen,
     )
-    seconds_plan = time.monotonic() - began
-    RunFolder.for_plan(out).save_plan(made, spectrums)
+    made = survey.plan(chosen.target)
+    RunFolder.for_plan(out).save_plan(made, survey.spectrums)
     show_plan(made, out, as_json=as_json)
     expected = forecast(
         model_on_device,
@@ -179,7 +180,7 @@ def plan(
         blend=chosen.blend,
         precision=precision_on(device, precision),
         calibration=calibration,
-        seconds_plan=seconds_plan,
+        seconds_observed=survey.seconds_observed,
     )
     log(f"`rmtkd compress` will take {forecast_line(asdict(expected))}")
 

@@ -150,7 +150,7 @@ def compress(
     from rmtkd.errors import OptionError
     from rmtkd.planning import Plan
     from rmtkd.progress import watcher
-    from rmtkd.schedule import Options
+    from rmtkd.schedule import OF_PLANS, Options
     from rmtkd.sites import find_sites
     from rmtkd.sizes import check_place, check_targets, compress_sizes
     from rmtkd.teaching import train_teacher
@@ -204,7 +204,7 @@ def compress(
                 f"with --plan the plan decides. Got {flags} too. Make the plan anew with them first: "
                 "`rmtkd plan FOLDER`, which takes seconds; or leave out --plan."
             )
-        options.pop("target", None)  # the recipe's
+        options = {name: value for name, value in options.items() if name not in OF_PLANS}  # the recipe's
     elif several:
         targets = check_targets(targets or ())
         check_place(out, targets)
@@ -224,7 +224,14 @@ def compress(
                 Plan.read(plan_file)  # a broken one is not worth a teacher
             log(f"no --model: training a teacher into {teacher_folder}")
             with watcher(log_console) as on_event:
-                train_teacher(task, out=teacher_folder, seed=seed, device=device, on_event=on_event)
+                train_teacher(
+                    task,
+                    out=teacher_folder,
+                    precision=chosen.precision,
+                    seed=seed,
+                    device=device,
+                    on_event=on_event,
+                )
         model = str(teacher_folder)
     model = needed(model, recipe)
     command = {
@@ -272,6 +279,9 @@ def resume(
     run: Annotated[Path, typer.Argument(help="Run folder of `rmtkd compress` that was stopped.")],
     model: Annotated[str | None, typer.Option(help="Where the model is now, if it was moved.")] = None,
     data: Annotated[Path | None, typer.Option(help="Where the rows are now, if they were moved.")] = None,
+    teacher_model: Annotated[
+        str | None, typer.Option(help="Where the run's --teacher-model is now, if it was moved.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Go on with a run that was stopped anywhere, to the same result.
@@ -290,7 +300,8 @@ def resume(
         raise RunError(
             f"the command line goes on with what it began. {run} was begun from Python. Go on with rmtkd.resume there."
         )
-    command |= {key: str(value) for key, value in given({"model": model, "data": data}).items()}
+    moved = given({"model": model, "data": data, "teacher_model": teacher_model})
+    command |= {key: str(value) for key, value in moved.items()}
     with prepared(command, config["options"]["seed"]) as (given_to_run, on_event):
         result = compression.resume(run, **given_to_run, on_event=on_event)
         show_result(result, run, given_to_run["extra_files"], as_json=as_json)

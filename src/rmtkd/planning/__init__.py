@@ -3,7 +3,7 @@
 from rmtkd.planning.budget import POLICIES, Curve
 from rmtkd.planning.choice import make_plan, retarget, settle, spectra_of
 from rmtkd.planning.costs import COSTS, LATENCY, Cost, CostTable, Target, predict_cost
-from rmtkd.planning.desk import MAX_LOSS
+from rmtkd.planning.desk import MAX_LOSS, ON_CALIBRATION
 from rmtkd.planning.latency import LatencyTable
 from rmtkd.planning.pins import fixed_widths, parse_keep, uniform_sites
 from rmtkd.planning.plan import FORMAT, Plan, SitePlan
@@ -14,6 +14,7 @@ __all__ = [
     "FORMAT",
     "LATENCY",
     "MAX_LOSS",
+    "ON_CALIBRATION",
     "POLICIES",
     "Cost",
     "CostTable",

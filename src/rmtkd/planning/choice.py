@@ -11,7 +11,7 @@ from rmtkd.covariance import eigenvalues_of
 from rmtkd.errors import PlanError, check_choice
 from rmtkd.planning.budget import POLICIES, Curve
 from rmtkd.planning.costs import COSTS, LATENCY, Amount, Cost, CostTable, Target
-from rmtkd.planning.desk import MAX_LOSS, PAIRS, Count, Desk
+from rmtkd.planning.desk import MAX_LOSS, ON_CALIBRATION, PAIRS, Count, Desk
 from rmtkd.planning.latency import LatencyTable
 from rmtkd.planning.pins import fixed_widths, uniform_sites
 from rmtkd.planning.plan import Plan
@@ -193,10 +193,10 @@ def retarget(
         )
     fixed |= fixed_widths(sites, exclude, keep, uniform=plan.uniform)
     made = desk.plan(plan.model, aim, fixed, plan.costs)
-    pairs = tuple(remark for remark in plan.remarks if remark.startswith(PAIRS))  # what only the model's sites tell
-    return replace(
-        made, remarks=(*made.remarks, *pairs), embedding_levels=plan.embedding_levels, low_rank=plan.low_rank
-    )
+    told = _remarks_that_start(plan, PAIRS)  # what only the model's sites tell
+    if curves is None and made.policy == "guarded":
+        told += _remarks_that_start(plan, ON_CALIBRATION)
+    return replace(made, remarks=(*made.remarks, *told), embedding_levels=plan.embedding_levels, low_rank=plan.low_rank)
 
 
 def settle(
@@ -239,7 +239,16 @@ def settle(
     planned = {site.name: site.planned for site in plan.sites}
     loss = plan.loss if plan.widths == planned else None
     made = desk.write(type(model).__name__, target, plan.fixed, costs, plan.multiplier, plan.widths, planned, loss)
-    return replace(made, embedding_levels=plan.embedding_levels, low_rank=plan.low_rank)
+    return replace(
+        made,
+        remarks=(*made.remarks, *_remarks_that_start(plan, ON_CALIBRATION)),
+        embedding_levels=plan.embedding_levels,
+        low_rank=plan.low_rank,
+    )
+
+
+def _remarks_that_start(plan: Plan, words: str) -> tuple[str, ...]:
+    return tuple(remark for remark in plan.remarks if remark.startswith(words))
 
 
 def _by_table(costs: CostTable, baseline: Cost, sites: Sequence[Site]) -> Count:

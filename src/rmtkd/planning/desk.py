@@ -24,6 +24,8 @@ MAX_LOSS = 0.05
 """Sum of held-out losses, in nats, up to which a guarded plan without a target narrows."""
 PAIRS = "Each convolution that is cut becomes two"
 """How the remark begins that says on which side of them the 1 × 1 is."""
+ON_CALIBRATION = "Losses were measured on calibration rows"
+"""How the remark begins that says so where no other rows were given."""
 FINENESS = 1 / 16
 """Between two widths that a budget considers, relative to the smaller one."""
 

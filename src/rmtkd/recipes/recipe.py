@@ -35,7 +35,7 @@ class Source:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Names of the classes, by index."""
+        """Names of the classes, by index, of a model that has a configuration."""
         config: Any = self.model.config
         return tuple(config.id2label[i] for i in range(config.num_labels))
 

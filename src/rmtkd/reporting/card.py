@@ -4,9 +4,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rmtkd.planning import Plan, SitePlan
-from rmtkd.reporting.plans import kept, per_head
+from rmtkd.reporting.plans import kept, per_head, widths_of
 from rmtkd.reporting.rows import summary_rows, vocabulary_line
-from rmtkd.schedule import Round, kept_widths
 
 
 def model_card(
@@ -20,7 +19,7 @@ def model_card(
         loads_with: what reads the model, each in a few words.
         vocabulary: the facts of a trimmed one.
     """
-    widths = _widths(record, plan)
+    widths = widths_of(record, plan)
     lines = [
         "---",
         "tags: [rmtkd, model-compression, knowledge-distillation]",
@@ -54,12 +53,6 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
-
-
-def _widths(record: Mapping[str, Any], plan: Plan) -> dict[str, int]:
-    """Width by site name, as it is: of a run that ended early not all that were planned have been cut."""
-    cut = record.get("widths") or kept_widths(Round.from_dict(done) for done in record["rounds"])
-    return {site.name: site.width for site in plan.sites} | cut
 
 
 def _why(site: SitePlan, plan: Plan, widths: Mapping[str, int]) -> str:

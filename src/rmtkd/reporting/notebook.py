@@ -7,15 +7,15 @@ from typing import Any
 from rmtkd.planning import Plan
 from rmtkd.reporting.markup import Child, Html, element, table
 from rmtkd.reporting.page import style
+from rmtkd.reporting.plans import widths_of
 from rmtkd.reporting.rows import size_headings, size_row, stopped, summary_rows
 from rmtkd.reporting.silhouette import silhouette
-from rmtkd.schedule import Round, kept_widths
 
 
-def summary_html(record: Mapping[str, Any], plan: Plan, rounds: Sequence[Round]) -> str:
+def summary_html(record: Mapping[str, Any], plan: Plan) -> str:
     """What it costs, how well it does, and how wide it is."""
-    widths = {site.name: site.width for site in plan.sites} | kept_widths(rounds)
-    drawing = silhouette(f"widths-{secrets.token_hex(4)}", plan.sites, widths)  # a notebook may show several
+    key = f"widths-{secrets.token_hex(4)}"  # a notebook may show several
+    drawing = silhouette(key, plan.sites, widths_of(record, plan))
     return _framed(result_table(record), element("p", f"{stopped(record)}."), drawing)
 
 

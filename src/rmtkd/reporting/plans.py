@@ -1,11 +1,13 @@
 """A plan in words: its columns, the same for every table, and what its reader must know."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from rich.table import Table
 
 from rmtkd.planning import LATENCY, Plan, SitePlan
 from rmtkd.reporting import numbers
+from rmtkd.schedule import Round, kept_widths
 
 
 def plan_title(plan: Plan) -> str:
@@ -79,6 +81,12 @@ def plan_table(plan: Plan, width: int = 120) -> Table:
 def per_head(site: SitePlan, width: int) -> str:
     """A width of a site, with the number of its heads where it has several."""
     return f"{site.groups}×{width}" if site.groups > 1 else str(width)
+
+
+def widths_of(record: Mapping[str, Any], plan: Plan) -> dict[str, int]:
+    """Width by site name, as it is: of a run that ended early not all that were planned have been cut."""
+    cut = record.get("widths") or kept_widths(Round.from_dict(done) for done in record["rounds"])
+    return {site.name: site.width for site in plan.sites} | cut
 
 
 def kept(site: SitePlan, widths: Mapping[str, int]) -> str:
