@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from figures import BEFORE, Panel, chart
-from records import identity, percent, print_event, publish, spread, tried
+from records import identity, kept, percent, print_event, publish, spread, tried
 from rmtkd import batches as batching
 from rmtkd import compression, recipes
 from rmtkd.activations import observe
@@ -155,17 +155,15 @@ class Work:
     def taught(self) -> Teacher:
         """The teacher with its answers to all training rows, which are computed once for all cells."""
         teacher = Teacher(self.model, cache=True)
-        path = self.cache / f"answers-{self.task}-{self.teacher_id}.pt"
-        if path.exists():
-            teacher.kept = torch.load(path)
-            return teacher
+        teacher.kept = kept(self.cache / f"answers-{self.task}-{self.teacher_id}.pt", partial(self._answered, teacher))
+        return teacher
+
+    def _answered(self, teacher: Teacher) -> Any:
         kind = torch.device(self.device).type
         with evaluation(self.model), torch.autocast(kind, torch.bfloat16, enabled=has_bf16(self.device)):
             for batch in self.rows.train:
                 teacher.logits(batching.to(batch, self.device))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(teacher.kept, path)
-        return teacher
+        return teacher.kept
 
 
 def guarded(work: Work, size: float) -> nn.Module:
@@ -252,17 +250,17 @@ def cut(
 
 def start(work: Work, method: str, size: float) -> tuple[nn.Module, dict[str, Any]]:
     """The cut model, made once for all learning rates, and what is known before recovery."""
-    path = work.cache / f"{work.task}-{work.teacher_id}-{method}-{size:g}-{work.seed}.pt"
-    if not path.exists():
+
+    def make() -> tuple[nn.Module, dict[str, Any]]:
         student = METHODS[method](work, size)
-        facts = {
+        return student, {
             "parameters": count_parameters(student),
             "accuracy_selection_cut": asdict(accuracy(student, work.rows.selection)),
             "accuracy_cut": asdict(accuracy(student, work.rows.report)),
             "widths": {site.name: site.width for site in find_sites(student)},
         }
-        torch.save((student, facts), path)
-    return torch.load(path, weights_only=False, map_location=work.device)
+
+    return kept(work.cache / f"{work.task}-{work.teacher_id}-{method}-{size:g}-{work.seed}.pt", make, work.device)
 
 
 def run(
@@ -466,7 +464,8 @@ def main() -> None:
                     name = f"{chosen.task}-{method}-{size:g}-seed{seed}-{lr:g}{other}"
                     recovery = Recovery(lr=lr, hidden=chosen.hidden, alpha=chosen.alpha)
                     one = partial(run, work, method, size, chosen.epochs, recovery, bool(chosen.blend))
-                    tried(RESULTS / f"{name}.json", one)  # the least that a method can leave may be more
+                    # refused: the least that a method can leave may be more
+                    tried(RESULTS / f"{name}.json", one, teacher_id=work.teacher_id)
 
 
 if __name__ == "__main__":

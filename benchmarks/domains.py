@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from corruptions import CORRUPTIONS, SEVERITIES, mixture
-from records import identity, print_event
+from records import identity, kept, print_event
 from rmtkd import batches as batching
 from rmtkd import compression, recipes
 from rmtkd.batches import Batch
@@ -148,13 +148,12 @@ class Work:
         """A compressed model, made once for all parts."""
         done = f"{recovered.replace(' ', '_')}-{self.scale.targets[self.task]}-{self.scale.epochs:g}epochs"
         name = f"{self.task}-{self.teacher_id}-{which}-{levels}levels-{done}-seed{self.seed}.pt"
-        path = self.cache / name
-        if not path.exists():
+
+        def make() -> nn.Module:
             torch.manual_seed(self.seed)
-            model = self.cut(which, levels) if recovered == RECOVERED[0] else self.recover(which, recovered, levels)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(model, path)
-        return torch.load(path, weights_only=False)
+            return self.cut(which, levels) if recovered == RECOVERED[0] else self.recover(which, recovered, levels)
+
+        return kept(self.cache / name, make)
 
     def cut(self, which: str, levels: int) -> nn.Module:
         """The closed form."""

@@ -2,6 +2,7 @@
 so that a killed benchmark goes on where it stopped."""
 
 import argparse
+import io
 import json
 import statistics
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from rmtkd.checkpoint import checksum
@@ -46,9 +48,20 @@ def cell(path: Path, run: Callable[[], dict[str, Any]], *, teacher_id: str | Non
         write_json(path, record)
     record = json.loads(path.read_text())
     if teacher_id is not None and record.get("teacher_id", teacher_id) != teacher_id:
-        raise DataError("this record is of another teacher. Move it away, or name another folder by --results.")
+        raise DataError("this record is of another teacher. Move it away, or go on with that teacher.")
     print(f"{path.stem}: {headline(record)}", flush=True)
     return record
+
+
+def kept(path: Path, make: Callable[[], Any], device: str = "cpu") -> Any:
+    """What is made once for several cells: read, or made and written, whole or not at all."""
+    if not path.exists():
+        made = make()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = io.BytesIO()
+        torch.save(made, content)
+        write_atomically(path, content.getvalue())
+    return torch.load(path, weights_only=False, map_location=device)
 
 
 def tried(path: Path, run: Callable[[], dict[str, Any]], *, teacher_id: str | None = None) -> dict[str, Any] | None:

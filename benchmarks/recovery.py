@@ -21,12 +21,13 @@ from typing import Any
 
 from torch import nn
 
-from records import cell, print_event
+from records import cell, identity, print_event
 from rmtkd import artifact, compression, recipes
 from rmtkd.batches import Batch
 from rmtkd.distillation import Recovery, Teacher
 from rmtkd.measurement import count_parameters, predict
 from rmtkd.modules import randomize
+from rmtkd.recipes.recipe import Rows
 from rmtkd.schedule import Options
 from rmtkd.seeding import seeded
 from rmtkd.sites import blocks_of, find_sites
@@ -79,13 +80,15 @@ def run_cell(
             recovery=recovery,
             precision="bf16",
             seed=seed,
+            gentle=0.0,  # as all settings
+            blend=False,
             on_event=print_event,
             **given,
         )
         student, steps = result.model, sum(done.steps for done in result.rounds)
         seconds = sum(done.seconds_recovery for done in result.rounds)
     else:
-        student = cut_model(source.model, rows.train, task.example(source.model, rows), work / f"{task_name}-{seed}")
+        student = cut_model(source.model, rows, task.example(source.model, rows), work / f"{task_name}-{seed}")
         steps = round(epochs * len(rows.train))
         started = time.monotonic()
         with seeded(seed):
@@ -111,11 +114,14 @@ def run_cell(
     }
 
 
-def cut_model(model: nn.Module, train: Iterable[Batch], example: Batch, folder: Path) -> nn.Module:
+def cut_model(model: nn.Module, rows: Rows, example: Batch, kept: Path) -> nn.Module:
     """The model cut to the target, from the folder where it was kept."""
+    folder = kept.with_name(f"{kept.name}-{identity(model)}")
     if not folder.exists():
-        calibration = compression.share_of(train, 0.1)
-        plan, _ = compression.plan(model, calibration=calibration, example=example, target=TARGET)
+        calibration = compression.share_of(rows.train, 0.1)
+        plan, _ = compression.plan(
+            model, calibration=calibration, selection=rows.selection, example=example, target=TARGET
+        )
         artifact.save(compression.narrow(model, plan, calibration=calibration), folder)
     return artifact.load(folder)
 
@@ -140,7 +146,7 @@ def cut_cell(task_name: str, seed: int, teacher: str, data: Path, work: Path) ->
     task = recipes.get(task_name)
     source = task.load(teacher)
     rows = task.rows(data, source, seed)
-    student = cut_model(source.model, rows.train, task.example(source.model, rows), work / f"{task_name}-{seed}")
+    student = cut_model(source.model, rows, task.example(source.model, rows), work / f"{task_name}-{seed}")
     return {"task": task_name, "setting": "cut", "steps": 0, **compare(source.model, student, rows.selection)}
 
 

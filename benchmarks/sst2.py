@@ -26,13 +26,13 @@ from rmtkd import compression, recipes
 from rmtkd.activations import readers
 from rmtkd.bases import Basis
 from rmtkd.cutting import cut_in_order
-from rmtkd.distillation import Recovery
+from rmtkd.distillation import Recovery, Teacher
 from rmtkd.measurement import accuracy
 from rmtkd.modules import randomize
 from rmtkd.recipes.recipe import Rows
 from rmtkd.sites import Site, find_sites
 from rmtkd.surgery import fold
-from rmtkd.training import train
+from rmtkd.training import Phase
 
 TARGET = "25%params"
 SEEDS = (0, 1, 2)
@@ -57,9 +57,7 @@ def seed_cell(teacher: str, data: Path, seed: int, epochs: float, recovery: Reco
         recovery=recovery,
         on_event=print_event,
     )
-    cut = cut_in_order(
-        source.model, find_sites(source.model), result.plan.widths, compression.share_of(rows.train, 0.1)
-    )[0]
+    cut = compression.narrow(source.model, result.plan, calibration=compression.share_of(rows.train, 0.1))
     return {**result.record, "widths": result.plan.widths, "accuracy_cut": asdict(accuracy(cut, rows.report))}
 
 
@@ -72,15 +70,15 @@ def shape_cell(method: str, lr: float, widths: dict[str, int], teacher: str, dat
     torch.manual_seed(0)
     before = accuracy(student, rows.selection)
     steps = len(rows.train)
-    train(
+    told = {"event": "step", "method": method}
+    Phase(
         student,
         rows.train,
         steps=steps,
-        teacher=source.model,
+        teacher=Teacher(source.model),
         recovery=Recovery(lr=lr),
         precision="bf16",
-        on_step=lambda step, loss: print_event({"event": "step", "method": method, "step": step, "loss": loss}),
-    )
+    ).run(lambda phase: print_event({**told, "step": len(phase.losses), "loss": phase.losses[-1]}))
     return {
         "method": method,
         "lr": lr,
@@ -93,13 +91,18 @@ def shape_cell(method: str, lr: float, widths: dict[str, int], teacher: str, dat
 
 def folded(model: nn.Module, widths: dict[str, int], rows: Rows) -> nn.Module:
     """Ours: the bases of `rmtkd.bases`, re-collected after each cut."""
-    return cut_in_order(model, find_sites(model), widths, compression.share_of(rows.train, 0.1))[0]
+    return cut_in_order(model, narrowed(model, widths), widths, compression.share_of(rows.train, 0.1))[0]
+
+
+def narrowed(model: nn.Module, widths: dict[str, int]) -> tuple[Site, ...]:
+    """The sites that the shape narrows."""
+    return tuple(site for site in find_sites(model) if widths.get(site.name, site.width) < site.width)
 
 
 def magnitude(model: nn.Module, widths: dict[str, int], rows: Rows) -> nn.Module:
     """Largest weights, no data: units and head dimensions by the norm of the weights that write and read them, the
     embedding by the truncated singular value decomposition of its table."""
-    sites = find_sites(model)
+    sites = narrowed(model, widths)
     return fold(model, sites, {site.name: magnitude_bases(model, site, widths[site.name]) for site in sites})
 
 
@@ -215,7 +218,14 @@ def plan_cell(teacher: str, data: Path) -> dict[str, Any]:
     rows = task.rows(data, source, 0)
     calibration = compression.share_of(rows.train, 0.1)
     example = task.example(source.model, rows)
-    plan, _ = compression.plan(source.model, calibration=calibration, example=example, target=TARGET)
+    plan, _ = compression.plan(
+        source.model,
+        calibration=calibration,
+        selection=rows.selection,
+        example=example,
+        target=TARGET,
+        exclude="*.heads",  # no method but ours says which go
+    )
     return {"widths": plan.widths, "predicted": plan.predicted, "baseline": plan.baseline}
 
 

@@ -43,7 +43,7 @@ import torch
 from torch import nn
 
 from hints import HINTS, Taught, TaughtPhase
-from records import cell, percent, print_event, publish, spread
+from records import cell, kept, percent, print_event, publish, spread
 from rmtkd import batches as batching
 from rmtkd import compression, recipes
 from rmtkd.bases import Basis
@@ -201,16 +201,17 @@ METHODS = {"rmtkd": rmtkd, "pairs": pairs, "magnitude": magnitude, "group_norm":
 
 def start(work: Work, method: str, share: float, multiple_of: int) -> tuple[nn.Module, dict[str, Any]]:
     """The cut network, made once for all recoveries, and what is known before recovery."""
-    path = work.cache / f"{work.name}-{method}-{share:g}-{multiple_of}-{work.seed}{over_of(work.over, method)}.pt"
-    if not path.exists():
+
+    def make() -> tuple[nn.Module, dict[str, Any]]:
         torch.manual_seed(work.seed)
         begin = time.monotonic()
         student = METHODS[method](work, share, multiple_of)
         gather_statistics(student, batch_norms(student), work.calibration)
         facts = {"seconds_cut": time.monotonic() - begin}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save((student, facts | {f"{name}_cut": asdict(accuracy(student, r)) for name, r in _held(work)}), path)
-    return torch.load(path, weights_only=False, map_location=work.device)
+        return student, facts | {f"{name}_cut": asdict(accuracy(student, rows)) for name, rows in _held(work)}
+
+    name = f"{work.name}-{method}-{share:g}-{multiple_of}-{work.seed}{over_of(work.over, method)}.pt"
+    return kept(work.cache / name, make, work.device)
 
 
 def over_of(over: float, method: str) -> str:
