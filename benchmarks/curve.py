@@ -46,8 +46,7 @@ from rmtkd.levels import in_levels
 from rmtkd.measurement import accuracy, count_parameters, divergence, evaluation
 from rmtkd.planning import Plan, retarget, spectra_of
 from rmtkd.schedule import Options
-from rmtkd.sensitivity import ROWS
-from rmtkd.sensitivity import spread as spread_rows
+from rmtkd.sensitivity import ROWS, every_nth_row
 from rmtkd.sites import Site, blocks_of, by_width, find_sites
 from rmtkd.surgery import fold
 from rmtkd.training import Phase
@@ -283,7 +282,7 @@ def run(
         precision=precision_on(work.device),
     ).run(lambda phase: print_event({"event": "step", "step": len(phase.losses), "loss": phase.losses[-1]}))
     if is_blended:
-        rows = spread_rows(work.rows.selection, ROWS)
+        rows = every_nth_row(work.rows.selection, ROWS)
         facts["unblended"] = {"accuracy": asdict(accuracy(student, work.rows.report)), "near": work.nearness(student)}
         distance = partial(divergence, student, work.model, rows)
         facts["share"], facts["way"] = blend(student, cut_weights, distance, lambda: None)

@@ -189,7 +189,7 @@ def test_a_plan_is_made_anew_edited_and_applied(sentiment: Sentiment, command: C
 
 def test_a_plan_is_applied_whatever_the_recipe_would_choose(command: Command, tmp_path: Path):
     """Multiples of 8, where this recipe's are of 4. The teacher, from a random start, is refused only afterwards."""
-    model = recipes.get("digits_cnn").start(None, 0, None).model
+    model: Any = recipes.get("digits_cnn").start(None, 0, None).model
     model.save_pretrained(tmp_path / "model")
     made, _ = rmtkd.plan(model, calibration=[{"pixel_values": torch.randn(64, 1, 8, 8)}], policy="paper")
     made.save(tmp_path / "plan.json")

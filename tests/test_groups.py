@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rmtkd.errors import DataError
-from rmtkd.recipes.groups import PARTS, Roles, Texts, assign, by_sentence, by_shared_texts, part_of
+from rmtkd.recipes.groups import PARTS, Assignment, Texts, assign, by_sentence, by_shared_texts, part_of
 
 
 def is_held(text: str) -> bool:
@@ -114,7 +114,7 @@ def test_a_phrase_is_held_out_only_with_all_its_sentences() -> None:
 def test_rows_that_share_a_text_with_held_out_rows_are_left_out() -> None:
     train = [("a", "b"), ("c ", "d"), ("e", "f"), ("g", "h")]
     roles = assign(train, [("f", "x"), ("c", "z")], [("y", "c")])
-    assert roles == Roles(train=[0, 3], selection=[0], report=[0], left_out=3)
+    assert roles == Assignment(train=[0, 3], selection=[0], report=[0], left_out=3)
 
 
 @pytest.mark.parametrize("own_report", [True, False])

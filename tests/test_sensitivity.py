@@ -21,7 +21,7 @@ from rmtkd.measurement import evaluation
 from rmtkd.memory import Pieces
 from rmtkd.planning import Plan, retarget, settle
 from rmtkd.schedule import Options
-from rmtkd.sensitivity import STRETCH, TOGETHER, Sensitivity, gathered, projection, spread
+from rmtkd.sensitivity import STRETCH, TOGETHER, Sensitivity, every_nth_row, gathered, projection
 from rmtkd.sites import by_width, find_sites
 from rmtkd.surgery import fold
 
@@ -307,12 +307,12 @@ def test_broken_curves_in_a_plan_are_named(planned: tuple[Plan, dict], change) -
 
 def test_rows_are_spread_over_batches() -> None:
     rows = random_rows(100, batch_size=10)
-    picked = spread(rows, 20)
+    picked = every_nth_row(rows, 20)
     assert sum(batching.rows(batch) for batch in picked) == 20
     assert len(picked) == 10
-    assert sum(batching.rows(batch) for batch in spread(rows, 1000)) == 100
+    assert sum(batching.rows(batch) for batch in every_nth_row(rows, 1000)) == 100
     with pytest.raises(DataError, match="at least one row"):
-        spread([], 10)
+        every_nth_row([], 10)
 
 
 def test_a_plan_is_a_value(planned: tuple[Plan, dict]) -> None:
@@ -323,7 +323,7 @@ def test_a_plan_is_a_value(planned: tuple[Plan, dict]) -> None:
 
 def test_rows_are_run_together_in_fewer_batches() -> None:
     """The same rows with the same answers; none is padded to more than `STRETCH` times its length."""
-    few = spread(random_rows(300, seed=5, batch_size=10), 150)
+    few = every_nth_row(random_rows(300, seed=5, batch_size=10), 150)
     together = gathered(few)
     assert len(together) < len(few) / 2
     assert max(batching.rows(batch) for batch in together) <= TOGETHER

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rmtkd.errors import DataError, UnsupportedModelError
 
-Rows = Mapping[str, Tensor] | tuple[Tensor, ...] | list[Tensor]
+Tensors = Mapping[str, Tensor] | tuple[Tensor, ...] | list[Tensor]
 """What data loaders give: tensors whose first dimension is the row."""
 Forward = Callable[[nn.Module, Any], Tensor]
 """Class scores of shape `(rows, classes)` from a model and what a loader gave."""
@@ -27,11 +27,11 @@ Forward = Callable[[nn.Module, Any], Tensor]
 class Call:
     """Rows that a model is not called with in one of the two usual ways."""
 
-    rows: Rows
+    rows: Tensors
     forward: Forward
 
 
-Batch = Rows | Call
+Batch = Tensors | Call
 """One batch. Collections of batches are *re-iterable*: a list, a `DataLoader`, anything with `__iter__`."""
 
 NOT_INPUTS = frozenset({"labels", "row_ids"})
@@ -41,7 +41,7 @@ NOT_INPUTS = frozenset({"labels", "row_ids"})
 class Calls:
     """A collection of batches with a `forward` of its own."""
 
-    def __init__(self, batches: Iterable[Rows], forward: Forward):
+    def __init__(self, batches: Iterable[Tensors], forward: Forward):
         self.batches, self.forward = batches, partial(_class_scores, forward)
 
     def set_epoch(self, epoch: int) -> None:
@@ -279,7 +279,7 @@ def logits(model: nn.Module, batch: Batch) -> Tensor:
     return scores
 
 
-def _class_scores(forward: Forward, model: nn.Module, batch: Rows) -> Tensor:
+def _class_scores(forward: Forward, model: nn.Module, batch: Tensors) -> Tensor:
     """What a `forward` of the user's gives, if it is class scores."""
     scores: Any = forward(model, batch)
     if not isinstance(scores, Tensor) or scores.ndim != 2 or len(scores) != rows(batch):

@@ -83,7 +83,7 @@ class Sensitivity:
         self.pieces = pieces or Pieces()
         # Never more at once than the caller runs: in how many pieces a batch fits into memory is found for those.
         most = min(TOGETHER, max(map(batching.rows, rows), default=TOGETHER))
-        together = gathered(spread(rows, most_rows), most)
+        together = gathered(every_nth_row(rows, most_rows), most)
         if norms_of(sites):
             together = list(without_single_rows(together))
         self.batches = [batching.to(batch, self.device) for batch in together]
@@ -343,7 +343,7 @@ def _reconstruction(kept: Tensor, lift: Float[Tensor, "1 width kept"], mean: Flo
     return project
 
 
-def spread(rows: Iterable[Batch], most: int) -> list[Batch]:
+def every_nth_row(rows: Iterable[Batch], most: int) -> list[Batch]:
     """At most about so many rows, every n-th of each batch: collections that are sorted by length stay in proportion.
 
     Raises:

@@ -32,7 +32,7 @@ from rmtkd.roles import (
 )
 from rmtkd.schedule import Options
 from rmtkd.seeding import seeded
-from rmtkd.sensitivity import ROWS, spread
+from rmtkd.sensitivity import ROWS, every_nth_row
 from rmtkd.sites import Site, after_cuts, blocks_of, check_ranks, encoder_of, explore, is_known
 from rmtkd.surgery import tensors_of
 
@@ -201,7 +201,7 @@ class Subject:
     def _near(self) -> tuple[list[Batch], list[Tensor]]:
         """Those rows, and what the first teacher answers."""
         with self._seeded():
-            rows = spread(self.selection, ROWS)
+            rows = every_nth_row(self.selection, ROWS)
             return rows, [answers(self.first_teacher, batch, self.pieces) for batch in rows]
 
     def _seeded(self) -> AbstractContextManager[None]:

@@ -41,7 +41,7 @@ class Agreement:
     flipped: int
 
 
-def spread(batches: Sequence[Batch]) -> list[Batch]:
+def some_of(batches: Sequence[Batch]) -> list[Batch]:
     """Some of the batches, from first to last: rows that are not shuffled come shortest first.
 
     Raises:

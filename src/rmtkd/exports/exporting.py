@@ -17,7 +17,7 @@ from rmtkd.batches import Batch
 from rmtkd.conformance import random_batches
 from rmtkd.environment import machine, versions
 from rmtkd.errors import ExportError
-from rmtkd.exports.comparison import TOLERANCE, compare, hold_to, in_shapes, spread
+from rmtkd.exports.comparison import TOLERANCE, compare, hold_to, in_shapes, some_of
 from rmtkd.exports.formats import Format, find_format, start
 from rmtkd.exports.tracing import IMAGES, OUTPUT, complete, input_names, quiet, told, trace
 from rmtkd.measurement import count_disk_bytes, quality, time_forward
@@ -77,7 +77,7 @@ def export(
     names = input_names(model)
     whole = [complete(batch, names) for batch in (random_batches(model, RANDOM_TOKENS) if rows is None else rows)]
     given = [piece for batch in whole for piece in _at_most(form.most_rows, batch)]
-    shown = list(in_shapes(spread(given)))
+    shown = list(in_shapes(some_of(given)))
     longest = longest_input(model) or max(batching.length(batch) for batch in given)
     timed = complete(_random_example(model, min(longest, LENGTH)) if example is None else example, names)
     if form.most_tokens is not None:

@@ -30,7 +30,7 @@ LARGEST = PARTS * 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Roles:
+class Assignment:
     """Indices of rows by role. `train` points into the first collection, the others each into their own."""
 
     train: list[int]
@@ -92,7 +92,7 @@ def assign(
     selection: Sequence[Texts] | None,
     report: Sequence[Texts] | None,
     grouping: Grouping = by_shared_texts,
-) -> Roles:
+) -> Assignment:
     """The role of every row.
 
     Args:
@@ -129,7 +129,7 @@ def assign(
                 "a text with rows that are held out, the others are in one group or too few. Pass more rows, or a "
                 "file for each role."
             )
-    return Roles(**found, left_out=left_out)
+    return Assignment(**found, left_out=left_out)
 
 
 def _texts(rows: Iterable[Texts]) -> set[str]:

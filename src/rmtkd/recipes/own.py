@@ -30,7 +30,7 @@ DESCRIBE = (
     "your own texts: --data FILE or FOLDER (parquet, CSV, TSV, JSON lines) with --columns TEXT[,SECOND] and --label; "
     "reported on test.*, else validation.* or dev.*, else on a fifth of the file"
 )
-SHORTEST = 8
+LENGTH_STEP = 8
 """Lengths are measured in steps of so many tokens, as kernels like them."""
 
 
@@ -163,7 +163,7 @@ def start(columns: Sequence[str], label: str | None, path: str | None, seed: int
 def example_of_rows(model: nn.Module, rows: Rows) -> dict[str, Any]:
     """The batch whose cost is measured: as long as the median training row, in steps of eight tokens."""
     median = float(np.median(rows.train.lengths))
-    return example(SHORTEST * int(np.ceil(median / SHORTEST)), model, rows)
+    return example(LENGTH_STEP * int(np.ceil(median / LENGTH_STEP)), model, rows)
 
 
 def _one_class(file: Path, label: str | None, only: str | None) -> DataError:

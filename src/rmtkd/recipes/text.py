@@ -11,7 +11,7 @@ from torch import nn
 from rmtkd.distillation import Recovery
 from rmtkd.errors import DataError
 from rmtkd.recipes.checkpoints import load_classifier, start_classifier
-from rmtkd.recipes.groups import Grouping, Roles, Texts, assign, by_shared_texts
+from rmtkd.recipes.groups import Assignment, Grouping, Texts, assign, by_shared_texts
 from rmtkd.recipes.recipe import Recipe, Rows, Source
 from rmtkd.recipes.results import MEASURED
 from rmtkd.recipes.rows import TokenRows, synthetic_batch
@@ -171,7 +171,7 @@ def rows_in_roles(
     )
 
 
-def _note(roles: Roles, *, divided: bool) -> str:
+def _note(roles: Assignment, *, divided: bool) -> str:
     counts = [len(rows) for rows in (roles.train, roles.selection, roles.report)]
     note = "{:,} training, {:,} selection and {:,} report rows".format(*counts)
     if divided:
