@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -93,6 +94,16 @@ def test_its_class_builds_it_without_memory_and_it_is_the_same_to_the_bit(small:
     assert torch.equal(loaded(ids(5, 9)), small(ids(5, 9)))
     assert [(site.name, site.width) for site in sites_of(loaded)] == [(s.name, s.width) for s in sites_of(small)]
     assert not Reader().words.weight.is_meta  # building elsewhere is as ever
+
+
+def test_a_class_that_takes_weights_from_elsewhere_while_it_is_built_comes_back(small: nn.Module, folder: Path):
+    class Copying(Reader):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up.weight.data = torch.from_numpy(np.ones((64, 32), dtype=np.float32))
+            assert self.words.weight.std().item() > 0
+
+    assert_untouched(rmtkd.load(folder, Copying), snapshot(small))
 
 
 def test_a_folder_holds_no_row_of_the_example(folder: Path):

@@ -222,3 +222,20 @@ def test_an_answer_is_that_of_its_row():
 def test_impossible_options_are_refused(option: dict[str, Any]):
     with pytest.raises(OptionError, match=f"{next(iter(option))} must be"):
         Recovery(**option)
+
+
+def test_a_last_batch_of_one_row_is_trained_on_with_the_statistics_there_are():
+    """Norms by batch statistics have none of a single vector: torch refuses it."""
+    torch.manual_seed(0)
+    norm: Any = torch.nn.BatchNorm1d(8)
+    student = torch.nn.Sequential(torch.nn.Linear(6, 8), norm, torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    rows = [(torch.randn(n, 6), torch.arange(n) % 3) for n in (8, 1)]
+    seen = []
+
+    def look(running: Phase) -> None:
+        assert student.training and norm.training
+        seen.append(norm.running_mean.clone())
+
+    losses = Phase(student, rows, steps=4, recovery=Recovery(lr=1e-3)).run(look)
+    assert len(losses) == 4
+    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])

@@ -54,6 +54,19 @@ def of_each_batch(model: nn.Module, paths: Sequence[str]) -> Iterator[None]:
             norm.momentum, norm.training = momentum, training
 
 
+@contextmanager
+def as_gathered(model: nn.Module) -> Iterator[None]:
+    """All norms run on the statistics that they have gathered: of a batch of a single row there may be none."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
+    try:
+        for norm in norms:
+            norm.training = False
+        yield
+    finally:
+        for norm in norms:
+            norm.training = True
+
+
 def gather_statistics(
     model: nn.Module, paths: Sequence[str], batches: Iterable[Batch], *, pieces: Pieces | None = None
 ) -> None:

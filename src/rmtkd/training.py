@@ -17,6 +17,7 @@ from rmtkd.environment import Precision
 from rmtkd.errors import DataError, OptionError
 from rmtkd.measurement import check_labels
 from rmtkd.memory import Pieces
+from rmtkd.norms import as_gathered
 from rmtkd.seeding import random_state, set_random_state
 from rmtkd.surgery import tensors_of
 
@@ -205,7 +206,8 @@ class Phase:
             elif self.teacher is not None:  # an answer that was kept has no hidden states
                 with torch.no_grad(), outputs_of(self.teacher.model, self.theirs) as theirs:
                     guide = batching.logits(self.teacher.model, batch).float()
-            with outputs_of(self.student, self.mine) as mine:
+            norms = as_gathered(self.student) if batching.rows(batch) == 1 else nullcontext()
+            with outputs_of(self.student, self.mine) as mine, norms:
                 scores = batching.logits(self.student, batch).float()
         if labels is not None:  # on a GPU the loss itself would end the process
             check_labels(labels, scores.shape[1], "training labels")

@@ -324,10 +324,14 @@ def _pretrained(folder: Path, manifest: Mapping[str, Any], stored: Mapping[str, 
 
 
 def _own(build: Build, manifest: Mapping[str, Any], stored: Mapping[str, list[int]]) -> nn.Module:
-    """A model of one's own, its parameters without values."""
+    """A model of one's own, its parameters without values where it can be built so."""
     narrowed = manifest["narrowed"]
-    with without_values():
+    try:
+        with without_values():
+            model = build()
+    except Exception:  # a class may compute with its weights while it is built, or take them from elsewhere
         model = build()
+    with without_values():
         for path, counts in narrowed.get("levels", {}).items():
             set_levels(model, path, counts)
         for path in narrowed["factorized"]:
