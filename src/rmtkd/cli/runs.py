@@ -47,7 +47,9 @@ from rmtkd.cli.options import (
 
 if TYPE_CHECKING:
     from rmtkd.progress import Listener
+    from rmtkd.recipes.recipe import Recipe
     from rmtkd.result import Compressed
+    from rmtkd.schedule import Options
     from rmtkd.sizes import Sizes
 
 
@@ -149,11 +151,9 @@ def compress(
     from rmtkd.checkpoint import RunFolder
     from rmtkd.errors import OptionError
     from rmtkd.planning import Plan
-    from rmtkd.progress import watcher
     from rmtkd.schedule import OF_PLANS, Options
     from rmtkd.sites import find_sites
     from rmtkd.sizes import check_place, check_targets, compress_sizes
-    from rmtkd.teaching import train_teacher
 
     task = recipes.get(recipe, columns=columns, label=label, max_length=max_length)
     target, several = (targets or [None])[0], len(targets or ()) > 1
@@ -216,23 +216,9 @@ def compress(
         if plan_file is None and (out / "plan.json").exists():
             log(f"{out / 'plan.json'} is not applied: a new plan is made. To apply it: --plan {out / 'plan.json'}")
     if model is None and task.needs_no_checkpoint:
-        teacher_folder = out.absolute().with_name(f"{out.absolute().name}-teacher")
-        if teacher_folder.exists():
-            log(f"no --model: using the teacher in {teacher_folder}")
-        else:
-            if plan_file is not None:
-                Plan.read(plan_file)  # a broken one is not worth a teacher
-            log(f"no --model: training a teacher into {teacher_folder}")
-            with watcher(log_console) as on_event:
-                train_teacher(
-                    task,
-                    out=teacher_folder,
-                    precision=chosen.precision,
-                    seed=seed,
-                    device=device,
-                    on_event=on_event,
-                )
-        model = str(teacher_folder)
+        if plan_file is not None:
+            Plan.read(plan_file)  # a broken one is not worth a teacher
+        model = str(own_teacher(task, out, chosen))
     model = needed(model, recipe)
     command = {
         "recipe": recipe,
@@ -267,6 +253,22 @@ def compress(
             **given_to_run, plan=made, control=control, out=out, command=command, on_event=on_event, **options
         )
         show_result(result, out, given_to_run["extra_files"], as_json=as_json)
+
+
+def own_teacher(task: "Recipe", out: Path, chosen: "Options") -> Path:
+    """The teacher beside the run's folder, trained where there is none yet."""
+    from rmtkd.progress import watcher
+    from rmtkd.teaching import train_teacher
+
+    folder = out.absolute().with_name(f"{out.absolute().name}-teacher")
+    if folder.exists():
+        log(f"no --model: using the teacher in {folder}")
+        return folder
+    log(f"no --model: training a teacher into {folder}")
+    how = {"precision": chosen.precision, "seed": chosen.seed, "device": chosen.device}
+    with watcher(log_console) as on_event:
+        train_teacher(task, out=folder, on_event=on_event, **how)  # type: ignore[arg-type]
+    return folder
 
 
 def absolute(model: str) -> str:
