@@ -563,6 +563,12 @@ def only_in_training(net: Any, x: Tensor) -> Tensor:
     return net.head(x.mean((2, 3))) + (net.other(x.mean((2, 3))) if net.training else 0)
 
 
+def counted(net: Any, x: Tensor) -> Tensor:
+    if len(net.first.weight) + len(net.second.weight) < 14:  # each may be halved alone
+        raise RuntimeError("too few channels")
+    return net.head(x.mean((2, 3)))
+
+
 def by_hand(net: Any, x: Tensor) -> Tensor:
     return F.relu(F.conv2d(F.relu(x), net.other.weight, net.other.bias))
 
@@ -585,6 +591,14 @@ def tied(net: Any, x: Tensor) -> Tensor:
             ["first"],
             "second",
             "in training the network does not run with fewer",
+        ),
+        (
+            as_written(
+                end=lambda net, x: net.last(net.wide(counted(net, x))), wide=nn.Linear(4, 8), last=nn.Linear(8, 4)
+            ),
+            ["first", "head", "wide"],
+            "second",
+            "the network does not run with fewer: too few channels",
         ),
         (as_written(middle=by_hand, other=nn.Conv2d(8, 8, 1)), ["second"], "first", "other.weight is used at"),
         (as_written(end=tied, other=nn.Linear(12, 6)), ["first"], "second", "other.weight is used at"),

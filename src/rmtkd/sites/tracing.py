@@ -251,15 +251,19 @@ class _Tracer:
         groups = 1 if is_linear else module.groups
         bias = self._name(rest[0]) if rest else None
         written = [Axis(parameter=parameter, dim=0) for parameter in (name, bias) if parameter]
-        if channels.dim != (rank_of(source) - 1 if is_linear else 1):  # type: ignore[arg-type]
-            self._stay_whole(channels.width, f"{path} reads another dimension than that of the channels")
-        elif groups > 1:
-            self._grouped(node, channels, path, groups, written)
+        is_over_channels = channels.dim == (rank_of(source) - 1 if is_linear else 1)  # type: ignore[arg-type]
+        if groups > 1:
+            if is_over_channels:
+                self._grouped(node, channels, path, groups, written)
+            else:
+                self._give_up(node, f"{path} is a convolution in {groups} groups of another dimension")
             return
+        read = self._side(name, "read", channels.width)
+        if not is_over_channels:
+            self._stay_whole(read, f"{path} reads another dimension than that of the channels")
         else:
             norm = self._norm_after(node)
             plain = norm is None and bias is not None and (is_linear or not any(numbers(module.padding)))
-            read = self._side(name, "read", channels.width)
             self._read(read, Reader(path, channels.positions, norm, bias if plain else None))
         made = self._begin(node, dim=len(shape_of(node) or ()) - 1 if is_linear else 1)
         width = self._side(name, "written", made)

@@ -37,7 +37,8 @@ def as_called(model: nn.Module, batch: Batch) -> tuple[nn.Module, tuple[Any, ...
 
 
 def stuck(model: nn.Module, sites: Sequence[Site], batch: Batch) -> dict[str, str]:
-    """The sites with half of whose width the network does not run on this batch, and why.
+    """The sites with half of whose width the network does not run on this batch, and why: one after the other, each
+    beside those with which it does.
 
     Parameters, buffers, modes and random numbers are left as they were.
     """
@@ -45,8 +46,14 @@ def stuck(model: nn.Module, sites: Sequence[Site], batch: Batch) -> dict[str, st
     for is_training in (False, True):
         if _runs(model, sites, batch, is_training) is None or _runs(model, (), batch, is_training) is not None:
             continue
+        fewer: list[Site] = []
         for site in sites:
-            if site.name not in found and (failure := _runs(model, [site], batch, is_training)) is not None:
+            if site.name in found:
+                continue
+            failure = _runs(model, [*fewer, site], batch, is_training)
+            if failure is None:
+                fewer.append(site)
+            else:
                 found[site.name] = f"{'in training ' * is_training}the network does not run with fewer: {failure}"
     return found
 
