@@ -102,17 +102,14 @@ def plan(
     $ rmtkd plan runs/planned --target 15%params --keep layer.0.ffn=96
     before recovery: 95,874 of 648,202 parameters (14.8%), ...
     """
-    from rmtkd import batches as batching
     from rmtkd import compression, recipes
     from rmtkd.checkpoint import RunFolder
     from rmtkd.dry_run import Survey
     from rmtkd.environment import precision_on
     from rmtkd.errors import OptionError, RunError
     from rmtkd.forecast import forecast
-    from rmtkd.levels import in_levels
     from rmtkd.progress import forecast_line
     from rmtkd.schedule import Options
-    from rmtkd.sites import find_sites
 
     shape = plan_options(
         target, policy, max_loss, rule, tau, multiple_of, min_share, uniform, embedding_levels, low_rank, exclude, keep
@@ -155,24 +152,21 @@ def plan(
         source, rows, facts = trimmed(task, source, rows, data, seed)
         log(vocabulary_line(facts))
     tell_timing(chosen.target)
-    model_on_device = source.model.to(device)
     calibration = compression.share_of(rows.train, chosen.calibration_share)
-    sites = find_sites(model_on_device, batching.first(rows.selection, "selection"), low_rank=chosen.low_rank)
-    model_on_device, sites = in_levels(model_on_device, sites, rows.train, chosen.embedding_levels)
     survey = Survey(
-        model_on_device,
+        source.model.to(device),
         calibration=calibration,
         selection=rows.selection,
         example=task.example(source.model, rows),
-        sites=sites,
+        train=rows.train,
         options=chosen,
     )
     made = survey.plan(chosen.target)
     RunFolder.for_plan(out).save_plan(made, survey.spectrums)
     show_plan(made, out, as_json=as_json)
     expected = forecast(
-        model_on_device,
-        sites,
+        survey.model,
+        survey.sites,
         made.widths,
         rows.train,
         steps=round(chosen.epochs * len(rows.train)),
