@@ -1,6 +1,7 @@
 """The rows of a run by role, and what must hold of them before anything takes time."""
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from rmtkd.seeding import seeded
 
 MOST = 1024
 """About as many numbers of each tensor of a row tell it from others."""
+FEW = 8
+"""Batches that are looked at twice: what is drawn for one of them may happen to come again."""
 ANEW = "drawn anew in every pass"
 """In place of a fingerprint."""
 
@@ -144,11 +147,11 @@ def fingerprint_of_training(rows: Iterable[Batch], device: torch.device | str) -
 
 
 def _come_again(rows: Iterable[Batch]) -> bool:
-    """Whether the first batch is the same when random numbers are: else a collection has some of its own."""
+    """Whether the first batches are the same when random numbers are: else a collection has some of its own."""
     seen = set()
     for _ in range(2):
         with seeded(0):
-            seen.add(checksum(_tensors(batching.first(rows, "training rows"))))
+            seen.add(tuple(checksum(_tensors(batch)) for batch in itertools.islice(rows, FEW)))
     return len(seen) == 1
 
 
