@@ -471,14 +471,10 @@ class _Tracer:
 def frozen_norms(model: nn.Module) -> frozenset[str]:
     """Paths of the norms that keep their statistics on purpose: that `train`, by their class, by themselves or by a
     module around them, leaves in evaluation mode."""
-    modes = {module: module.training for module in model.modules()}
-    try:
+    with evaluation(model):  # which gives every module its flag back
         model.train()
         named = model.named_modules(remove_duplicate=False)
         return frozenset(path for path, module in named if isinstance(module, _NormBase) and not module.training)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _parameters(path: str, *, has_bias: bool) -> tuple[Axis, ...]:

@@ -1,16 +1,16 @@
 """Whether a network runs with fewer channels, which the graph of one forward pass does not say: it may hold a number of
 channels as a constant (`x.view(-1, 400)`), and in training another forward may run."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from rmtkd import batches as batching
 from rmtkd.batches import Batch, Call
+from rmtkd.measurement import evaluation
 from rmtkd.seeding import seeded
 from rmtkd.sites.graph import CALLED
 from rmtkd.sites.site import Site
@@ -71,7 +71,7 @@ def _runs(model: nn.Module, sites: Sequence[Site], batch: Batch, is_training: bo
                 values[axis.parameter] = values.get(axis.parameter, tensors[axis.parameter]).narrow(axis.dim, 0, size)
     device = next(model.parameters()).device
     try:
-        with seeded(None, device), torch.no_grad(), _left_as_it_was(model, sites):
+        with seeded(None, device), evaluation(model), _halved(sites, model):
             model.train(is_training)
             functional_call(called, {f"{prefix}{name}": value for name, value in values.items()}, args, kwargs)
     except Exception as error:  # whatever a forward may raise
@@ -80,21 +80,18 @@ def _runs(model: nn.Module, sites: Sequence[Site], batch: Batch, is_training: bo
 
 
 @contextmanager
-def _left_as_it_was(model: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
-    """With the attributes of half the widths for a while; afterwards these and every mode are what they were."""
-    modes = {module: module.training for module in model.modules()}
-    before: Mapping[tuple[nn.Module, str], Any] = {
-        (model.get_submodule(attribute.module), attribute.name): attribute.value(max(1, site.width // 2), site.groups)
+def _halved(sites: Sequence[Site], model: nn.Module) -> Iterator[None]:
+    """With the attributes that half of these widths have, for a while."""
+    found = [
+        (model.get_submodule(attribute.module), attribute.name, attribute.value(max(1, site.width // 2), site.groups))
         for site in sites
         for attribute in site.attributes
-    }
-    known = {(module, name): getattr(module, name) for module, name in before}
+    ]
+    before = [(module, name, getattr(module, name)) for module, name, _ in found]
     try:
-        for (module, name), value in before.items():
+        for module, name, value in found:
             setattr(module, name, value)
         yield
     finally:
-        for (module, name), value in known.items():
+        for module, name, value in before:
             setattr(module, name, value)
-        for module, mode in modes.items():
-            module.training = mode
