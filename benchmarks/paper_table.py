@@ -99,16 +99,17 @@ def _grouped(found: Sequence[Record]) -> dict[Key, dict[str, list[Pair]]]:
 
 
 def _against(groups: Mapping[Key, Any], reported: Reported, others: Sequence[Record]) -> list[str]:
-    """Published against measured: a line a measure, of all networks and tasks that the source reports on."""
+    """Published against measured: a line a measure, of all networks and tasks that the source reports on; what has no
+    record of any scale is one line each."""
     lines: list[str] = []
+    begun = {(network, task) for _, network, task in groups}
     for (scale, network, task), parts in groups.items():
         said = reported.published.get((network, task), {})
         named = f"{scale} | {network}, {task}"
         for part in ("teacher", *COMPARED):
             measures = [m for m in said if (m == "parameters") == (part == "teacher")]
             if measures and part not in parts:
-                all_of_it = "; ".join(f"{MEASURES[m][0]} {said[m]}" for m in measures)
-                lines.append(f"| {named} | {part} | all | {all_of_it} | not run yet | |")
+                lines.append(f"| {named} | {part} | all | {_all_of({m: said[m] for m in measures})} | not run yet | |")
             for measure in measures if part in parts else ():
                 title, reason = MEASURES[measure][0], reported.reason(network, part, measure)
                 lines.append(
@@ -116,8 +117,17 @@ def _against(groups: Mapping[Key, Any], reported: Reported, others: Sequence[Rec
                 )
         if "accuracy" in said:
             lines += _peers(named, reported, network, parts["teacher"], [r for r in others if r["task"] == task])
+    for (network, task), said in reported.published.items():
+        if (network, task) not in begun:
+            reason = reported.reasons.get("not run", "")
+            lines.append(f"| – | {network}, {task} | all | all | {_all_of(said)} | not run yet | {reason} |")
     heading = "| scale | network, task | part | measure | published | measured | why they differ |"
     return [heading, "|---|---|---|---|--:|--:|---|", *lines] if lines else []
+
+
+def _all_of(said: Mapping[str, str]) -> str:
+    """All that is published of a part, in one cell."""
+    return "; ".join(f"{MEASURES[measure][0]} {figure}" for measure, figure in said.items())
 
 
 def _told(measure: str, pairs: Sequence[Pair]) -> str:

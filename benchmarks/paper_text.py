@@ -80,6 +80,7 @@ REASONS = {
     "peers": "published of GLUE as a whole; here on one task, half of the layers and a whole embedding, same teacher "
     "and as many steps for all",
     "peers, not run": "rmtkd bench peers, with this teacher",
+    "not run": "scale full, for an accelerator (`rmtkd bench parts`)",
 }
 NOTES = {
     "qnli": "By --data, without the hub, QNLI is its 5,463 published dev rows alone, divided by question.",

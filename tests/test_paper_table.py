@@ -78,6 +78,17 @@ def test_every_published_figure_stands_beside_a_measured_one_and_a_reason(benchm
     ]
 
 
+def test_what_was_not_begun_is_told_too(benchmark: Any, tmp_path: Path) -> None:
+    records = written(tmp_path / "records", record("bert-tiny", "sst2", "teacher"))
+    table, reported = benchmark("paper_table").table, benchmark("paper_text").REPORTED
+    (qnli,) = cells_of(table(records, reported), "–", "bert-base, qnli")
+    assert qnli[4].startswith("parameters 139 M; parameters −80.9 %; accuracy +1.8 %; ")
+    assert qnli[5:] == ["not run yet", "scale full, for an accelerator (`rmtkd bench parts`)"]
+    not_begun = set(reported.published) - {("bert-tiny", "sst2")}
+    told = {tuple(cells[1].split(", ")) for cells in cells_of(table(records, reported), "–")}
+    assert told == not_begun
+
+
 def test_figures_of_glue_are_not_of_ag_news(benchmark: Any, tmp_path: Path) -> None:
     records = [
         record("bert-base", task, part, share=1.0 if part == "teacher" else 0.2)
