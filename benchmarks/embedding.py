@@ -6,7 +6,7 @@
 
 All variants have the same widths elsewhere and at most as many parameters in the embedding as one common rank of 32.
 Selection rows alone are read. Every cell is one file in `benchmarks/results/embedding/`; cells whose record is there
-are not run again. `table` writes docs/results.md.
+are not run again. `table` writes docs/results/text.md.
 """
 
 import argparse

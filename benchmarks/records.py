@@ -120,7 +120,8 @@ def print_event(event: Mapping[str, Any]) -> None:
         print({k: v for k, v in event.items() if k not in ("widths", "sites", "options")}, flush=True)
 
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "results.md"
+PAGES = Path(__file__).parent.parent / "docs" / "results"
+"""The pages of results, which hold the tables."""
 
 
 def arguments(name: str, describe: str | None) -> argparse.ArgumentParser:
@@ -137,14 +138,14 @@ def arguments(name: str, describe: str | None) -> argparse.ArgumentParser:
 
 def publish(name: str, markdown: str, results: Path | None = None) -> None:
     """Print a table. One of the repository's records, where `results` names no other folder, also takes the place of
-    the one of this name in the document, between `<!-- name -->` and `<!-- /name -->`; where there is none, say so."""
+    the one of this name in the pages, between `<!-- name -->` and `<!-- /name -->`; where there is none, say so."""
     print(markdown)
     if results is not None:
         return
     begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
-    text = DOCUMENT.read_text(encoding="utf-8")
-    before, _, rest = text.partition(begin)
-    if end not in rest:
-        print(f"{DOCUMENT.name} has no place for {name}: `<!-- {name} -->`, an empty line, `<!-- /{name} -->`.")
-        return
-    write_atomically(DOCUMENT, (before + begin + markdown + end + rest.partition(end)[2]).encode())
+    for page in PAGES.glob("*.md"):
+        before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+        if end in rest:
+            write_atomically(page, (before + begin + markdown + end + rest.partition(end)[2]).encode())
+            return
+    print(f"docs/results has no place for {name}: `<!-- {name} -->`, an empty line, `<!-- /{name} -->`.")

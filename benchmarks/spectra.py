@@ -1,6 +1,6 @@
 """How many directions are signal? Every rule on noise of eight kinds, with ten planted directions.
 
-    python benchmarks/spectra.py                     # 20 seeds, n/d = 10, 50, 200: the table of docs/results.md
+    python benchmarks/spectra.py                     # 20 seeds, n/d = 10, 50, 200: the table of docs/results/spectra.md
     python benchmarks/spectra.py --quick --json      # 4 seeds; one JSON object on stdout, under 10 minutes on 2 cores
 
 Vectors of d = 256 coordinates come in sequences of 32. Noise, then ten orthonormal directions, drawn at random, of

@@ -7,7 +7,7 @@
 
 Every cell is one JSON file in `benchmarks/results/sst2/`; a cell that has one is not run again, so that a killed run
 goes on where it stopped. The report rows (dev) are read once a cell. Part `shapes` chooses learning rates
-on selection rows; the setting of part `seeds` was adopted with dev in sight (docs/results.md says how).
+on selection rows; the setting of part `seeds` was adopted with dev in sight (docs/results/text.md says how).
 """
 
 import argparse

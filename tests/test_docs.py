@@ -119,7 +119,7 @@ def test_commands_of_the_pages_are_commands() -> None:
 
     known: Any = get_command(app)
     for page in PAGES:
-        if page.name in ("log.md", "results.md", "design.md"):  # of versions past, too
+        if page.name in ("log.md", "design.md") or "results" in page.relative_to(ROOT).parts:  # of versions past, too
             continue
         for block in re.findall(r"```\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S):
             for line in re.findall(r"^rmtkd (.*)$", block, re.MULTILINE):

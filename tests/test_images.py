@@ -130,7 +130,7 @@ def test_a_shortcut_is_the_published_one() -> None:
 
 @pytest.mark.parametrize("depth", [20, 56])
 def test_published_weights_have_the_published_accuracy(depth: int, data_folder: Path) -> None:
-    """On the first 500 test images: those of all 10,000 stand in docs/results.md."""
+    """On the first 500 test images: those of all 10,000 stand in docs/results/images.md."""
     source = load(f"resnet{depth}", data_folder)
     table = pq.read_table(data_folder / "cifar10_test.parquet").slice(0, 500)
     images = decode(table["image"].to_pylist(), 32, "the test images")
