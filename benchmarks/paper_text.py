@@ -8,9 +8,9 @@ by ours to the published size; and the setting that users have, a pretrained che
 
 Training as published: AdamW at 1e-4, batch 32, weight decay 5e-4, dropout 0.1, until selection rows pass the threshold.
 Differences: a warm-up before the linear decay to a tenth; BERT-base at 3e-5, as at 1e-4 it was learning until the rate
-had come to half of that, and then answered every row alike (54.4 % of SST-2's selection rows after an epoch); texts end
-after 128 tokens in AG News, too (the published 256 hardly ever matter); calibration sees 4 % of the training rows, the
-same in every round.
+had come to half of that, and after an epoch knew no more than the commoner label of SST-2 (54.4 %); texts end after 128
+tokens in AG News, too (the published 256 hardly ever matter); calibration sees 4 % of the training rows, the same in
+every round.
 
 `published` cuts layer by layer at the noise edges, with the published distillation (α 0.7, temperature 1); `same size`
 has the published reduction for its target, by default options; `tenth` leaves 10 % of the parameters; `uncut` is the
