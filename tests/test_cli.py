@@ -3,6 +3,7 @@
 import copy
 import html
 import json
+import os
 import re
 import shlex
 import signal
@@ -684,6 +685,30 @@ def test_benchmarks_are_listed_and_run_with_words_of_their_own(command: Command)
     assert done.returncode == 0 and done.stdout.startswith("| network")
     failed = subprocess.run([sys.executable, "-m", "rmtkd", "bench", "vision", "dance"], capture_output=True, text=True)
     assert failed.returncode == 2 and "invalid choice" in failed.stderr
+
+
+SLOW = """
+import sys, time
+sys.stdout.reconfigure(line_buffering=True)
+try:
+    print("begun")
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(1)  # the step that is under way
+    print("saved")
+"""
+
+
+def test_a_benchmark_ends_its_step_after_ctrl_c(tmp_path: Path) -> None:
+    (tmp_path / "src" / "rmtkd").mkdir(parents=True)
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "slow.py").write_text(f"# __main__{SLOW}")
+    words = [sys.executable, "-m", "rmtkd", "bench", "slow"]
+    with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        assert process.stdout.read() == "saved\n"
 
 
 def test_a_benchmark_that_is_not_there_is_refused(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
