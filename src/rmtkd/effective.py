@@ -1,7 +1,7 @@
 """How many independent vectors the vectors of a stream are worth: neighbouring tokens resemble each other.
 
-Let the rows of X be vectors of covariance Σ, their correlation over positions A with Aₜₜ = 1. A sum over the rows
-has the variance of one over
+Let the rows of X be vectors of covariance Σ, their correlation over positions A with Aₜₜ = 1. An average
+over the rows of products of two coordinates, such as an entry of a covariance, has the variance of one over
 
     n_eff = (tr A)² / tr A²
 

@@ -41,7 +41,7 @@ RULES: dict[str, type[Rule]] = {
 
 
 DETECTOR = "rdpa"
-"""The rule that counts what is not noise, where no rule is asked for: a floor for widths."""
+"""The rule that counts what is not noise, where no rule is asked for: one of the widths that are tried."""
 
 
 def rule_named(name: str, **options: Any) -> Rule:

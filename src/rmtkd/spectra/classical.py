@@ -66,7 +66,8 @@ class GavishDonohoRule:
 class TracyWidomRule:
     """`tracy-widom`: the (1 − level) quantile of the largest eigenvalue of white noise, of the effective samples.
 
-    σ² is the regression of the middle eigenvalues on those of the law. Off the model it calls most directions signal.
+    σ² is the regression of the middle eigenvalues on those of the law. Off the model it calls a fifth
+    to a half of all directions signal.
 
     Args:
         level: share of spectra of white noise in which a direction is called signal.

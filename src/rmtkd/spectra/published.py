@@ -24,8 +24,8 @@ class MarchenkoPasturRule:
     law on its support [λ₋, λ₊]; the edge is λ₊ = σ² (1 + √q)². Signal does not disturb the fit much, as it
     lies outside the support. As published the problem is ill-posed, and ours differs where it must:
 
-    * *Scale-free.* A density has the unit 1/λ, so the published objective falls like 1/σ² as the support
-      widens: its global minimum is infinite noise, which keeps nothing. In t = λ/σ² the objective compares
+    * *Scale-free.* A density has the unit 1/λ, so the published objective, a mean of squares, falls like 1/σ⁴ as
+      the support widens: its global minimum is infinite noise, which keeps nothing. In t = λ/σ² the objective compares
       shares of the eigenvalues, and bin masses come from the exact cdf.
     * *Continuous.* A histogram of d points is piecewise constant in σ², with many false minima. The empirical
       cdf is interpolated linearly between eigenvalues instead; they repel each other, so little is lost.

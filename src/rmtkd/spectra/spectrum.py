@@ -23,7 +23,7 @@ class Spectrum:
     """What is known of one stream of a site: the eigenvalues of its centred covariance, pooled over heads, and more.
 
     The laws of noise are laws of one covariance, and the 32 eigenvalues of one head make no histogram: the heads of a
-    layer (the groups) are pooled. Heads differ in how loud their noise is, up to tenfold: rules that test for noise
+    layer (the groups) are pooled. Heads differ in how loud their noise is, up to thirtyfold: rules that test for noise
     hold each head against a level of its own, and pool what is left.
 
     Args:
@@ -113,8 +113,8 @@ class NoiseEdge:
         sigma2: noise variance σ².
         edge: the threshold; eigenvalues above it count as signal. Of several groups the mean, where each has its own.
         fit_error: L2 distance between the histogram of the noise and the rule's law of it, on the support scaled to
-            length one: scale-free, 0 for a perfect fit, about 0.1 for true noise of a few hundred dimensions, 1 or
-            more for none.
+            length one: scale-free, 0 for a perfect fit, below 0.1 for true noise of a few hundred dimensions,
+            about 1 where hardly any lies on the support, more where it crowds into few bins.
         ks: Kolmogorov–Smirnov distance between the non-zero eigenvalues at or below `edge` and the law.
         misfit: whether the noise is not what the rule takes it to be, so that the edge is a convention: `ks` exceeds
             0.1, of rules whose edge hangs on a law; or the members of `consensus` disagree.
