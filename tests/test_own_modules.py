@@ -1,6 +1,7 @@
 """From Python: any module whose widths are described, any iterable of batches, any call, with or without labels."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import rmtkd
 from conftest import assert_untouched, random_rows, snapshot, tiny_bert
-from rmtkd.errors import DataError, OptionError
+from rmtkd.errors import DataError, OptionError, SurgeryError, UnsupportedModelError
 from rmtkd.sites import feed_forward_site, linear_site
 
 
@@ -185,3 +186,66 @@ def test_labels_on_some_batches_only_are_refused(model: Classifier, points: tupl
         rows[role] = [*rows[role][:1], *((x,) for x, _ in rows[role][1:])]
         with pytest.raises(DataError, match=f"{role} rows must all have labels, or none"):
             rmtkd.compress(model, **rows, sites=sites(model), **OPTIONS)
+
+
+# What is refused, and what is left alone
+
+
+def test_a_row_that_the_teacher_cannot_answer_is_refused(model: Classifier, points: tuple[Tensor, Tensor]):
+    rows = parts(points)
+    spoiled = rows["selection"][1][0].clone()
+    spoiled[7, 2] = torch.nan
+    rows["selection"][1] = (spoiled, rows["selection"][1][1])
+    with pytest.raises(DataError, match=r"finite scores. Of 100 rows 1 give NaN"):
+        rmtkd.compress(model, **rows, sites=sites(model), **OPTIONS)  # type: ignore
+
+
+def test_sites_that_are_given_are_checked_for_precision_and_ties(model: Classifier, points: tuple[Tensor, Tensor]):
+    with pytest.raises(UnsupportedModelError, match=r"torch.bfloat16"):
+        rmtkd.compress(Classifier().bfloat16(), **parts(points), sites=sites(model), **OPTIONS)  # type: ignore
+    tied = Classifier()
+    tied.again = tied.up.weight
+    with pytest.raises(UnsupportedModelError, match=r"up.weight"):
+        rmtkd.narrow(tied, _plan(model, points), calibration=parts(points)["train"], sites=sites(tied))  # type: ignore
+
+
+def test_a_plan_that_cuts_nothing_gives_a_copy_in_evaluation_mode(model: Classifier, points: tuple[Tensor, Tensor]):
+    made = _plan(model, points)
+    whole = replace(made, sites=tuple(replace(site, keep=site.width) for site in made.sites))
+    given = Classifier().train()
+    small = rmtkd.narrow(given, whole, calibration=parts(points)["train"], sites=sites(given))  # type: ignore
+    assert small is not given
+    assert given.training
+    assert not small.training
+
+
+def test_a_listener_that_fails_at_the_end_does_not_cost_the_run(
+    model: Classifier, points: tuple[Tensor, Tensor], tmp_path: Path
+):
+    def fail(event: Any) -> None:
+        if event["event"] == "done":
+            raise ValueError("a listener")
+
+    run = tmp_path / "run"
+    with pytest.raises(ValueError, match="a listener"):
+        rmtkd.compress(model, **parts(points), sites=sites(model), out=run, on_event=fail, **OPTIONS)  # type: ignore
+    assert rmtkd.resume(run, model, **parts(points), sites=sites(model)).record["finished"]  # type: ignore
+
+
+def test_what_a_forward_asserts_of_a_width_is_a_refused_cut(model: Classifier, points: tuple[Tensor, Tensor]):
+    class Asserting(Classifier):
+        def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+            hidden = self.down(torch.relu(self.up(x * scale)))
+            assert hidden.shape[-1] == 32
+            return self.out(hidden)
+
+    strict = Asserting()
+    strict.load_state_dict(model.state_dict())
+    with pytest.raises(SurgeryError):
+        rmtkd.narrow(strict, _plan(model, points), calibration=parts(points)["train"], sites=sites(strict))  # type: ignore
+
+
+def _plan(model: Classifier, points: tuple[Tensor, Tensor]) -> Any:
+    rows = parts(points)
+    calibration, options = rows["train"], {"target": "40%params", "multiple_of": 1}
+    return rmtkd.plan(model, calibration=calibration, selection=rows["selection"], sites=sites(model), **options)[0]  # type: ignore

@@ -377,3 +377,24 @@ def test_losses_are_measured_in_the_precision_that_is_asked_for(monkeypatch: pyt
     monkeypatch.setattr(environment, "has_bf16", lambda _: False)
     assert whole == losses("auto") == losses("fp32")
     assert half == losses("bf16") != whole
+
+
+def test_a_forward_may_read_attributes_of_blocks_that_are_not_run_again() -> None:
+    from transformers import ModernBertConfig, ModernBertForSequenceClassification
+
+    torch.manual_seed(0)
+    special = {f"{name}_token_id": number for number, name in enumerate(("pad", "bos", "eos", "cls", "sep"))}
+    config = ModernBertConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        global_attn_every_n_layers=1,  # pyright: ignore[reportCallIssue]
+        **special,
+    )
+    model = ModernBertForSequenceClassification(config).eval()
+    ids = torch.randint(5, 40, (96, 10), generator=torch.Generator().manual_seed(0))
+    rows = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(16)]
+    made, _ = rmtkd.plan(model, calibration=rows[:4], selection=rows[4:], target="80%params", multiple_of=1)
+    assert made.loss is not None

@@ -37,7 +37,7 @@ def compress(
     plan: Plan | None = None,
     control: bool = False,
     out: str | Path | None = None,
-    extra_files: Iterable[Path] = (),
+    extra_files: Iterable[str | Path] = (),
     command: Mapping[str, Any] | None = None,
     on_event: progress.Listener | None = None,
     **options: Any,
@@ -96,7 +96,7 @@ def compress(
         try:
             return run.execute(plan, folder, extra_files)
         except Exception:
-            if not folder.has_begun():  # a refused run leaves nothing behind
+            if not folder.has_begun_or_ended():  # a refused run leaves nothing behind
                 folder.forget()
             raise
         finally:
@@ -115,7 +115,7 @@ def resume(
     sites: Sequence[Site] | None = None,
     forward: Forward | None = None,
     teacher_model: nn.Module | None = None,
-    extra_files: Iterable[Path] = (),
+    extra_files: Iterable[str | Path] = (),
     on_event: progress.Listener | None = None,
 ) -> Compressed:
     """Go on with a run that was stopped anywhere, to the model that it would have given.

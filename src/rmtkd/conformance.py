@@ -238,7 +238,7 @@ def _try_full_width(
     student = fold(whole, [site], {site.name: fit_bases(whole, site, moments[site.name], site.width)})
     try:
         got = _outputs(student, sample)
-    except RuntimeError as failure:
+    except Exception as failure:
         return None, f"a fold at full width must run. It fails with {failure}."
     error = relative_difference(got, expected)
     if error <= tolerance:

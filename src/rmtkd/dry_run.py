@@ -1,5 +1,6 @@
 """The dry run: what would be cut and why; and the cut alone, without recovery."""
 
+import copy
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -32,7 +33,7 @@ from rmtkd.planning import (
 )
 from rmtkd.schedule import Options
 from rmtkd.sensitivity import Sensitivity
-from rmtkd.sites import Site, blocks_of, check_ranks, find_sites
+from rmtkd.sites import Site, blocks_of, check_parameters, check_ranks, find_sites
 from rmtkd.spectra import RULES
 from rmtkd.surgery import check_cut
 
@@ -183,6 +184,8 @@ def _start(
     """What cuts begin from: the model with its embedding in levels, and its sites, found where none are given."""
     if sites is None:
         sites = find_sites(model, batching.first(calibration, "calibration"), low_rank=chosen.low_rank)
+    else:
+        check_parameters(model, sites)
     if chosen.low_rank:
         check_ranks(sites)
     return in_levels(model, sites, calibration if train is None else train, chosen.embedding_levels)
@@ -271,7 +274,7 @@ def narrow(
     metrics = metrics_of(model, cut, calibration, options)
     student, bases = cut_in_order(model, cut, plan.widths, calibration, metrics=metrics, blocks=blocks_of(every))
     check_cut(model, student, cut, bases, batching.head(batching.first(calibration, "calibration"), CHECK_ROWS))
-    return student.eval()
+    return (copy.deepcopy(student) if student is model else student).eval()
 
 
 def metrics_of(

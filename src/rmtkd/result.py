@@ -41,10 +41,10 @@ class Compressed:
         """The same in a notebook, with the widths as a picture."""
         return reporting.summary_html(self.record, self.plan)
 
-    def save(self, folder: str | Path, *, extra_files: Iterable[Path] = ()) -> None:
+    def save(self, folder: str | Path, *, extra_files: Iterable[str | Path] = ()) -> None:
         """Write the model folder that `rmtkd.load` reads: weights, shapes, checksums, self-test, model card."""
-        extra_files = list(extra_files)
-        vocabulary = next((_facts(file) for file in extra_files if file.name == VOCABULARY), None)
+        files = [Path(file) for file in extra_files]
+        vocabulary = next((_facts(file) for file in files if file.name == VOCABULARY), None)
         loads_with = artifact.ways_to_load(
             type(self.model).__name__, is_own=self.sites is not None, own_forward=isinstance(self.example, Call)
         )
@@ -53,7 +53,7 @@ class Compressed:
             folder,
             card=reporting.model_card(self.record, self.plan, loads_with, vocabulary),
             provenance=self.record,
-            extra_files=extra_files,
+            extra_files=files,
             sites=self.sites,
             example=self.example,
         )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from rmtkd import batches as batching
@@ -82,14 +83,25 @@ def share_of(rows: Iterable[Batch], share: float) -> Iterable[Batch]:
     return Share(rows, share)
 
 
+def check_finite(scores: Float[Tensor, "rows classes"]) -> None:
+    """Raise `DataError` for rows that a model answers with what is no number."""
+    faulty = int((~scores.isfinite()).any(-1).sum())
+    if faulty:
+        raise DataError(
+            f"the teacher must answer every selection row with finite scores. Of {len(scores)} rows {faulty} give NaN "
+            "or infinity. Look for NaN among their values, and leave these rows out."
+        )
+
+
 def check_teacher(model: nn.Module, selection: Iterable[Batch], *, pieces: Pieces | None = None) -> Estimate:
     """Selection accuracy of the teacher.
 
     Raises:
-        DataError: if labels are outside the head's range, or if the teacher does no better than always answering the
-            commonest class: there is nothing to distil.
+        DataError: if scores are not finite, labels are outside the head's range, or the teacher does no better than
+            always answering the commonest class: there is nothing to distil.
     """
     scores, labels = predict(model, selection, pieces=pieces)
+    check_finite(scores)
     check_labels(labels, scores.shape[1])
     result = proportion(int((scores.argmax(-1) == labels).sum()), len(labels))
     chance = chance_level(labels)

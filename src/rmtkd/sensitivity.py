@@ -231,7 +231,7 @@ class Sensitivity:
         outputs = self.kept.get(number, [])[:count]
         whole = {path: self.model.get_submodule(path) for path in self.blocks[: len(outputs)]}
         for path, output in zip(whole, outputs, strict=True):
-            self.model.set_submodule(path, _Kept(output))
+            self.model.set_submodule(path, _Kept(whole[path], output))
         try:
             yield
         finally:
@@ -266,11 +266,15 @@ class Sensitivity:
 
 
 class _Kept(nn.Module):
-    """Stands for a block: what it put out for a batch."""
+    """Stands for a block: what it put out for a batch, and its attributes, as forwards around it read them."""
 
-    def __init__(self, output: Any):
+    def __init__(self, block: nn.Module, output: Any):
         super().__init__()
-        self.output = output
+        super().__init__()
+        vars(self).update(block=block, output=output)  # off the tree of modules
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["block"], name)
 
     def forward(self, *_: Any, **__: Any) -> Any:
         return self.output

@@ -95,20 +95,20 @@ def save(
         _check_readable(partial)
 
 
-def check_extra_files(files: Iterable[Path]) -> tuple[Path, ...]:
+def check_extra_files(files: Iterable[str | Path]) -> tuple[Path, ...]:
     """Return the files if they can travel with a model.
 
     Raises:
         ArtifactError: if there is no such file, or it has a name of ours.
     """
-    files = tuple(files)
-    for file in files:
+    found = tuple(map(Path, files))
+    for file in found:
         if not file.is_file() or file.name in OWN_FILES:
             fault = "has a name of ours" if file.is_file() else "is none"
             raise ArtifactError(
                 f"an extra file must be a file of another name than ours. {file} {fault}. Leave it out."
             )
-    return files
+    return found
 
 
 def seal(folder: str | Path, names: Iterable[str]) -> None:
