@@ -17,7 +17,8 @@ the cdf is exact at every point of the curve:
 
 The upper edge is λ(u*), at the real point u* above all h where the condition holds with b = 0. Around it the
 largest eigenvalue fluctuates as Tracy and Widom say, on the scale n^(−2/3) u* (1 + q E[(h/(u* − h))³])^(1/3) (El
-Karoui 2007; Lee & Schnelli 2016 for real data). For equal h the curve is a circle, and the law is that of Marchenko and Pastur.
+Karoui 2007; Lee & Schnelli 2016 for real data). For equal h the curve is a circle, and the law is that of Marchenko and
+Pastur.
 
 References:
     J. W. Silverstein, "Strong convergence of the empirical distribution of eigenvalues of large dimensional random
