@@ -249,3 +249,62 @@ def _plan(model: Classifier, points: tuple[Tensor, Tensor]) -> Any:
     rows = parts(points)
     calibration, options = rows["train"], {"target": "40%params", "multiple_of": 1}
     return rmtkd.plan(model, calibration=calibration, selection=rows["selection"], sites=sites(model), **options)[0]  # type: ignore
+
+
+@pytest.mark.parametrize("role", ["calibration", "selection"])
+def test_rows_that_are_used_up_after_once_are_refused_in_planning_too(
+    model: Classifier, points: tuple[Tensor, Tensor], role: str
+):
+    rows: dict[str, Any] = {"calibration": parts(points)["train"], "selection": parts(points)["selection"]}
+    with pytest.raises(DataError, match=f"{role} rows are gone through several times. Got list_iterator"):
+        rmtkd.plan(model, **{**rows, role: iter(rows[role])}, sites=sites(model))
+
+
+class Pooled(nn.Module):
+    """A classifier of texts: a mean over tokens, and a feed-forward head behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.up, self.out = nn.Embedding(20, 12), nn.Linear(12, 32), nn.Linear(32, 2)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        weights = attention_mask[..., None].float()
+        pooled = (self.embedding(input_ids) * weights).sum(1) / weights.sum(1)
+        return self.out(torch.relu(self.up(pooled)))
+
+
+def test_behind_pooling_no_position_is_masked():
+    torch.manual_seed(0)
+    model = Pooled().eval()
+    ids = torch.randint(1, 20, (96, 10))
+    mask = (torch.arange(10) < torch.randint(2, 11, (96, 1))).long()
+    rows = [{"input_ids": a, "attention_mask": b} for a, b in zip(ids.split(16), mask.split(16), strict=True)]
+    site = feed_forward_site(model, "head", writers=["up"], reader="out")
+    made, spectrums = rmtkd.plan(
+        model, calibration=rows[:4], selection=rows[4:], sites=[site], keep={"head": 16}, multiple_of=1
+    )
+    assert spectrums["head"][0].samples == 64
+    assert rmtkd.narrow(model, made, calibration=rows[:4], sites=[site]).get_parameter("up.weight").shape == (16, 12)
+
+
+class Gated(nn.Module):
+    """Value and gate are halves of what one matrix puts out, which reads a width that is cut, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.both, self.out = nn.Linear(6, 12), nn.Linear(12, 32), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.both(self.inner(x)).chunk(2, -1)
+        return self.out(value * torch.sigmoid(gate))
+
+
+def test_a_gated_matrix_may_read_a_width_that_is_cut(points: tuple[Tensor, Tensor]):
+    torch.manual_seed(0)
+    model, rows = Gated().eval(), parts(points)["train"]
+    both = (
+        linear_site(model, "before", writer="inner", reader="both"),
+        feed_forward_site(model, "gated", writers=["both"], reader="out", copies=2),
+    )
+    made, _ = rmtkd.plan(model, calibration=rows, sites=both, keep={"before": 6, "gated": 8}, multiple_of=1)
+    assert rmtkd.narrow(model, made, calibration=rows, sites=both).get_parameter("both.weight").shape == (16, 6)

@@ -253,7 +253,7 @@ def watched(
         nonlocal pending
         vectors = in_groups(activations, streams[number][0].groups)
         by_row = len(vectors) == len(rows)
-        if mask is not None:
+        if mask is not None and vectors.shape[:-2] == mask.shape:  # behind pooling there is nothing to mask
             seen.append((number, vectors[mask], rows[:, None].expand(mask.shape)[mask]))
         else:
             flat = vectors.flatten(0, -3)

@@ -73,8 +73,13 @@ def plan(
 
     Returns:
         The plan, and the spectra it was made from by site name.
+
+    Raises:
+        DataError: for rows that can be gone through only once, among what `rmtkd.errors` tells.
     """
     chosen = Options(**options)
+    for name, rows in {"calibration": calibration, "selection": selection, "train": train}.items():
+        batching.check_again(rows, name)
     calibration, selection, train = called(calibration, forward), called(selection, forward), called(train, forward)
     example = None if example is None else batching.first(called([example], forward), "example")
     if given is None:
@@ -267,6 +272,8 @@ def narrow(
         PlanError: if the plan names other sites than the model has.
         SurgeryError: if the result differs from the projected full-width reference.
     """
+    for name, rows in {"calibration": calibration, "train": train}.items():
+        batching.check_again(rows, name)
     calibration, train = called(calibration, forward), called(train, forward)
     model, every = _start(model, sites, calibration, train, plan)
     cut = narrowed(every, plan)

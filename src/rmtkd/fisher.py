@@ -81,7 +81,8 @@ def output_metrics(
         gradient = gradient.detach().movedim(channel_dim(model.get_submodule(path)), -1)
         if used is not None:  # a table of some of the tokens gives the others nothing
             gradient = gradient * used[..., None]
-        gradients.append((path, (gradient.flatten(0, -2) if mask is None else gradient[mask]).float()))
+        is_masked = mask is not None and gradient.shape[:-1] == mask.shape
+        gradients.append((path, (gradient[mask] if is_masked else gradient.flatten(0, -2)).float()))
 
     def run(before: Tensor, parts: Sequence[Batch]) -> None:
         """See the gradients of one batch. A second attempt, in smaller parts, sees them from the start, with the same
@@ -145,9 +146,11 @@ def weighed(
 
 def after_cut(metrics: Metrics, site: Site, basis: Basis) -> Metrics:
     """These metrics once a site has been cut: of outputs that it is written with, what is left of them."""
-    reduce = torch.block_diag(*basis.reduce)
-    writers = {axis.parameter.rpartition(".")[0] for stream in site.streams for axis in stream.writers}
-    return {path: metric @ reduce.mT if path in writers else metric for path, metric in metrics.items()}
+    copies = {axis.parameter.rpartition(".")[0]: axis.copies for stream in site.streams for axis in stream.writers}
+    return {
+        path: metric @ torch.block_diag(*basis.reduce.repeat(copies[path], 1, 1)).mT if path in copies else metric
+        for path, metric in metrics.items()
+    }
 
 
 def fit(metrics: Metrics, model: nn.Module) -> bool:

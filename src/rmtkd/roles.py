@@ -40,12 +40,7 @@ class Roles:
     def check_again(self) -> None:
         """Raise `DataError` for a collection that can be gone through only once."""
         for name in ("train", "selection", "report", "calibration"):
-            rows = getattr(self, name)
-            if isinstance(rows, Iterator):
-                raise DataError(
-                    f"{name} rows are gone through several times. Got {type(rows).__name__}, which is used up after "
-                    "once. Pass a list, a DataLoader, or an object whose `__iter__` begins anew."
-                )
+            batching.check_again(getattr(self, name), name)
 
     def called(self, forward: Forward | None) -> "Roles":
         """The same rows, with a `forward` of their own."""
