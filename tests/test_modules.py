@@ -129,6 +129,23 @@ def test_a_random_start_is_xavier_and_small_and_keeps_nothing() -> None:
             assert not torch.equal(parameter, before[name]), name
 
 
+def test_a_random_start_reaches_every_kind_of_module() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token = nn.Parameter(torch.zeros(1, 1, 8))
+            self.attention, self.recurrent, self.norm = nn.MultiheadAttention(8, 2), nn.GRU(8, 8), nn.GroupNorm(2, 8)
+
+    model = Mixed()
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, 7.0)
+    randomize(model, seed=0)
+    assert not [name for name, parameter in model.named_parameters() if (parameter == 7.0).any()]
+    assert not model.norm.bias.any()
+    assert not model.attention.in_proj_bias.any()
+    assert model.get_parameter("recurrent.weight_hh_l0").std() > 0.1
+
+
 def split_bert(levels: int | tuple[int, ...] = (5, 20)) -> tuple[BertForSequenceClassification, nn.Module]:
     """A model with its embedding whole, and in levels."""
     model = tiny_bert()

@@ -138,8 +138,8 @@ def level_bounds(counts: Num[Tensor, " vocabulary"], levels: int) -> tuple[int, 
 
 
 def randomize(model: nn.Module, *, seed: int) -> None:
-    """Give the model a random start, in place: Xavier for linear maps, as the paper trains; He for
-    convolutions; small embeddings. What was frozen is not any more: it would stay random.
+    """Give the model a random start, in place: Xavier for matrices, as the paper trains; He for convolutions; small
+    embeddings; zeros for biases and ones for other vectors. What was frozen is not any more: it would stay random.
 
     Drawn on the CPU: the same start on every device.
     """
@@ -147,18 +147,19 @@ def randomize(model: nn.Module, *, seed: int) -> None:
     model.requires_grad_(True)
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, nn.Linear):
-                module.weight.copy_(nn.init.xavier_uniform_(torch.empty(module.weight.shape), generator=generator))
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding):
-                module.weight.copy_(torch.empty(module.weight.shape).normal_(std=0.02, generator=generator))
-            elif isinstance(module, _ConvNd):
-                module.weight.copy_(nn.init.kaiming_normal_(torch.empty(module.weight.shape), generator=generator))
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, (nn.LayerNorm, _NormBase)):
+            if isinstance(module, (nn.LayerNorm, nn.GroupNorm, _NormBase)):
                 module.reset_parameters()
-            elif type(module).__name__.endswith("Norm"):  # a norm of the architecture's own, without a shift
-                for gain in module.parameters(recurse=False):
-                    nn.init.ones_(gain)
+                continue
+            for name, parameter in module.named_parameters(recurse=False):
+                drawn = torch.empty(parameter.shape)
+                if "bias" in name:
+                    drawn.zero_()
+                elif isinstance(module, nn.Embedding):
+                    drawn.normal_(std=0.02, generator=generator)
+                elif isinstance(module, _ConvNd):
+                    nn.init.kaiming_normal_(drawn, generator=generator)
+                elif drawn.ndim > 1:
+                    nn.init.xavier_uniform_(drawn, generator=generator)
+                else:
+                    drawn.fill_(1.0)  # a gain
+                parameter.copy_(drawn)
