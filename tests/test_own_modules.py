@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import rmtkd
 from conftest import assert_untouched, random_rows, snapshot, tiny_bert
 from rmtkd.errors import DataError, OptionError, SurgeryError, UnsupportedModelError
+from rmtkd.measurement import count_parameters
 from rmtkd.sites import feed_forward_site, linear_site
 
 
@@ -308,3 +309,13 @@ def test_a_gated_matrix_may_read_a_width_that_is_cut(points: tuple[Tensor, Tenso
     )
     made, _ = rmtkd.plan(model, calibration=rows, sites=both, keep={"before": 6, "gated": 8}, multiple_of=1)
     assert rmtkd.narrow(model, made, calibration=rows, sites=both).get_parameter("both.weight").shape == (16, 6)
+
+
+def test_a_model_that_was_trained_with_gradient_checkpointing_is_cut():
+    model, rows = tiny_bert(), random_rows(64)
+    model.enable_input_require_grads()  # as gradient checkpointing does
+    whole = {site.name: site.width // 2 for site in rmtkd.find_sites(model) if site.name.startswith("embedding")}
+    made, _ = rmtkd.plan(model, calibration=rows, keep=whole, multiple_of=2)
+    assert made.widths["embeddings.word"] == whole["embeddings.word"]
+    small = rmtkd.narrow(model, made, calibration=rows)
+    assert count_parameters(small) < count_parameters(model)

@@ -100,7 +100,7 @@ def split_embedding(
     ends = [0, *bounds, size]
     if ends != sorted(set(ends)):
         raise OptionError(f"levels must end after 1 to {size - 1} tokens, ascending. Got {list(bounds)}.")
-    split = copy.deepcopy(model)
+    split = without_input_hooks(model)
     if not bounds:
         return split
     made = set_levels(split, path, [end - begin for begin, end in pairwise(ends)])
@@ -135,6 +135,15 @@ def level_bounds(counts: Num[Tensor, " vocabulary"], levels: int) -> tuple[int, 
     shares = counts.double().sort(descending=True).values.cumsum(0) / counts.double().sum().clamp_min(1)
     ends = [int((shares < 1 - RARE ** (i / (levels - 1))).sum()) + 1 for i in range(1, levels)]
     return tuple(sorted({end for end in ends if end < len(counts)}))
+
+
+def without_input_hooks(model: nn.Module) -> nn.Module:
+    """A copy, without what transformers hooks onto the embedding for gradient checkpointing: a model whose hooked
+    module is replaced could not be copied again."""
+    made = copy.deepcopy(model)
+    if callable(unhook := getattr(made, "disable_input_require_grads", None)):
+        unhook()
+    return made
 
 
 def randomize(model: nn.Module, *, seed: int) -> None:
