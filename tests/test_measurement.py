@@ -1,6 +1,8 @@
 """The claims of `rmtkd.measurement`: costs that a pencil confirms, spreads with every number, models left alone."""
 
+import itertools
 import math
+import operator
 import statistics
 from collections.abc import Iterator
 
@@ -18,7 +20,7 @@ from rmtkd.errors import DataError
 from rmtkd.measurement import (
     Latency,
     accuracy,
-    chance_level,
+    confusion,
     count_disk_bytes,
     count_flops,
     count_parameters,
@@ -29,6 +31,7 @@ from rmtkd.measurement import (
     predict,
     proportion,
     quality,
+    right_by_chance,
     time_forward,
 )
 from rmtkd.memory import Pieces
@@ -311,6 +314,9 @@ def test_rows_without_labels_and_no_rows_are_refused() -> None:
         proportion(0, 0)
 
 
-@pytest.mark.parametrize(("labels", "expected"), [([0], 1.0), ([0, 1, 1, 2], 0.5), ([3, 3, 3, 0], 0.75)])
-def test_chance_is_the_share_of_the_commonest_class(labels: list[int], expected: float) -> None:
-    assert chance_level(torch.tensor(labels)) == expected
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=6))
+def test_right_by_chance_is_the_mean_and_spread_over_all_orders_of_the_answers(rows: list[tuple[int, int]]) -> None:
+    labels, answers = map(list, zip(*rows, strict=True))
+    right = [sum(map(operator.eq, labels, order)) for order in itertools.permutations(answers)]
+    counts = confusion(torch.eye(3)[answers], torch.tensor(labels))
+    assert right_by_chance(counts) == pytest.approx((statistics.mean(right), statistics.pstdev(right)), abs=1e-9)

@@ -257,11 +257,19 @@ def quality(model: nn.Module, rows: Iterable[Batch], *, pieces: Pieces | None = 
     Raises:
         DataError: if there are no rows, or labels are missing or outside the head's range.
     """
-    scores, labels = predict(model, rows, pieces=pieces)
-    answers, classes = scores.argmax(-1), scores.shape[1]
+    counts = confusion(*predict(model, rows, pieces=pieces))
+    return {"accuracy": proportion(int(counts.diagonal().sum()), int(counts.sum())), "f1": f1(counts)}
+
+
+def confusion(scores: Float[Tensor, "rows classes"], labels: Int[Tensor, " rows"]) -> Int[Tensor, "labels answers"]:
+    """Counts of rows by label and answer.
+
+    Raises:
+        DataError: if labels are outside the head's range.
+    """
+    classes = scores.shape[1]
     check_labels(labels, classes)
-    confusion = torch.bincount(labels * classes + answers, minlength=classes**2).reshape(classes, classes)
-    return {"accuracy": proportion(int(confusion.diagonal().sum()), len(labels)), "f1": f1(confusion)}
+    return torch.bincount(labels * classes + scores.argmax(-1), minlength=classes**2).reshape(classes, classes)
 
 
 def compare(
@@ -329,9 +337,22 @@ def f1(confusion: Int[Tensor, "labels answers"]) -> Estimate:
     return Estimate(value=float(scores.sum()), n=n, stderr=math.sqrt(float((counts * gradient**2).sum())))
 
 
-def chance_level(labels: Int[Tensor, " rows"]) -> float:
-    """Accuracy of always answering the commonest class."""
-    return float(labels.bincount().max() / len(labels))
+def right_by_chance(confusion: Int[Tensor, "labels answers"]) -> tuple[float, float]:
+    """Mean and standard deviation of how many rows are right when the same answers are dealt to the rows at random.
+
+    A sum over one random permutation: with `d` the table of hits, centred by rows and by columns, its variance is the
+    sum of squares of `d` over `n − 1`. Accuracy cannot say as much of rare classes: a model that finds half of them at
+    a few false alarms is hardly above one that always answers the commonest class.
+
+    Reference:
+        Hoeffding, Annals of Mathematical Statistics 22 (1951) 558, doi 10.1214/aoms/1177729545, Theorem 2.
+    """
+    counts = confusion.double()
+    n, by_label, by_answer = counts.sum(), counts.sum(1), counts.sum(0)
+    mean = by_label @ by_answer / n
+    centred = torch.eye(len(counts)).double() - by_answer[:, None] / n - by_label[None, :] / n + mean / n
+    variance = by_label @ centred**2 @ by_answer / (n - 1).clamp_min(1)
+    return float(mean), math.sqrt(float(variance))
 
 
 def wait(device: torch.device) -> None:

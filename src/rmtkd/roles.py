@@ -15,7 +15,7 @@ from rmtkd import batches as batching
 from rmtkd.batches import Batch, Forward, Share, called
 from rmtkd.checkpoint import checksum
 from rmtkd.errors import DataError
-from rmtkd.measurement import Estimate, answers, chance_level, check_labels, predict, proportion
+from rmtkd.measurement import Estimate, answers, check_labels, confusion, predict, proportion, right_by_chance
 from rmtkd.memory import Pieces
 from rmtkd.seeding import seeded
 
@@ -92,22 +92,21 @@ def check_teacher(model: nn.Module, selection: Iterable[Batch], *, pieces: Piece
     """Selection accuracy of the teacher.
 
     Raises:
-        DataError: if scores are not finite, labels are outside the head's range, or the teacher does no better than
-            always answering the commonest class: there is nothing to distil.
+        DataError: if scores are not finite, labels are outside the head's range, or the teacher has no more rows right
+            than the same answers would have by chance, within two standard deviations: there is nothing to distil.
     """
     scores, labels = predict(model, selection, pieces=pieces)
     check_finite(scores)
-    check_labels(labels, scores.shape[1])
-    result = proportion(int((scores.argmax(-1) == labels).sum()), len(labels))
-    chance = chance_level(labels)
-    margin = 2 * math.sqrt(chance * (1 - chance) / len(labels))
-    if result.value <= chance + margin:
+    counts = confusion(scores, labels)
+    right = int(counts.diagonal().sum())
+    mean, deviation = right_by_chance(counts)
+    if right <= mean + 2 * deviation:
         raise DataError(
-            f"the teacher must do better than chance. It has {result.value:.1%} of {result.n} selection rows right, "
-            f"always answering the commonest class {chance:.1%}. Check the labels, or "
-            "train it first:\nrmtkd train RECIPE --model PATH_OR_HUB_NAME --out TEACHER"
+            f"the teacher must do better than chance. It has {right} of {len(labels)} selection rows right; its answers "
+            f"in random order have {mean:.0f} ± {deviation:.1f}. Check the labels, pass more selection rows if these are "
+            "few, or train it first:\nrmtkd train RECIPE --model PATH_OR_HUB_NAME --out TEACHER"
         )
-    return result
+    return proportion(right, len(labels))
 
 
 def fingerprint(rows: Iterable[Batch], role: str) -> tuple[str, bool]:
@@ -128,26 +127,38 @@ def fingerprint(rows: Iterable[Batch], role: str) -> tuple[str, bool]:
     return digest.hexdigest(), labelled.pop()
 
 
-def fingerprint_of_all(rows: Iterable[Batch]) -> tuple[str, int]:
+def fingerprint_of_all(rows: Iterable[Batch], classes: int | None = None) -> tuple[str, int]:
     """A fingerprint of rows in whatever order and padding they come, and how many batches these are: collections may
-    shuffle, by random numbers of their own, too. Every row is hashed by itself, and the hashes are added."""
+    shuffle, by random numbers of their own, too. Every row is hashed by itself, and the hashes are added.
+
+    Raises:
+        DataError: for labels that are none of so many classes.
+    """
     total = count = 0
     for batch in rows:
+        if classes is not None and (labels := batching.labels(batch)) is not None:
+            check_labels(labels, classes, "training labels")
         count += 1
         total += sum(int.from_bytes(hashlib.sha256(content).digest(), "big") for content in _contents(batch))
     return f"{total % 2**256:064x}", count
 
 
-def fingerprint_of_training(rows: Iterable[Batch], device: torch.device | str) -> tuple[str, int]:
+def fingerprint_of_training(
+    rows: Iterable[Batch], device: torch.device | str, classes: int | None = None
+) -> tuple[str, int]:
     """The same of training rows; `ANEW` in its place if they are other rows in every pass, whatever our random numbers:
     augmented by random numbers of another library, say. The caller's random numbers are left as after one pass.
 
     Args:
         rows: training batches.
         device: of the run.
+        classes: between which the head chooses: recovery would stumble over other labels hours later.
+
+    Raises:
+        DataError: for labels of other classes.
     """
     batching.set_epoch(rows, 0)
-    seen, count = fingerprint_of_all(rows)
+    seen, count = fingerprint_of_all(rows, classes)
     with seeded(None, device):
         is_anew = not _come_again(rows) and fingerprint_of_all(rows)[0] != seen
     return ANEW if is_anew else seen, count

@@ -88,7 +88,7 @@ class Subject:
         self.selection = self._labelled("selection", rows.selection)
         self.report = None if rows.report is None else self._labelled("report", rows.report)
         self.example = batching.to(rows.example or batching.first(rows.selection, "selection"), options.device)
-        all_rows, self.batches_per_epoch = fingerprint_of_training(rows.train, options.device)
+        all_rows, self.batches_per_epoch = fingerprint_of_training(rows.train, options.device, self.classes)
         if all_rows == ANEW:
             seen = ANEW if rows.calibration is None else seen
             self.remarks += (f"Training rows are {ANEW}, by random numbers that no seed sets: each run has others.",)
