@@ -436,7 +436,9 @@ def test_a_teacher_that_finds_a_rare_class_is_better_than_chance():
         return check_teacher(model, [(torch.eye(2)[answers], is_rare.long())]).value
 
     assert accuracy(found=5) == 295 / 300
-    with pytest.raises(DataError, match=r"has 285 of 300 selection rows right; its answers in random order have 285 ± 0\.8"):
+    with pytest.raises(
+        DataError, match=r"has 285 of 300 selection rows right; its answers in random order have 285 ± 0\.8"
+    ):
         accuracy(found=0)
 
 

@@ -87,6 +87,14 @@ def test_operations_of_a_bert_are_those_of_the_formula_attention_included(attent
     assert count_flops(tiny_bert(attn_implementation=attention), BATCH) == expected
 
 
+def test_operations_of_torchs_own_layers_are_counted_although_they_run_fused() -> None:
+    b, n, d, f = 4, 6, 16, 32
+    layer = nn.TransformerEncoderLayer(d, 2, f, batch_first=True)
+    rows = (torch.randn(b, n, d), torch.zeros(b, dtype=torch.long))
+    assert count_flops(layer, rows) == 2 * (4 * b * n * d * d + 2 * b * n * n * d + 2 * b * n * d * f)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_counting_operations_brings_the_batch_to_the_model() -> None:
     seen = []
 

@@ -319,3 +319,38 @@ def test_a_model_that_was_trained_with_gradient_checkpointing_is_cut():
     assert made.widths["embeddings.word"] == whole["embeddings.word"]
     small = rmtkd.narrow(model, made, calibration=rows)
     assert count_parameters(small) < count_parameters(model)
+
+
+class Encoder(nn.Module):
+    """Of padded sequences, by torch's own layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        self.words, self.layers, self.head = nn.Embedding(50, 16), nn.TransformerEncoder(layer, 2), nn.Linear(16, 3)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = self.layers(self.words(input_ids), src_key_padding_mask=attention_mask == 0)
+        return self.head(hidden[:, 0])
+
+
+def test_torchs_own_layers_are_cut_with_padded_rows():
+    """Which it would pack as nested tensors, in evaluation mode."""
+    torch.manual_seed(0)
+    model, rows = Encoder().eval(), random_rows(96)
+    rows.labels = None
+    layers = [f"layers.layers.{i}" for i in range(2)]
+    sites = [
+        feed_forward_site(model, path, writers=[f"{path}.linear1"], reader=f"{path}.linear2", block=path)
+        for path in layers
+    ]
+    before = snapshot(model)
+    small = rmtkd.compress(
+        model, train=rows, selection=rows, sites=sites, target="70%params", multiple_of=2, epochs=0.5
+    ).model
+    assert count_parameters(small) <= 0.7 * count_parameters(model)
+    made, _ = rmtkd.plan(model, calibration=rows, sites=sites, target="70%params", multiple_of=2)
+    narrow = rmtkd.narrow(model, made, calibration=rows, sites=sites)
+    assert count_parameters(narrow) == count_parameters(small)
+    assert_untouched(model, before)
+    assert model.layers.use_nested_tensor

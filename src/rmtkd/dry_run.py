@@ -17,6 +17,7 @@ from rmtkd.environment import precision_on
 from rmtkd.fisher import Metrics, output_metrics
 from rmtkd.levels import in_levels
 from rmtkd.memory import Pieces
+from rmtkd.modules import packs_rows, plain_copy
 from rmtkd.planning import (
     LATENCY,
     ON_CALIBRATION,
@@ -193,6 +194,8 @@ def _start(
         check_parameters(model, sites)
     if chosen.low_rank:
         check_ranks(sites)
+    if any(packs_rows(module) for module in model.modules()):
+        model = plain_copy(model)
     return in_levels(model, sites, calibration if train is None else train, chosen.embedding_levels)
 
 

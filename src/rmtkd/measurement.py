@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from safetensors.torch import save_model
 from torch import Tensor, nn
+from torch.backends import mha
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -84,14 +85,25 @@ def evaluation(*models: nn.Module) -> Iterator[None]:
 def count_flops(model: nn.Module, batch: Batch) -> int:
     """Floating-point operations of one forward pass, attention included, by torch's counter.
 
-    The counter knows no formula for the fused attention kernel of the CPU and counts it as zero, so attention is
-    computed by its plain matrix products here.
+    The counter knows no formula for the fused kernels of attention on the CPU and of torch's own transformer layers and
+    counts them as zero, so they are computed by their plain matrix products here.
     """
     batch = batching.to(batch, next(model.parameters()).device)
     counter = FlopCounterMode(display=False)
-    with evaluation(model), sdpa_kernel(SDPBackend.MATH), counter:
+    with evaluation(model), sdpa_kernel(SDPBackend.MATH), _unfused_layers(), counter:
         batching.logits(model, batch)
     return counter.get_total_flops()
+
+
+@contextmanager
+def _unfused_layers() -> Iterator[None]:
+    """`nn.TransformerEncoderLayer` and `nn.MultiheadAttention` call their parts one by one."""
+    was_fused = mha.get_fastpath_enabled()
+    mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        mha.set_fastpath_enabled(was_fused)
 
 
 def count_disk_bytes(model: nn.Module) -> int:

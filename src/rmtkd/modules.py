@@ -100,7 +100,7 @@ def split_embedding(
     ends = [0, *bounds, size]
     if ends != sorted(set(ends)):
         raise OptionError(f"levels must end after 1 to {size - 1} tokens, ascending. Got {list(bounds)}.")
-    split = without_input_hooks(model)
+    split = plain_copy(model)
     if not bounds:
         return split
     made = set_levels(split, path, [end - begin for begin, end in pairwise(ends)])
@@ -137,13 +137,22 @@ def level_bounds(counts: Num[Tensor, " vocabulary"], levels: int) -> tuple[int, 
     return tuple(sorted({end for end in ends if end < len(counts)}))
 
 
-def without_input_hooks(model: nn.Module) -> nn.Module:
-    """A copy, without what transformers hooks onto the embedding for gradient checkpointing: a model whose hooked
-    module is replaced could not be copied again."""
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A copy that can be copied again when its embedding is replaced, without what transformers hooks onto it for
+    gradient checkpointing; and in which every position goes through every layer: an `nn.TransformerEncoder` would pack
+    its rows as nested tensors, which know neither hooks nor gradients."""
     made = copy.deepcopy(model)
     if callable(unhook := getattr(made, "disable_input_require_grads", None)):
         unhook()
+    for module in made.modules():
+        if packs_rows(module):
+            module.use_nested_tensor = False
     return made
+
+
+def packs_rows(module: nn.Module) -> bool:
+    """Whether the module may run on nested tensors in evaluation mode."""
+    return isinstance(module, nn.TransformerEncoder) and bool(module.use_nested_tensor)
 
 
 def randomize(model: nn.Module, *, seed: int) -> None:

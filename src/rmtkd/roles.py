@@ -102,9 +102,9 @@ def check_teacher(model: nn.Module, selection: Iterable[Batch], *, pieces: Piece
     mean, deviation = right_by_chance(counts)
     if right <= mean + 2 * deviation:
         raise DataError(
-            f"the teacher must do better than chance. It has {right} of {len(labels)} selection rows right; its answers "
-            f"in random order have {mean:.0f} ± {deviation:.1f}. Check the labels, pass more selection rows if these are "
-            "few, or train it first:\nrmtkd train RECIPE --model PATH_OR_HUB_NAME --out TEACHER"
+            f"the teacher must do better than chance. It has {right} of {len(labels)} selection rows right; its "
+            f"answers in random order have {mean:.0f} ± {deviation:.1f}. Check the labels, pass more selection rows if "
+            "these are few, or train it first:\nrmtkd train RECIPE --model PATH_OR_HUB_NAME --out TEACHER"
         )
     return proportion(right, len(labels))
 

@@ -19,7 +19,7 @@ from rmtkd.fisher import Metrics, fit
 from rmtkd.levels import in_levels
 from rmtkd.measurement import Estimate, answers, count_parameters, divergence, evaluation
 from rmtkd.memory import Pieces
-from rmtkd.modules import without_input_hooks
+from rmtkd.modules import plain_copy
 from rmtkd.roles import (
     ANEW,
     Answered,
@@ -223,7 +223,7 @@ def _copied(model: nn.Module) -> nn.Module:
             "given; nothing was changed."
         )
     try:
-        return without_input_hooks(model)
+        return plain_copy(model)
     except Exception as error:  # whatever its own code may raise
         raise UnsupportedModelError(
             f"the model must be one that copy.deepcopy can copy. {type(model).__name__} gave: {error!r}. Weights that "

@@ -24,7 +24,7 @@ from rmtkd.batches import Batch
 from rmtkd.errors import PlanError, SurgeryError
 from rmtkd.measurement import evaluation, relative_difference
 from rmtkd.modeling_rmtkd import FactorizedEmbedding, NoHeads
-from rmtkd.modules import factorized, low_rank, order_of, without_input_hooks
+from rmtkd.modules import factorized, low_rank, order_of, plain_copy
 from rmtkd.sites import Axis, Site, Stream, after_cuts
 
 ROUNDINGS = 1000
@@ -48,7 +48,7 @@ def fold(model: nn.Module, sites: Sequence[Site], bases: Mapping[str, Sequence[B
         PlanError: if sites that share a width are given different widths.
     """
     _check_shared(sites, bases)
-    student = without_input_hooks(model)
+    student = plain_copy(model)
     for site in sites:
         _prepare(student, site)
         for i, (stream, basis) in enumerate(zip(site.streams, bases[site.name], strict=True)):
