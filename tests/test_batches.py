@@ -1,6 +1,8 @@
 """The claims of `rmtkd.batches`: what the model is called with, and which positions are real."""
 
 from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +11,9 @@ from transformers import BatchEncoding
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from rmtkd import batches as batching
+from rmtkd.batches import Calls
 from rmtkd.errors import DataError, UnsupportedModelError
+from rmtkd.roles import fingerprint, fingerprint_of_all
 
 IDS = torch.tensor([[5, 6, 0], [7, 0, 0]])
 MASK = torch.tensor([[1, 1, 0], [1, 0, 0]])
@@ -166,6 +170,31 @@ def test_labels_are_one_whole_number_for_each_row(labels: object) -> None:
 def test_labels_of_any_whole_kind_become_int64(dtype: torch.dtype) -> None:
     found = batching.labels({**MAPPING, "labels": torch.tensor([0, 1]).to(dtype)})
     assert found is not None and found.dtype == torch.long and found.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("batch", "told"),
+    [
+        (IDS, r"a mapping of tensors, or a pair.*Got a tensor of shape \[2, 3\]"),
+        ({}, "Got dict of nothing"),
+        ("ab", "Got str"),
+        ({**MAPPING, "text": ["a", "b"]}, "tensors alone.*Got list at 'text'"),
+        ({**MAPPING, "token_type_ids": None}, "Got NoneType at 'token_type_ids'"),
+        ({"inputs": MAPPING}, "Got dict at 'inputs'"),
+        ((IDS, 3), "Got int at 1"),
+        ((IDS, torch.tensor(3)), r"Got a tensor of shape \[\] at 1"),
+        ({"input_ids": IDS, "label": IDS[:, 0]}, "must be under 'labels'. Got 'label'"),
+    ],
+)
+def test_what_is_no_batch_is_refused_with_the_reason(batch: Any, told: str) -> None:
+    for look in (partial(batching.first, role="selection"), partial(fingerprint, role="selection"), fingerprint_of_all):
+        with pytest.raises(DataError, match=told):
+            look(iter([batch]))
+
+
+def test_what_is_no_batch_is_refused_before_a_forward_sees_it() -> None:
+    with pytest.raises(DataError, match="Got list at 'text'"):
+        batching.first(Calls([{**MAPPING, "text": ["a", "b"]}], lambda model, rows: rows["text"]), "selection")
 
 
 def test_a_longer_tuple_is_no_batch() -> None:

@@ -6,7 +6,7 @@ Keys of a mapping that are not inputs: `labels`, and `row_ids`, each row's place
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -36,6 +36,8 @@ Batch = Tensors | Call
 
 NOT_INPUTS = frozenset({"labels", "row_ids"})
 """Keys of a mapping that the model is not called with."""
+MISNAMED = ("label", "label_ids")
+"""Keys under which other tools look for labels."""
 
 
 class Calls:
@@ -49,7 +51,7 @@ class Calls:
         set_epoch(self.batches, epoch)
 
     def __iter__(self) -> Iterator[Call]:
-        return (Call(rows, self.forward) for rows in self.batches)
+        return (Call(check(rows), self.forward) for rows in self.batches)  # type: ignore[arg-type]
 
 
 @overload
@@ -68,6 +70,38 @@ def check_again(batches: Iterable[Any] | None, role: str) -> None:
             f"{role} rows are gone through several times. Got {type(batches).__name__}, which is used up after once. "
             "Pass a list, a DataLoader, or an object whose `__iter__` begins anew."
         )
+
+
+def check(batch: Any) -> Batch:
+    """Return the batch, if it is one.
+
+    Raises:
+        DataError: naming what it holds besides tensors of rows, or under what key its labels are instead of `labels`.
+    """
+    if isinstance(batch, Call):  # what it holds was looked at when it was made
+        return batch
+    if not isinstance(batch, Mapping | tuple | list) or not batch:
+        raise DataError(
+            f"a batch must be a mapping of tensors, or a pair (x, labels). Got {_told(batch)}. Make the loader give one "
+            "of these; rows without labels are (x,)."
+        )
+    for name, value in batch.items() if isinstance(batch, Mapping) else enumerate(batch):
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            raise DataError(
+                f"a batch must hold tensors alone, whose first dimension is the row. Got {_told(value)} at {name!r}. "
+                "Leave it out, or make it one tensor, in the collate_fn of the loader."
+            )
+    if isinstance(batch, Mapping) and "labels" not in batch:
+        for name in MISNAMED:
+            if name in batch:
+                raise DataError(f"the labels of a batch must be under 'labels'. Got {name!r}. Rename it.")
+    return batch
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)}"
+    return f"{type(value).__name__}{' of nothing' if isinstance(value, Sized) and not len(value) else ''}"
 
 
 class Share:
@@ -297,14 +331,14 @@ def _class_scores(forward: Forward, model: nn.Module, batch: Tensors) -> Tensor:
     return scores
 
 
-def first(batches: Iterable[Batch], role: str) -> Batch:
+def first(batches: Iterable[Any], role: str) -> Batch:
     """The first batch of a collection.
 
     Raises:
-        DataError: if there is none.
+        DataError: if there is none, or it is no batch: see `check`.
     """
     for batch in batches:
-        return batch
+        return check(batch)
     raise DataError(f"{role} must hold at least one batch. Got none. Pass more rows.")
 
 

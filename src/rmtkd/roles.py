@@ -117,7 +117,7 @@ def fingerprint(rows: Iterable[Batch], role: str) -> tuple[str, bool]:
     """
     digest, labelled = hashlib.sha256(), set()
     for batch in rows:
-        named = _tensors(batch)
+        named = _tensors(batching.check(batch))
         digest.update(checksum(named).encode())
         labelled.add("labels" in named)
     if not labelled:
@@ -136,6 +136,7 @@ def fingerprint_of_all(rows: Iterable[Batch], classes: int | None = None) -> tup
     """
     total = count = 0
     for batch in rows:
+        batching.check(batch)
         if classes is not None and (labels := batching.labels(batch)) is not None:
             check_labels(labels, classes, "training labels")
         count += 1

@@ -81,7 +81,7 @@ class Subject:
             share_of(rows.train, options.calibration_share) if rows.calibration is None else rows.calibration
         )
         self.measured_against: dict[str, str] = {}
-        batching.first(rows.train, "training rows")
+        batching.first(rows.train, "training")
         told = "training" if rows.calibration is None else "calibration"
         seen = fingerprint(self.calibration, told)[0]
         self.fingerprints: dict[str, str] = {}
