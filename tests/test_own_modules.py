@@ -237,7 +237,7 @@ def test_what_a_forward_asserts_of_a_width_is_a_refused_cut(model: Classifier, p
     class Asserting(Classifier):
         def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
             hidden = self.down(torch.relu(self.up(x * scale)))
-            assert hidden.shape[-1] == 32
+            assert hidden.shape[-1] > 30
             return self.out(hidden)
 
     strict = Asserting()
@@ -319,6 +319,25 @@ def test_a_model_that_was_trained_with_gradient_checkpointing_is_cut():
     assert made.widths["embeddings.word"] == whole["embeddings.word"]
     small = rmtkd.narrow(model, made, calibration=rows)
     assert count_parameters(small) < count_parameters(model)
+
+
+def test_sites_that_leave_something_out_are_refused_before_anything_takes_time(
+    model: Classifier, points: tuple[Tensor, Tensor]
+):
+    rows = [points]
+    inner, bottleneck = sites(model)
+    (stream,) = inner.streams
+    little = replace(inner, streams=(replace(stream, readers=()),))
+    refused: list[tuple[tuple[Any, ...], type[Exception], str]] = [
+        ((), OptionError, "at least one.*Got none"),
+        ((inner, bottleneck, inner), OptionError, "Got two of the name 'inner'"),
+        ((little, bottleneck), UnsupportedModelError, "With one unit less, inner gave"),
+    ]
+    for given, kind, told in refused:
+        with pytest.raises(kind, match=told):
+            rmtkd.compress(model, train=rows, selection=rows, sites=given, **OPTIONS)
+        with pytest.raises(kind, match=told):
+            rmtkd.plan(model, calibration=rows, sites=given)
 
 
 class Encoder(nn.Module):

@@ -82,8 +82,8 @@ def check(batch: Any) -> Batch:
         return batch
     if not isinstance(batch, Mapping | tuple | list) or not batch:
         raise DataError(
-            f"a batch must be a mapping of tensors, or a pair (x, labels). Got {_told(batch)}. Make the loader give one "
-            "of these; rows without labels are (x,)."
+            f"a batch must be a mapping of tensors, or a pair (x, labels). Got {_told(batch)}. Make the loader give "
+            "one of these; rows without labels are (x,)."
         )
     for name, value in batch.items() if isinstance(batch, Mapping) else enumerate(batch):
         if not isinstance(value, Tensor) or value.ndim == 0:

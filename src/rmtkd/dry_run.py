@@ -17,7 +17,7 @@ from rmtkd.environment import precision_on
 from rmtkd.fisher import Metrics, output_metrics
 from rmtkd.levels import in_levels
 from rmtkd.memory import Pieces
-from rmtkd.modules import packs_rows, plain_copy
+from rmtkd.modules import packing_rows, plain_copy
 from rmtkd.planning import (
     LATENCY,
     ON_CALIBRATION,
@@ -26,6 +26,7 @@ from rmtkd.planning import (
     Plan,
     Spectrum,
     Target,
+    check_described,
     make_plan,
     retarget,
     settle,
@@ -188,15 +189,26 @@ def _start(
     chosen: Options | Plan,
 ) -> tuple[nn.Module, tuple[Site, ...]]:
     """What cuts begin from: the model with its embedding in levels, and its sites, found where none are given."""
+    example = batching.first(calibration, "calibration")
     if sites is None:
-        sites = find_sites(model, batching.first(calibration, "calibration"), low_rank=chosen.low_rank)
+        sites = find_sites(model, example, low_rank=chosen.low_rank)
     else:
-        check_parameters(model, sites)
-    if chosen.low_rank:
-        check_ranks(sites)
-    if any(packs_rows(module) for module in model.modules()):
+        check_sites(model, sites, example, low_rank=chosen.low_rank)
+    if packing_rows(model):
         model = plain_copy(model)
     return in_levels(model, sites, calibration if train is None else train, chosen.embedding_levels)
+
+
+def check_sites(model: nn.Module, sites: Sequence[Site], example: Batch, *, low_rank: bool) -> None:
+    """Hold sites that a user gives against the model and the options, before anything takes time.
+
+    Raises:
+        UnsupportedModelError, OptionError: for what they leave out, and for models that are refused whatever the sites.
+    """
+    check_parameters(model, sites)
+    if low_rank:
+        check_ranks(sites)
+    check_described(model, sites, example)
 
 
 def is_timed(target: str | None) -> bool:

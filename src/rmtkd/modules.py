@@ -144,15 +144,14 @@ def plain_copy(model: nn.Module) -> nn.Module:
     made = copy.deepcopy(model)
     if callable(unhook := getattr(made, "disable_input_require_grads", None)):
         unhook()
-    for module in made.modules():
-        if packs_rows(module):
-            module.use_nested_tensor = False
+    for module in packing_rows(made):
+        module.use_nested_tensor = False
     return made
 
 
-def packs_rows(module: nn.Module) -> bool:
-    """Whether the module may run on nested tensors in evaluation mode."""
-    return isinstance(module, nn.TransformerEncoder) and bool(module.use_nested_tensor)
+def packing_rows(model: nn.Module) -> list[Any]:
+    """The modules that may run on nested tensors in evaluation mode."""
+    return [module for module in model.modules() if getattr(module, "use_nested_tensor", False)]
 
 
 def randomize(model: nn.Module, *, seed: int) -> None:

@@ -12,7 +12,7 @@ from rmtkd import batches as batching
 from rmtkd.batches import Batch
 from rmtkd.checkpoint import checksum
 from rmtkd.distillation import check_pair
-from rmtkd.dry_run import Survey, metrics_of
+from rmtkd.dry_run import Survey, check_sites, metrics_of
 from rmtkd.environment import Precision, precision_on
 from rmtkd.errors import UnsupportedModelError
 from rmtkd.fisher import Metrics, fit
@@ -33,7 +33,7 @@ from rmtkd.roles import (
 from rmtkd.schedule import Options
 from rmtkd.seeding import seeded
 from rmtkd.sensitivity import ROWS, every_nth_row
-from rmtkd.sites import Site, after_cuts, blocks_of, check_parameters, check_ranks, encoder_of, explore, is_known
+from rmtkd.sites import Site, after_cuts, blocks_of, encoder_of, explore, is_known
 from rmtkd.surgery import tensors_of
 
 
@@ -62,19 +62,18 @@ class Subject:
         self.model = _copied(model).to(options.device).eval()
         self.remarks: tuple[str, ...] = ()
         """For the plan: what users would want to know."""
+        rows.check_again()
+        example = batching.first(rows.selection, "selection")
         if sites is None:
-            found = explore(self.model, batching.first(rows.selection, "selection"), low_rank=options.low_rank)
+            found = explore(self.model, example, low_rank=options.low_rank)
             sites = found.sites
             if self.is_own and not options.low_rank:
                 self.remarks = tuple(f"What {path} writes stays whole: {why}." for path, why in found.whole.items())
         else:
-            check_parameters(self.model, sites)
-            if options.low_rank:
-                check_ranks(sites)
+            check_sites(self.model, sites, example, low_rank=options.low_rank)
         self.sites = tuple(sites)
         self.blocks = blocks_of(self.sites)
         self.options = options
-        rows.check_again()
         self.pieces = Pieces()
         self.train = rows.train
         self.calibration = (
@@ -87,7 +86,7 @@ class Subject:
         self.fingerprints: dict[str, str] = {}
         self.selection = self._labelled("selection", rows.selection)
         self.report = None if rows.report is None else self._labelled("report", rows.report)
-        self.example = batching.to(rows.example or batching.first(rows.selection, "selection"), options.device)
+        self.example = batching.to(rows.example or example, options.device)
         all_rows, self.batches_per_epoch = fingerprint_of_training(rows.train, options.device, self.classes)
         if all_rows == ANEW:
             seen = ANEW if rows.calibration is None else seen

@@ -2,7 +2,7 @@
 
 from rmtkd.planning.budget import POLICIES, Curve
 from rmtkd.planning.choice import make_plan, retarget, settle, spectra_of
-from rmtkd.planning.costs import COSTS, LATENCY, Cost, CostTable, Target, predict_cost
+from rmtkd.planning.costs import COSTS, LATENCY, Cost, CostTable, Target, check_described, predict_cost
 from rmtkd.planning.desk import MAX_LOSS, ON_CALIBRATION
 from rmtkd.planning.latency import LatencyTable
 from rmtkd.planning.pins import fixed_widths, parse_keep, uniform_sites
@@ -24,6 +24,7 @@ __all__ = [
     "SitePlan",
     "Spectrum",
     "Target",
+    "check_described",
     "fixed_widths",
     "make_plan",
     "parse_keep",

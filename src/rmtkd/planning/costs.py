@@ -14,7 +14,7 @@ from torch.utils.flop_counter import flop_registry
 
 from rmtkd import batches as batching
 from rmtkd.batches import Batch
-from rmtkd.errors import OptionError, check_choice
+from rmtkd.errors import OptionError, UnsupportedModelError, check_choice
 from rmtkd.measurement import count_flops, count_parameters
 from rmtkd.sites import Site, by_width
 from rmtkd.surgery import fill, skeleton
@@ -95,6 +95,30 @@ def predict_cost(model: nn.Module, sites: Sequence[Site], widths: Mapping[str, i
     """Parameters and FLOPs of the model at these widths, counted on its skeleton: exact, and no model is built."""
     shape = skeleton(model, sites, widths)
     return {"params": count_parameters(shape), "flops": _flops_of(shape, model, batch)}
+
+
+def check_described(model: nn.Module, sites: Sequence[Site], batch: Batch) -> None:
+    """Hold sites that a user describes against the model: it must run when each of the widths is one less.
+
+    Raises:
+        OptionError: if there are none, or two have one name.
+        UnsupportedModelError: naming a width around which something was left out.
+    """
+    names = [site.name for site in sites]
+    if not names or len(set(names)) < len(names):
+        twice = next((name for name in names if names.count(name) > 1), None)
+        came = "none" if twice is None else f"two of the name {twice!r}"
+        raise OptionError(f"sites must be at least one, each with a name of its own. Got {came}. See rmtkd.sites.")
+    row = batching.head(batch, 1)
+    for group in by_width(sites).values():
+        widths = {site.name: max(site.width - 1, site.least) for site in group}
+        try:
+            predict_cost(model, sites, widths, row)
+        except Exception as error:  # whatever its own code may raise
+            raise UnsupportedModelError(
+                f"a site must name all that write and read its width. With one unit less, {', '.join(widths)} gave: "
+                f"{error!r}. Add what is missing to its writers, readers or attributes; nothing was changed."
+            ) from error
 
 
 def _parameters(model: nn.Module, sites: Sequence[Site], widths: Mapping[str, int], batch: Batch) -> int:
