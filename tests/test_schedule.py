@@ -57,6 +57,19 @@ def test_a_recovery_out_of_range_is_refused_when_made(values: dict):
         Recovery(**values)
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("targett", "an option must be one of target, policy.*Got 'targett'. Did you mean 'target'?"),
+        ("lr", r"lr must be said of recovery. Got lr=1. Pass recovery=rmtkd.Recovery\(lr=1\)"),
+    ],
+)
+def test_what_is_no_option_is_refused_with_the_nearest_that_is_one(name: str, told: str):
+    with pytest.raises(OptionError, match=told):
+        Options.of({"epochs": 2.0, name: 1})
+    assert Options.of({"epochs": 2.0}) == Options(epochs=2.0)
+
+
 def test_options_become_plain_json():
     options = Options(target="25%params", recovery=Recovery(lr=1e-3))
     assert json.loads(json.dumps(options.to_dict(), allow_nan=False))["recovery"]["lr"] == 1e-3

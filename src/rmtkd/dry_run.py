@@ -79,7 +79,7 @@ def plan(
     Raises:
         DataError: for rows that can be gone through only once, among what `rmtkd.errors` tells.
     """
-    chosen = Options(**options)
+    chosen = Options.of(options)
     for name, rows in {"calibration": calibration, "selection": selection, "train": train}.items():
         batching.check_again(rows, name)
     calibration, selection, train = called(calibration, forward), called(selection, forward), called(train, forward)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from rmtkd.distillation import Recovery
@@ -124,6 +124,21 @@ class Options:
             if not ok:
                 raise OptionError(f"{name} must be {must}. Got {getattr(self, name)}.")
         check_device(self.device)
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> "Options":
+        """The options that a caller gives by name.
+
+        Raises:
+            OptionError: naming what is no option, and the nearest that is one.
+        """
+        of_recovery = {part.name for part in fields(Recovery)}
+        for name, value in given.items():
+            if name in of_recovery:
+                told = f"{name}={value!r}"
+                raise OptionError(f"{name} must be said of recovery. Got {told}. Pass recovery=rmtkd.Recovery({told}).")
+            check_choice("an option", name, [part.name for part in fields(cls)])
+        return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain JSON values."""

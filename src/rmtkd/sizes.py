@@ -80,7 +80,7 @@ def compress_sizes(
             "Leave it out, or use compress for one size."
         )
     names = check_targets(targets)
-    chosen = Options(**options, target=names[0])
+    chosen = replace(Options.of(options), target=names[0])
     place = None if out is None else Path(out)
     if place is not None:
         check_place(place, names)

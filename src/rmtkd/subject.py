@@ -214,8 +214,13 @@ def _copied(model: nn.Module) -> nn.Module:
     """A copy of its own.
 
     Raises:
-        UnsupportedModelError: if it cannot be copied: compiled, or with weights that hooks compute.
+        UnsupportedModelError: if it is none, or cannot be copied: compiled, or with weights that hooks compute.
     """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"the model must be a torch.nn.Module. Got {type(model).__name__}. Load it first, for example by "
+            "AutoModelForSequenceClassification.from_pretrained."
+        )
     if isinstance(plain := getattr(model, "_orig_mod", None), nn.Module):
         raise UnsupportedModelError(
             f"the model must not be compiled. Got a compiled {type(plain).__name__}. Pass what torch.compile was "
