@@ -194,7 +194,7 @@ def test_what_is_no_batch_is_refused_with_the_reason(batch: Any, told: str) -> N
 
 def test_what_is_no_batch_is_refused_before_a_forward_sees_it() -> None:
     with pytest.raises(DataError, match="Got list at 'text'"):
-        batching.first(Calls([{**MAPPING, "text": ["a", "b"]}], lambda model, rows: rows["text"]), "selection")
+        batching.first(Calls([{**MAPPING, "text": ["a", "b"]}], lambda model, rows: rows["text"]), "selection")  # type: ignore[list-item]
 
 
 def test_a_longer_tuple_is_no_batch() -> None:

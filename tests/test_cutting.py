@@ -105,6 +105,16 @@ def test_without_room_for_the_calls_the_long_way_is_taken(
     assert len(written) == 21
 
 
+def test_without_room_for_a_folder_the_long_way_is_taken_too(
+    deep: nn.Module, the_long_way: nn.Module, monkeypatch: pytest.MonkeyPatch
+):
+    def no_room(**_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cutting.tempfile, "TemporaryDirectory", no_room)
+    assert_untouched(cut(deep), snapshot(the_long_way))
+
+
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -354,6 +354,21 @@ def test_a_damaged_state_is_named_and_everything_stays(
     assert_same(rmtkd.resume(stopped, model, **rows), whole)
 
 
+def test_a_plan_that_was_edited_under_a_run_is_refused_and_one_that_is_gone_comes_back(
+    model: torch.nn.Module, rows: dict[str, Any], whole: Compressed, stopped: Path
+):
+    plan = stopped / "plan.json"
+    begun = plan.read_bytes()
+    edited = json.loads(begun)
+    edited["remarks"] = ["by hand"]
+    plan.write_text(json.dumps(edited))
+    with pytest.raises(RunError, match=r"goes on with the plan that it began with.*start a new run with --plan"):
+        rmtkd.resume(stopped, model, **rows)
+    plan.unlink()
+    assert_same(rmtkd.resume(stopped, model, **rows), whole)
+    assert plan.read_bytes() == begun
+
+
 def test_a_read_only_folder_is_refused(
     model: torch.nn.Module, rows: dict[str, Any], stopped: Path, monkeypatch: pytest.MonkeyPatch
 ):

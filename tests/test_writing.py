@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from conftest import contents
-from rmtkd.writing import new_folder, write_atomically, write_json
+from rmtkd.errors import ExportError
+from rmtkd.writing import check_new, new_folder, write_atomically, write_json
 
 
 def test_writing_replaces_the_whole_content(tmp_path: Path):
@@ -49,6 +50,18 @@ def test_a_new_folder_appears_whole_and_readable_by_the_same_people(tmp_path: Pa
         plain = (partial / "plain").stat().st_mode
     assert [path.name for path in (tmp_path / "in").iterdir()] == ["new"]
     assert (tmp_path / "in" / "new" / "private").stat().st_mode == plain
+
+
+def test_what_shall_be_new_needs_a_place_that_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert check_new(tmp_path / "some" / "where", "it") == tmp_path / "some" / "where"
+    (tmp_path / "file").touch()
+    with pytest.raises(ExportError, match="it must be new"):
+        check_new(tmp_path / "file", "it", ExportError)
+    with pytest.raises(ExportError, match=r"it must lie in a folder.*file is not one"):
+        check_new(tmp_path / "file" / "in", "it", ExportError)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # as root every folder can be written
+    with pytest.raises(ExportError, match="must lie in a folder that can be written"):
+        check_new(tmp_path / "new", "it", ExportError)
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from rmtkd.errors import OptionError, RunError
 from rmtkd.planning import Plan, Spectrum, Target
-from rmtkd.writing import write_atomically, write_json
+from rmtkd.writing import check_writable, write_atomically, write_json
 
 REPORT = "report.html"
 """The page that tells what a folder holds, made from the rest at any time."""
@@ -162,11 +162,7 @@ class RunFolder:
     @staticmethod
     def check_free(path: Path) -> None:
         """Raise `RunError` if the folder holds a run or other files, or cannot be written."""
-        nearest = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
-        if not nearest.is_dir():
-            raise RunError(f"--out must be a folder. {nearest} is not one. Choose another name.")
-        if not os.access(nearest, os.W_OK | os.X_OK):
-            raise RunError(f"--out must be a folder that can be written. {nearest} cannot. Choose another one.")
+        check_writable(path, "--out")
         found = sorted(file.name for file in path.iterdir()) if path.exists() else []
         if others := [name for name in found if not PLAN_FILES.fullmatch(name)]:
             is_run = "config.json" in found and '"began_with"' in (path / "config.json").read_text(errors="replace")
@@ -214,6 +210,22 @@ class RunFolder:
         """The plan of the run; None while it has none."""
         path = self.path / "plan.json"
         return Plan.read(path) if path.is_file() else None
+
+    def hold_plan(self, begun: Plan) -> None:
+        """Make sure that `plan.json` is the plan that the run began with: written again if it is gone.
+
+        Raises:
+            RunError: if it was changed since.
+        """
+        found = self.plan()
+        if found is None:
+            with _told(self.path):
+                write_atomically(self.path / "plan.json", (begun.to_json() + "\n").encode())
+        elif found.to_json() != begun.to_json():
+            raise RunError(
+                f"a run goes on with the plan that it began with. {self.path / 'plan.json'} is another now. Move it "
+                "elsewhere to go on, and start a new run with --plan for what it says."
+            )
 
     def has_begun(self) -> bool:
         """Whether the run has come as far as its plan."""

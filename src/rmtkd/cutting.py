@@ -152,14 +152,15 @@ class BlockCalls:
         self.batches, self.blocks, self.scratch = batches, list(blocks), scratch
         self.at: str | None = None
         self.files: list[Path] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
         self.follow_each_other = len(self.blocks) > 0 and follow_each_other(model, batches, self.blocks)
 
     def __enter__(self) -> "BlockCalls":
-        self._folder = tempfile.TemporaryDirectory(prefix=".calls-", suffix=".partial", dir=self.scratch)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._folder.cleanup()
+        if self._folder is not None:
+            self._folder.cleanup()
 
     def move_to(self, model: nn.Module, block: str) -> None:
         """Hold the calls of this block: run what lies between the last block held and this one."""
@@ -180,6 +181,8 @@ class BlockCalls:
 
     def _record(self, model: nn.Module, block: str) -> None:
         self.at, self.files = block, []
+        if self._folder is None:  # only now: there may be no room for a folder either
+            self._folder = tempfile.TemporaryDirectory(prefix=".calls-", suffix=".partial", dir=self.scratch)
         folder = Path(self._folder.name)
         device = next(model.parameters()).device
 

@@ -176,6 +176,7 @@ class Run:
         if loaded is None:
             return None
         self.folder, (standing, self.subject.pieces.count) = folder, loaded
+        folder.hold_plan(standing.plan)
         self.emit.listeners.append(folder.append)
         began, now = folder.config()["made_with"], made_with()
         changed = {name: [began.get(name), now.get(name)] for name in began | now if began.get(name) != now.get(name)}

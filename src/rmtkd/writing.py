@@ -33,7 +33,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def check_new(path: Path, what: str, kind: type[RmtkdError] = RunError) -> Path:
     """Return the path of what shall come into being. Raise an error of this kind if anything has its name, be it a link
-    to nowhere.
+    to nowhere, or if nothing can be written there.
 
     Args:
         path: of a file or folder.
@@ -42,7 +42,17 @@ def check_new(path: Path, what: str, kind: type[RmtkdError] = RunError) -> Path:
     """
     if os.path.lexists(path):
         raise kind(f"{what} must be new. {path} exists. Choose another name or remove it.")
+    check_writable(path.absolute().parent, what, kind)
     return path
+
+
+def check_writable(folder: Path, what: str, kind: type[RmtkdError] = RunError) -> None:
+    """Raise an error of this kind if a folder cannot come into being, or be written in if it exists."""
+    nearest = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+    if not nearest.is_dir():
+        raise kind(f"{what} must lie in a folder. {nearest} is not one. Choose another name.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise kind(f"{what} must lie in a folder that can be written. {nearest} cannot. Choose another one.")
 
 
 @contextmanager
