@@ -17,7 +17,7 @@ from rmtkd.errors import DataError, UnsupportedModelError
 from rmtkd.memory import Pieces
 from rmtkd.recipes.rows import TokenRows
 from rmtkd.replicates import Replicates
-from rmtkd.sites import Site, find_sites
+from rmtkd.sites import Site, feed_forward_site, find_sites
 from rmtkd.surgery import factorize, fill_with_ones, skeleton
 
 
@@ -339,6 +339,26 @@ def test_an_attached_function_sees_and_may_replace_a_stream(name: str) -> None:
             assert torch.allclose(model(**batch).logits, before) == same
             handle.remove()
         assert torch.equal(model(**batch).logits, before)
+
+
+def test_a_module_that_is_called_by_keyword_is_seen_and_replaced_alike() -> None:
+    class Model(nn.Module):
+        def __init__(self, by_keyword: bool):
+            super().__init__()
+            self.up, self.down, self.by_keyword = nn.Linear(3, 8), nn.Linear(8, 2), by_keyword
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.up(x).relu()
+            return self.down(input=hidden) if self.by_keyword else self.down(hidden)
+
+    model, named, batch = Model(False), Model(True), torch.randn(20, 3)
+    named.load_state_dict(model.state_dict())
+    site = feed_forward_site(model, "inner", writers=["up"], reader="down")
+    found = [collect(net, [site], [(batch,)])["inner"][0].covariance() for net in (model, named)]
+    assert torch.equal(*found)
+    for net in (model, named):
+        attach(net, site.streams[0], lambda h: h * 2)
+    assert torch.equal(model(batch), named(batch))
 
 
 def test_readers_are_what_turns_activations_into_the_next_layer_s_input() -> None:

@@ -79,13 +79,20 @@ def attach(model: nn.Module, stream: Stream, see: Callable[[Tensor], Tensor | No
         replaced = replaced.movedim(-1, dim).contiguous()  # a forward may look at memory, by `view`
         return replaced.transpose(-1, -2).flatten(-2) if stream.positions > 1 else replaced
 
-    def before(_: nn.Module, arguments: tuple[Tensor, ...]) -> Tensor | None:
-        return shown(arguments[0])
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        if args:
+            replaced = shown(args[0])
+            return None if replaced is None else ((replaced, *args[1:]), kwargs)
+        name, activations = next(iter(kwargs.items()))  # `linear(input=x)`
+        replaced = shown(activations)
+        return None if replaced is None else (args, {**kwargs, name: replaced})
 
     def after(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         return shown(output)
 
-    return module.register_forward_pre_hook(before) if stream.side == "input" else module.register_forward_hook(after)
+    if stream.side == "input":
+        return module.register_forward_pre_hook(before, with_kwargs=True)
+    return module.register_forward_hook(after)
 
 
 def collect(

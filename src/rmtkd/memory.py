@@ -1,15 +1,19 @@
 """Running out of memory, and what to do about it: halve the batch, and say so."""
 
-import resource
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from rmtkd import batches as batching
 from rmtkd.batches import Batch
+
+resource: Any = None
+with suppress(ImportError):  # a system without it goes without
+    import resource
 
 T = TypeVar("T")
 _CPU_MESSAGES = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
@@ -52,10 +56,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(message in str(error) for message in _CPU_MESSAGES)
 
 
-def peak_bytes(device: torch.device | str = "cpu") -> int:
-    """The most memory that was held at once so far: by this process on a CPU, by torch on an accelerator."""
+def peak_bytes(device: torch.device | str = "cpu") -> int | None:
+    """The most memory that was held at once so far: by this process on a CPU, by torch on an accelerator; None where
+    the system does not say."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

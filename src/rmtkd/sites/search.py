@@ -35,8 +35,9 @@ def find_family(model: nn.Module) -> EncoderFamily:
             _check_config(model, class_name)
             return family
     raise UnsupportedModelError(
-        f"the model must be one of: {supported}. Got {class_name}, whose widths rmtkd does not know. Say in Python "
-        "where they are (rmtkd.sites), or choose one of these; `rmtkd check MODEL` tries it. Nothing was changed."
+        f"the model must be one of: {supported}. Got {class_name}, whose widths rmtkd does not know. In Python "
+        "follow it with a batch, find_sites(model, batch), or say where they are (rmtkd.sites); or choose one of these. "
+        "`rmtkd check MODEL` tries it. Nothing was changed."
     )
 
 
