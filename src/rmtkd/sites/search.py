@@ -36,8 +36,8 @@ def find_family(model: nn.Module) -> EncoderFamily:
             return family
     raise UnsupportedModelError(
         f"the model must be one of: {supported}. Got {class_name}, whose widths rmtkd does not know. In Python "
-        "follow it with a batch, find_sites(model, batch), or say where they are (rmtkd.sites); or choose one of these. "
-        "`rmtkd check MODEL` tries it. Nothing was changed."
+        "follow it with a batch, find_sites(model, batch), or say where they are (rmtkd.sites); or choose one of "
+        "these. `rmtkd check MODEL` tries it. Nothing was changed."
     )
 
 
