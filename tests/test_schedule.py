@@ -70,6 +70,11 @@ def test_what_is_no_option_is_refused_with_the_nearest_that_is_one(name: str, to
     assert Options.of({"epochs": 2.0}) == Options(epochs=2.0)
 
 
+@pytest.mark.parametrize(("epochs", "steps"), [(0, 0), (1e-3, 1), (0.25, 2), (1, 8), (2.5, 20)])
+def test_recovery_is_at_least_a_step_unless_there_is_none(epochs: float, steps: int):
+    assert Options(epochs=epochs).steps(8) == steps
+
+
 def test_options_become_plain_json():
     options = Options(target="25%params", recovery=Recovery(lr=1e-3))
     assert json.loads(json.dumps(options.to_dict(), allow_nan=False))["recovery"]["lr"] == 1e-3

@@ -334,7 +334,7 @@ class Run:
             subject.sites,
             made.widths,
             subject.train,
-            steps=control * round(self.options.epochs * subject.batches_per_epoch),
+            steps=control * self.options.steps(subject.batches_per_epoch),
             recovery=self.options.recovery,
             blend=self.options.blend,
             precision=subject.precision,
@@ -370,7 +370,7 @@ class Run:
 
     def steps_of(self, rounds: int) -> list[int]:
         """The run's recovery steps dealt evenly to its rounds."""
-        total = round(self.options.epochs * self.subject.batches_per_epoch)
+        total = self.options.steps(self.subject.batches_per_epoch)
         return [total * (i + 1) // rounds - total * i // rounds for i in range(rounds)]
 
     def measure(self, standing: Standing, reason: str, *, report: bool = True) -> dict[str, Any]:

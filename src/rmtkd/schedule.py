@@ -149,6 +149,10 @@ class Options:
         """`keep` as pairs of name and width."""
         return tuple((pair[0], pair[1]) for pair in self.keep)  # type: ignore[index]
 
+    def steps(self, batches_per_epoch: int) -> int:
+        """Of recovery over the whole run: at least one, where there is any."""
+        return max(round(self.epochs * batches_per_epoch), int(self.epochs > 0))
+
     def rate_after(self, divergence: float | None) -> float:
         """The peak learning rate after a cut that moved the answers so far from the teacher's, in nats a row:
         `lr √(divergence / gentle)`, from a thousandth of `lr` to `lr`, which it is where the divergence is not known.

@@ -169,7 +169,7 @@ def plan(
         survey.sites,
         made.widths,
         rows.train,
-        steps=round(chosen.epochs * len(rows.train)),
+        steps=chosen.steps(len(rows.train)),
         recovery=chosen.recovery,
         blend=chosen.blend,
         precision=precision_on(device, precision),
