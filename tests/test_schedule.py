@@ -70,7 +70,7 @@ def test_what_is_no_option_is_refused_with_the_nearest_that_is_one(name: str, to
     assert Options.of({"epochs": 2.0}) == Options(epochs=2.0)
 
 
-@pytest.mark.parametrize(("epochs", "steps"), [(0, 0), (1e-3, 1), (0.25, 2), (1, 8), (2.5, 20)])
+@pytest.mark.parametrize(("epochs", "steps"), [(0.0, 0), (1e-3, 1), (0.25, 2), (1.0, 8), (2.5, 20)])
 def test_recovery_is_at_least_a_step_unless_there_is_none(epochs: float, steps: int):
     assert Options(epochs=epochs).steps(8) == steps
 
