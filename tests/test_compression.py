@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,8 @@ def randomized(model: torch.nn.Module) -> torch.nn.Module:
 def test_the_summary_prints_as_a_table(finished):
     text = finished[1].summary()
     assert "parameters" in text and "accuracy, report rows (n = 90)" in text and "\x1b" not in text
+    assert str(finished[1]) == text
+    assert re.fullmatch(r"<Compressed Rmtkd\w+: [\d,]+ → [\d,]+ parameters>", repr(finished[1]))
 
 
 def test_the_same_command_twice_gives_the_same_weights(teacher: torch.nn.Module, task: Rows):

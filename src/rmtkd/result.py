@@ -18,7 +18,7 @@ VOCABULARY = "vocabulary.json"
 """The extra file that holds the facts of a trimmed vocabulary."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Compressed:
     """A compressed model and the evidence: what was planned, what happened, what it costs now."""
 
@@ -36,6 +36,13 @@ class Compressed:
     def summary(self) -> str:
         """The result as a table of plain text."""
         return reporting.summary_table(self.record)
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def __repr__(self) -> str:
+        before, after = (self.record[name]["parameters"] for name in ("baseline", "compressed"))
+        return f"<Compressed {type(self.model).__name__}: {before:,} → {after:,} parameters>"
 
     def _repr_html_(self) -> str:
         """The same in a notebook, with the widths as a picture."""
