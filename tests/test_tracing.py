@@ -14,7 +14,7 @@ import rmtkd
 from conftest import assert_untouched, snapshot
 from rmtkd.batches import Calls
 from rmtkd.cutting import cut_in_order
-from rmtkd.errors import SurgeryError, UnsupportedModelError
+from rmtkd.errors import PlanError, SurgeryError, UnsupportedModelError
 from rmtkd.measurement import count_flops, count_parameters
 from rmtkd.planning.costs import CostTable, predict_cost
 from rmtkd.sites import find_sites, trace_sites
@@ -520,6 +520,8 @@ def test_what_stays_whole_stands_in_the_plan() -> None:
     answered = labelled(model, rows)
     result = rmtkd.compress(model, train=answered, selection=answered, policy="paper", epochs=0.0, multiple_of=1)
     assert any("What first writes stays whole: softmax" in remark for remark in result.plan.remarks)
+    with pytest.raises(PlanError, match=r"(?s)target must be at least.*What first writes stays whole: softmax"):
+        rmtkd.compress(model, train=answered, selection=answered, policy="paper", target="200", multiple_of=1)
 
 
 # ------------------------------------------------------------------------- how networks are written, and what is seen

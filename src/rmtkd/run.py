@@ -157,7 +157,7 @@ class Run:
         subject = self.subject
         if given is None:
             survey = subject.survey()
-            return Planned(survey.plan(self.options.target), survey.spectrums, survey.seconds_observed)
+            return Planned(subject.planned(survey, self.options.target), survey.spectrums, survey.seconds_observed)
         began = time.monotonic()
         made, spectrums = plan(
             subject.start,

@@ -176,7 +176,9 @@ def _begin(
     planned: dict[str, Planned] = {}
     if missing:
         survey = subject.survey()
-        planned = {name: Planned(survey.plan(name), survey.spectrums, survey.seconds_observed) for name in missing}
+        planned = {
+            name: Planned(subject.planned(survey, name), survey.spectrums, survey.seconds_observed) for name in missing
+        }
         del survey
     began: dict[str, tuple[Standing, Tensor]] = {}
     for name, made in planned.items():

@@ -14,12 +14,13 @@ from rmtkd.checkpoint import checksum
 from rmtkd.distillation import check_pair
 from rmtkd.dry_run import Survey, check_sites, metrics_of
 from rmtkd.environment import Precision, precision_on
-from rmtkd.errors import UnsupportedModelError
+from rmtkd.errors import PlanError, UnsupportedModelError
 from rmtkd.fisher import Metrics, fit
 from rmtkd.levels import in_levels
 from rmtkd.measurement import Estimate, answers, count_parameters, divergence, evaluation
 from rmtkd.memory import Pieces
 from rmtkd.modules import plain_copy
+from rmtkd.planning import Plan
 from rmtkd.roles import (
     ANEW,
     Answered,
@@ -191,6 +192,17 @@ class Subject:
             pieces=self.pieces,
             options=self.decided,
         )
+
+    def planned(self, survey: Survey, target: str | None) -> Plan:
+        """The plan for this target.
+
+        Raises:
+            PlanError: if it cannot be met: with what of the network stays whole.
+        """
+        try:
+            return survey.plan(target)
+        except PlanError as error:
+            raise PlanError("\n".join((str(error), *self.remarks))) from error
 
     def apart(self, student: nn.Module) -> float:
         """How far the student's answers are from those of the first teacher, over some selection rows, in nats. Not
