@@ -269,19 +269,11 @@ def quality(model: nn.Module, rows: Iterable[Batch], *, pieces: Pieces | None = 
     Raises:
         DataError: if there are no rows, or labels are missing or outside the head's range.
     """
-    counts = confusion(*predict(model, rows, pieces=pieces))
-    return {"accuracy": proportion(int(counts.diagonal().sum()), int(counts.sum())), "f1": f1(counts)}
-
-
-def confusion(scores: Float[Tensor, "rows classes"], labels: Int[Tensor, " rows"]) -> Int[Tensor, "labels answers"]:
-    """Counts of rows by label and answer.
-
-    Raises:
-        DataError: if labels are outside the head's range.
-    """
-    classes = scores.shape[1]
+    scores, labels = predict(model, rows, pieces=pieces)
+    answers, classes = scores.argmax(-1), scores.shape[1]
     check_labels(labels, classes)
-    return torch.bincount(labels * classes + scores.argmax(-1), minlength=classes**2).reshape(classes, classes)
+    confusion = torch.bincount(labels * classes + answers, minlength=classes**2).reshape(classes, classes)
+    return {"accuracy": proportion(int(confusion.diagonal().sum()), len(labels)), "f1": f1(confusion)}
 
 
 def compare(
@@ -349,22 +341,23 @@ def f1(confusion: Int[Tensor, "labels answers"]) -> Estimate:
     return Estimate(value=float(scores.sum()), n=n, stderr=math.sqrt(float((counts * gradient**2).sum())))
 
 
-def right_by_chance(confusion: Int[Tensor, "labels answers"]) -> tuple[float, float]:
+def right_by_chance(labels: Int[Tensor, " rows"], answers: Int[Tensor, " rows"]) -> tuple[float, float]:
     """Mean and standard deviation of how many rows are right when the same answers are dealt to the rows at random.
 
-    A sum over one random permutation: with `d` the table of hits, centred by rows and by columns, its variance is the
-    sum of squares of `d` over `n − 1`. Accuracy cannot say as much of rare classes: a model that finds half of them at
-    a few false alarms is hardly above one that always answers the commonest class.
+    With `n_k` labels and `m_k` answers of class k among n rows, the mean is `μ = Σ n_k m_k / n` and the variance
+    `(μ (n + μ) − Σ n_k m_k (n_k + m_k) / n) / (n − 1)`: the theorem below for the table of hits, summed by class.
+    Accuracy cannot say as much of rare classes: a model that finds half of them at a few false alarms is hardly above
+    one that always answers the commonest class.
 
     Reference:
         Hoeffding, Annals of Mathematical Statistics 22 (1951) 558, doi 10.1214/aoms/1177729545, Theorem 2.
     """
-    counts = confusion.double()
-    n, by_label, by_answer = counts.sum(), counts.sum(1), counts.sum(0)
-    mean = by_label @ by_answer / n
-    centred = torch.eye(len(counts)).double() - by_answer[:, None] / n - by_label[None, :] / n + mean / n
-    variance = by_label @ centred**2 @ by_answer / (n - 1).clamp_min(1)
-    return float(mean), math.sqrt(float(variance))
+    n, classes = len(labels), 1 + int(torch.cat([labels, answers]).max())
+    by_label, by_answer = (which.bincount(minlength=classes).double() for which in (labels, answers))
+    pairs = by_label * by_answer
+    mean = float(pairs.sum()) / n  # of one answer alone exactly the rows that are right
+    variance = (mean * (n + mean) - float(pairs @ (by_label + by_answer)) / n) / max(n - 1, 1)
+    return mean, math.sqrt(max(variance, 0.0))  # rounding may take it below
 
 
 def wait(device: torch.device) -> None:

@@ -15,7 +15,7 @@ from rmtkd import batches as batching
 from rmtkd.batches import Batch, Forward, Share, called
 from rmtkd.checkpoint import checksum
 from rmtkd.errors import DataError
-from rmtkd.measurement import Estimate, answers, check_labels, confusion, predict, proportion, right_by_chance
+from rmtkd.measurement import Estimate, answers, check_labels, predict, proportion, right_by_chance
 from rmtkd.memory import Pieces
 from rmtkd.seeding import seeded
 
@@ -97,9 +97,10 @@ def check_teacher(model: nn.Module, selection: Iterable[Batch], *, pieces: Piece
     """
     scores, labels = predict(model, selection, pieces=pieces)
     check_finite(scores)
-    counts = confusion(scores, labels)
-    right = int(counts.diagonal().sum())
-    mean, deviation = right_by_chance(counts)
+    check_labels(labels, scores.shape[1])
+    given = scores.argmax(-1)
+    right = int((given == labels).sum())
+    mean, deviation = right_by_chance(labels, given)
     if right <= mean + 2 * deviation:
         raise DataError(
             f"the teacher must do better than chance. It has {right} of {len(labels)} selection rows right; its "
