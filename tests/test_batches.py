@@ -183,7 +183,6 @@ def test_labels_of_any_whole_kind_become_int64(dtype: torch.dtype) -> None:
         ({"inputs": MAPPING}, "Got dict at 'inputs'"),
         ((IDS, 3), "Got int at 1"),
         ((IDS, torch.tensor(3)), r"Got a tensor of shape \[\] at 1"),
-        ({"input_ids": IDS, "label": IDS[:, 0]}, "must be under 'labels'. Got 'label'"),
     ],
 )
 def test_what_is_no_batch_is_refused_with_the_reason(batch: Any, told: str) -> None:
@@ -195,6 +194,18 @@ def test_what_is_no_batch_is_refused_with_the_reason(batch: Any, told: str) -> N
 def test_what_is_no_batch_is_refused_before_a_forward_sees_it() -> None:
     with pytest.raises(DataError, match="Got list at 'text'"):
         batching.first(Calls([{**MAPPING, "text": ["a", "b"]}], lambda model, rows: rows["text"]), "selection")  # type: ignore[list-item]
+
+
+def test_labels_under_a_key_of_other_tools_are_refused_unless_the_model_takes_it() -> None:
+    class Taking(nn.Module):
+        def forward(self, input_ids: Tensor, label: Tensor) -> Tensor:
+            return input_ids + label
+
+    batch = {"input_ids": IDS, "label": IDS[:, 0]}
+    with pytest.raises(DataError, match="must be under 'labels'"):
+        batching.check_labels_named(Recorder(), batch)
+    for model, fits in ((Taking(), batch), (Recorder(), {**batch, "labels": IDS[:, 0]}), (Recorder(), PAIR)):
+        batching.check_labels_named(model, fits)
 
 
 def test_a_longer_tuple_is_no_batch() -> None:

@@ -327,3 +327,12 @@ def test_right_by_chance_is_the_mean_and_spread_over_all_orders_of_the_answers(r
     right = [sum(map(operator.eq, labels, order)) for order in itertools.permutations(answers)]
     expected = statistics.mean(right), statistics.pstdev(right)
     assert right_by_chance(torch.tensor(labels), torch.tensor(answers)) == pytest.approx(expected, abs=1e-7)
+
+
+def test_a_single_answer_is_never_better_than_chance() -> None:
+    """Not by rounding either."""
+    for n in range(1, 120):
+        for right in range(n + 1):
+            labels = (torch.arange(n) < right).long()
+            mean, deviation = right_by_chance(labels, torch.ones(n, dtype=torch.long))
+            assert right <= mean + 2 * deviation

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+import rmtkd
 from rmtkd.distillation import Recovery
 from rmtkd.errors import OptionError
 from rmtkd.schedule import History, Options, Round, stop_reason, too_much_lost
@@ -60,14 +61,15 @@ def test_a_recovery_out_of_range_is_refused_when_made(values: dict):
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("targett", "an option must be one of target, policy.*Got 'targett'. Did you mean 'target'?"),
+        ("targett", "an argument of compress must be one of model, train, .*Got 'targett'. Did you mean 'target'?"),
+        ("reports", "Did you mean 'report'?"),
         ("lr", r"lr must be said of recovery. Got lr=1. Pass recovery=rmtkd.Recovery\(lr=1\)"),
     ],
 )
 def test_what_is_no_option_is_refused_with_the_nearest_that_is_one(name: str, told: str):
     with pytest.raises(OptionError, match=told):
-        Options.of({"epochs": 2.0, name: 1})
-    assert Options.of({"epochs": 2.0}) == Options(epochs=2.0)
+        Options.of({"epochs": 2.0, name: 1}, rmtkd.compress)
+    assert Options.of({"epochs": 2.0}, rmtkd.compress) == Options(epochs=2.0)
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(0.0, 0), (1e-3, 1), (0.25, 2), (1.0, 8), (2.5, 20)])

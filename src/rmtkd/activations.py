@@ -83,7 +83,7 @@ def attach(model: nn.Module, stream: Stream, see: Callable[[Tensor], Tensor | No
         if args:
             replaced = shown(args[0])
             return None if replaced is None else ((replaced, *args[1:]), kwargs)
-        name, activations = next(iter(kwargs.items()))  # `linear(input=x)`
+        name, activations = next(pair for pair in kwargs.items() if isinstance(pair[1], Tensor))  # `linear(input=x)`
         replaced = shown(activations)
         return None if replaced is None else (args, {**kwargs, name: replaced})
 

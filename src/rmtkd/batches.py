@@ -5,6 +5,7 @@ Keys of a mapping that are not inputs: `labels`, and `row_ids`, each row's place
 `attention_mask`, if present, says which positions are real (1) and which are padding (0).
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, replace
@@ -76,7 +77,7 @@ def check(batch: Any) -> Batch:
     """Return the batch, if it is one.
 
     Raises:
-        DataError: naming what it holds besides tensors of rows, or under what key its labels are instead of `labels`.
+        DataError: naming what it holds besides tensors of rows.
     """
     if isinstance(batch, Call):  # what it holds was looked at when it was made
         return batch
@@ -91,11 +92,18 @@ def check(batch: Any) -> Batch:
                 f"a batch must hold tensors alone, whose first dimension is the row. Got {_told(value)} at {name!r}. "
                 "Leave it out, or make it one tensor, in the collate_fn of the loader."
             )
-    if isinstance(batch, Mapping) and "labels" not in batch:
-        for name in MISNAMED:
-            if name in batch:
-                raise DataError(f"the labels of a batch must be under 'labels'. Got {name!r}. Rename it.")
     return batch
+
+
+def check_labels_named(model: nn.Module, batch: Batch) -> None:
+    """Raise `DataError` for labels that are under a key of other tools, where the model takes no input of that name."""
+    rows = batch.rows if isinstance(batch, Call) else batch
+    if not isinstance(rows, Mapping) or "labels" in rows:
+        return
+    taken = () if isinstance(batch, Call) else inspect.signature(model.forward).parameters
+    for name in MISNAMED:
+        if name in rows and name not in taken:
+            raise DataError(f"the labels of a batch must be under 'labels'. Got {name!r}. Rename it, or leave it out.")
 
 
 def _told(value: Any) -> str:

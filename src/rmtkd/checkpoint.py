@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from rmtkd.errors import OptionError, RunError
+from rmtkd.errors import OptionError, PlanError, RunError
 from rmtkd.planning import Plan, Spectrum, Target
 from rmtkd.writing import check_writable, write_atomically, write_json
 
@@ -217,11 +217,15 @@ class RunFolder:
         Raises:
             RunError: if it was changed since.
         """
-        found = self.plan()
+        try:
+            found = self.plan()
+            is_same = found is None or found.to_json() == begun.to_json()
+        except PlanError:
+            found, is_same = begun, False
         if found is None:
             with _told(self.path):
                 write_atomically(self.path / "plan.json", (begun.to_json() + "\n").encode())
-        elif found.to_json() != begun.to_json():
+        elif not is_same:
             raise RunError(
                 f"a run goes on with the plan that it began with. {self.path / 'plan.json'} is another now. Move it "
                 "elsewhere to go on, and start a new run with --plan for what it says."

@@ -78,7 +78,7 @@ def compress(
     Raises:
         RmtkdError: see `rmtkd.errors`; nothing that existed before is changed.
     """
-    chosen = Options.of(options)
+    chosen = Options.of(options, compress)
     if plan is not None:
         chosen = chosen.follow(plan, given=options)
     if out is not None:

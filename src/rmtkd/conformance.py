@@ -22,6 +22,7 @@ from rmtkd.covariance import Covariance
 from rmtkd.cutting import fit_bases
 from rmtkd.errors import DataError, RmtkdError, SurgeryError, UnsupportedModelError
 from rmtkd.measurement import evaluation, relative_difference
+from rmtkd.modules import check_module, unpacked
 from rmtkd.sites import Site, by_width, check_parameters, find_family, is_known, random_images, search, trace_sites
 from rmtkd.surgery import ROUNDINGS, check_cut, exact, fold
 
@@ -81,6 +82,8 @@ def check(
         UnsupportedModelError: if the model is of no known family and no sites are given, or is in half precision.
         DataError: if the batches are too few, or missing where they cannot be made up.
     """
+    check_module(model)
+    model = unpacked(model)
     if batches is not None and forward is not None:
         batches = Calls(batches, forward)
     refused: dict[str, Verdict] = {}
@@ -235,8 +238,8 @@ def _try_full_width(
     tolerance: float,
 ) -> tuple[float | None, str]:
     """The error of a fold that keeps everything, and what is wrong with it."""
-    student = fold(whole, [site], {site.name: fit_bases(whole, site, moments[site.name], site.width)})
     try:
+        student = fold(whole, [site], {site.name: fit_bases(whole, site, moments[site.name], site.width)})
         got = _outputs(student, sample)
     except Exception as failure:
         return None, f"a fold at full width must run. It fails with {failure}."
@@ -253,11 +256,13 @@ def _try_cut(
     """The width of a cut, its error, and what is wrong with it."""
     half = max(1, group[0].width // 2)
     keep = half // 8 * 8 or half
-    bases = {site.name: fit_bases(model, site, moments[site.name], keep) for site in group}
     try:
+        bases = {site.name: fit_bases(model, site, moments[site.name], keep) for site in group}
         return keep, check_cut(model, fold(model, group, bases), group, bases, sample), ""
     except SurgeryError as error:
         return keep, _finite(error.error), str(error)
+    except Exception as failure:
+        return keep, None, f"a cut must be possible. It fails with {failure}."
 
 
 def _finite(error: float) -> float | None:

@@ -17,7 +17,7 @@ from rmtkd.environment import precision_on
 from rmtkd.fisher import Metrics, output_metrics
 from rmtkd.levels import in_levels
 from rmtkd.memory import Pieces
-from rmtkd.modules import packing_rows, plain_copy
+from rmtkd.modules import check_module, unpacked
 from rmtkd.planning import (
     LATENCY,
     ON_CALIBRATION,
@@ -79,12 +79,15 @@ def plan(
     Raises:
         DataError: for rows that can be gone through only once, among what `rmtkd.errors` tells.
     """
-    chosen = Options.of(options)
+    chosen = Options.of(options, plan)
     for name, rows in {"calibration": calibration, "selection": selection, "train": train}.items():
         batching.check_again(rows, name)
     calibration, selection, train = called(calibration, forward), called(selection, forward), called(train, forward)
     example = None if example is None else batching.first(called([example], forward), "example")
+    check_module(model)
     if given is None:
+        if sites is not None:
+            check_described(model, sites, batching.first(calibration, "calibration"))
         survey = Survey(
             model,
             calibration=calibration,
@@ -193,22 +196,10 @@ def _start(
     if sites is None:
         sites = find_sites(model, example, low_rank=chosen.low_rank)
     else:
-        check_sites(model, sites, example, low_rank=chosen.low_rank)
-    if packing_rows(model):
-        model = plain_copy(model)
-    return in_levels(model, sites, calibration if train is None else train, chosen.embedding_levels)
-
-
-def check_sites(model: nn.Module, sites: Sequence[Site], example: Batch, *, low_rank: bool) -> None:
-    """Hold sites that a user gives against the model and the options, before anything takes time.
-
-    Raises:
-        UnsupportedModelError, OptionError: for what they leave out, and for models that are refused whatever the sites.
-    """
-    check_parameters(model, sites)
-    if low_rank:
-        check_ranks(sites)
-    check_described(model, sites, example)
+        check_parameters(model, sites)
+        if chosen.low_rank:
+            check_ranks(sites)
+    return in_levels(unpacked(model), sites, calibration if train is None else train, chosen.embedding_levels)
 
 
 def is_timed(target: str | None) -> bool:
@@ -290,6 +281,7 @@ def narrow(
     for name, rows in {"calibration": calibration, "train": train}.items():
         batching.check_again(rows, name)
     calibration, train = called(calibration, forward), called(train, forward)
+    check_module(model)
     model, every = _start(model, sites, calibration, train, plan)
     cut = narrowed(every, plan)
     options = Options(metric=metric, precision=precision)  # type: ignore[arg-type]

@@ -149,9 +149,23 @@ def plain_copy(model: nn.Module) -> nn.Module:
     return made
 
 
+def unpacked(model: nn.Module) -> nn.Module:
+    """The model, or a plain copy if it packs rows."""
+    return plain_copy(model) if packing_rows(model) else model
+
+
 def packing_rows(model: nn.Module) -> list[Any]:
-    """The modules that may run on nested tensors in evaluation mode."""
+    """The modules that may run on nested tensors in evaluation mode, where they leave zeros at padding."""
     return [module for module in model.modules() if getattr(module, "use_nested_tensor", False)]
+
+
+def check_module(model: Any) -> None:
+    """Raise `UnsupportedModelError` for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"the model must be a torch.nn.Module. Got {type(model).__name__}. Load it first, for example by "
+            "AutoModelForSequenceClassification.from_pretrained."
+        )
 
 
 def randomize(model: nn.Module, *, seed: int) -> None:

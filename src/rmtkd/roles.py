@@ -3,7 +3,8 @@
 import hashlib
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from rmtkd import batches as batching
 from rmtkd.batches import Batch, Forward, Share, called
 from rmtkd.checkpoint import checksum
-from rmtkd.errors import DataError
+from rmtkd.errors import DataError, UnsupportedModelError
 from rmtkd.measurement import Estimate, answers, check_labels, predict, proportion, right_by_chance
 from rmtkd.memory import Pieces
 from rmtkd.seeding import seeded
@@ -108,6 +109,26 @@ def check_teacher(model: nn.Module, selection: Iterable[Batch], *, pieces: Piece
             "these are few, or train it first:\nrmtkd train RECIPE --model PATH_OR_HUB_NAME --out TEACHER"
         )
     return proportion(right, len(labels))
+
+
+def check_packed(model: nn.Module, packs: Sequence[str], rows: Iterable[Batch]) -> None:
+    """Raise `UnsupportedModelError` if answers change when these modules pack rows, as those of the user's model do."""
+    plain, _ = predict(model, rows)
+    modules: list[Any] = [model.get_submodule(path) for path in packs]
+    for module in modules:
+        module.use_nested_tensor = True
+    try:
+        with warnings.catch_warnings(action="ignore"):  # torch tells that nested tensors are a prototype
+            packed, _ = predict(model, rows)
+    finally:
+        for module in modules:
+            module.use_nested_tensor = False
+    if not torch.allclose(packed, plain, rtol=1e-3, atol=1e-3):
+        raise UnsupportedModelError(
+            f"answers must not depend on what stands at padding. {packs[0]} packs its rows and leaves zeros there, and "
+            "something behind it reads them. Let it read real positions alone, or build nn.TransformerEncoder with "
+            "enable_nested_tensor=False; nothing was changed."
+        )
 
 
 def fingerprint(rows: Iterable[Batch], role: str) -> tuple[str, bool]:

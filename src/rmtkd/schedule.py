@@ -1,5 +1,6 @@
 """What a run is asked to do, what it did, and when it stops: options, records, and rules that read only records."""
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -126,8 +127,12 @@ class Options:
         check_device(self.device)
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> "Options":
+    def of(cls, given: Mapping[str, Any], taken_by: Callable[..., Any]) -> "Options":
         """The options that a caller gives by name.
+
+        Args:
+            given: what a function was given beside its own arguments.
+            taken_by: that function.
 
         Raises:
             OptionError: naming what is no option, and the nearest that is one.
@@ -137,7 +142,8 @@ class Options:
             if name in of_recovery:
                 told = f"{name}={value!r}"
                 raise OptionError(f"{name} must be said of recovery. Got {told}. Pass recovery=rmtkd.Recovery({told}).")
-            check_choice("an option", name, [part.name for part in fields(cls)])
+            own = [word for word in inspect.signature(taken_by).parameters if word != "options"]
+            check_choice(f"an argument of {taken_by.__name__}", name, [*own, *(part.name for part in fields(cls))])
         return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:

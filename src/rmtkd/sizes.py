@@ -13,7 +13,7 @@ from rmtkd.batches import Forward
 from rmtkd.checkpoint import REPORT, RunFolder, is_size
 from rmtkd.environment import check_device
 from rmtkd.errors import OptionError, RmtkdError, RunError
-from rmtkd.planning import Target
+from rmtkd.planning import Plan, Target
 from rmtkd.result import Compressed
 from rmtkd.roles import Roles
 from rmtkd.run import Planned, Run, report_on
@@ -80,7 +80,7 @@ def compress_sizes(
             "Leave it out, or use compress for one size."
         )
     names = check_targets(targets)
-    chosen = replace(Options.of(options), target=names[0])
+    chosen = replace(Options.of(options, compress_sizes), target=names[0])
     place = None if out is None else Path(out)
     if place is not None:
         check_place(place, names)
@@ -156,6 +156,8 @@ def _open(path: Path, run: Run) -> RunFolder:
                 f"a run goes on with what it began with. In {path} other values were given for: {', '.join(differ)}. "
                 "Give the same, or choose another folder; nothing was changed."
             )
+        if (begun := folder.load_state("round")) is not None:
+            folder.hold_plan(Plan.from_json(begun[1]["plan"]))
     except BaseException:
         folder.release()
         raise

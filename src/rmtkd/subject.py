@@ -12,19 +12,20 @@ from rmtkd import batches as batching
 from rmtkd.batches import Batch
 from rmtkd.checkpoint import checksum
 from rmtkd.distillation import check_pair
-from rmtkd.dry_run import Survey, check_sites, metrics_of
+from rmtkd.dry_run import Survey, metrics_of
 from rmtkd.environment import Precision, precision_on
 from rmtkd.errors import PlanError, UnsupportedModelError
 from rmtkd.fisher import Metrics, fit
 from rmtkd.levels import in_levels
 from rmtkd.measurement import Estimate, answers, count_parameters, divergence, evaluation
 from rmtkd.memory import Pieces
-from rmtkd.modules import plain_copy
-from rmtkd.planning import Plan
+from rmtkd.modules import check_module, packing_rows, plain_copy
+from rmtkd.planning import Plan, check_described
 from rmtkd.roles import (
     ANEW,
     Answered,
     Roles,
+    check_packed,
     check_report,
     check_teacher,
     fingerprint,
@@ -34,7 +35,7 @@ from rmtkd.roles import (
 from rmtkd.schedule import Options
 from rmtkd.seeding import seeded
 from rmtkd.sensitivity import ROWS, every_nth_row
-from rmtkd.sites import Site, after_cuts, blocks_of, encoder_of, explore, is_known
+from rmtkd.sites import Site, after_cuts, blocks_of, check_parameters, check_ranks, encoder_of, explore, is_known
 from rmtkd.surgery import tensors_of
 
 
@@ -61,6 +62,8 @@ class Subject:
         self.is_own = sites is not None or not is_known(model)
         self.encoder = None if self.is_own else encoder_of(model)
         self.model = _copied(model).to(options.device).eval()
+        self.packs = [name for name, module in model.named_modules() if module in packing_rows(model)]
+        """Paths of modules that pack rows in the user's model, and do not in ours."""
         self.remarks: tuple[str, ...] = ()
         """For the plan: what users would want to know."""
         rows.check_again()
@@ -71,7 +74,10 @@ class Subject:
             if self.is_own and not options.low_rank:
                 self.remarks = tuple(f"What {path} writes stays whole: {why}." for path, why in found.whole.items())
         else:
-            check_sites(self.model, sites, example, low_rank=options.low_rank)
+            check_parameters(self.model, sites)
+            if options.low_rank:
+                check_ranks(sites)
+            check_described(self.model, sites, example)
         self.sites = tuple(sites)
         self.blocks = blocks_of(self.sites)
         self.options = options
@@ -105,6 +111,8 @@ class Subject:
     def _labelled(self, role: str, rows: Iterable[Batch]) -> Iterable[Batch]:
         """Rows with labels: their own, or else the teacher's answers."""
         self.fingerprints[f"{role} rows"], has_labels = fingerprint(rows, role)
+        if not has_labels:
+            batching.check_labels_named(self.model, batching.first(rows, role))
         self.measured_against[role] = "labels" if has_labels else "teacher"
         return rows if has_labels else Answered(rows, self.model, self.pieces)
 
@@ -134,6 +142,8 @@ class Subject:
         """Selection accuracy of the untouched model. What would be refused after hours is looked at, too."""
         with self._seeded():
             found = check_teacher(self.model, self.selection, pieces=self.pieces)
+            if self.packs:
+                check_packed(self.model, self.packs, self.selection)
         if self.teacher_model is not None:
             self.taught_by()
         if self.report is not None and self.measured_against["report"] == "labels":
@@ -228,11 +238,7 @@ def _copied(model: nn.Module) -> nn.Module:
     Raises:
         UnsupportedModelError: if it is none, or cannot be copied: compiled, or with weights that hooks compute.
     """
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(
-            f"the model must be a torch.nn.Module. Got {type(model).__name__}. Load it first, for example by "
-            "AutoModelForSequenceClassification.from_pretrained."
-        )
+    check_module(model)
     if isinstance(plain := getattr(model, "_orig_mod", None), nn.Module):
         raise UnsupportedModelError(
             f"the model must not be compiled. Got a compiled {type(plain).__name__}. Pass what torch.compile was "

@@ -50,9 +50,9 @@ def check_writable(folder: Path, what: str, kind: type[RmtkdError] = RunError) -
     """Raise an error of this kind if a folder cannot come into being, or be written in if it exists."""
     nearest = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
     if not nearest.is_dir():
-        raise kind(f"{what} must lie in a folder. {nearest} is not one. Choose another name.")
+        raise kind(f"{what} must be, or lie in, a folder. {nearest} is not one. Choose another name.")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise kind(f"{what} must lie in a folder that can be written. {nearest} cannot. Choose another one.")
+        raise kind(f"{what} must be, or lie in, a folder that can be written. {nearest} cannot. Choose another one.")
 
 
 @contextmanager

@@ -98,7 +98,8 @@ def predict_cost(model: nn.Module, sites: Sequence[Site], widths: Mapping[str, i
 
 
 def check_described(model: nn.Module, sites: Sequence[Site], batch: Batch) -> None:
-    """Hold sites that a user describes against the model: it must run when each of the widths is one less.
+    """Hold sites that a user describes against the model: it must run with each of the widths at its least, as it will
+    have to when costs are counted.
 
     Raises:
         OptionError: if there are none, or two have one name.
@@ -110,15 +111,21 @@ def check_described(model: nn.Module, sites: Sequence[Site], batch: Batch) -> No
         came = "none" if twice is None else f"two of the name {twice!r}"
         raise OptionError(f"sites must be at least one, each with a name of its own. Got {came}. See rmtkd.sites.")
     row = batching.head(batch, 1)
+    predict_cost(model, sites, {}, row)  # what does not run whole says so itself
     for group in by_width(sites).values():
-        widths = {site.name: max(site.width - 1, site.least) for site in group}
+        widths = {site.name: site.least for site in group}
         try:
             predict_cost(model, sites, widths, row)
         except Exception as error:  # whatever its own code may raise
             raise UnsupportedModelError(
-                f"a site must name all that write and read its width. With one unit less, {', '.join(widths)} gave: "
-                f"{error!r}. Add what is missing to its writers, readers or attributes; nothing was changed."
+                "a site must name all that write and read its width, and the least that they run at. With "
+                f"{_pairs(widths)} the model gave: {error!r}. Add what is missing to writers, readers or attributes, "
+                "or raise `least`; nothing was changed."
             ) from error
+
+
+def _pairs(widths: Mapping[str, int]) -> str:
+    return ", ".join(f"{name}={width}" for name, width in widths.items())
 
 
 def _parameters(model: nn.Module, sites: Sequence[Site], widths: Mapping[str, int], batch: Batch) -> int:
