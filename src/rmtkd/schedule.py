@@ -13,6 +13,7 @@ from rmtkd.fisher import METRICS
 from rmtkd.measurement import Latency
 from rmtkd.planning import LATENCY, MAX_LOSS, POLICIES, Plan, Target, fixed_widths
 from rmtkd.spectra import RULES
+from rmtkd.training import steps_of
 
 Granularity = Literal["site", "layer", "round"]
 OF_PLANS = (
@@ -156,8 +157,8 @@ class Options:
         return tuple((pair[0], pair[1]) for pair in self.keep)  # type: ignore[index]
 
     def steps(self, batches_per_epoch: int) -> int:
-        """Of recovery over the whole run: at least one, where there is any."""
-        return max(round(self.epochs * batches_per_epoch), int(self.epochs > 0))
+        """Of recovery over the whole run."""
+        return steps_of(self.epochs, batches_per_epoch)
 
     def rate_after(self, divergence: float | None) -> float:
         """The peak learning rate after a cut that moved the answers so far from the teacher's, in nats a row:

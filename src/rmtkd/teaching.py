@@ -19,7 +19,7 @@ from rmtkd.recipes.recipe import Recipe
 from rmtkd.roles import fingerprint
 from rmtkd.seeding import seeded
 from rmtkd.surgery import tensors_of
-from rmtkd.training import Phase, PhaseState
+from rmtkd.training import Phase, PhaseState, steps_of
 from rmtkd.writing import check_new, new_folder, write_json
 
 SAVE_EVERY = 60.0
@@ -79,7 +79,7 @@ def train_teacher(
     rows = recipe.rows(data, source, seed)
     emit = Emitter([on_event] if on_event else [])
     emit("rows", note=rows.note)
-    steps = round(epochs * len(rows.train))
+    steps = steps_of(epochs, len(rows.train))
     precision = precision_on(device, precision)
     batching.set_epoch(rows.train, 0)
     asked_for = {"rows": fingerprint(rows.train, "training")[0], "steps": steps, "seed": seed, "precision": precision}

@@ -25,6 +25,11 @@ OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
 """What the optimisers remember of each parameter."""
 
 
+def steps_of(epochs: float, batches_per_epoch: int) -> int:
+    """How many steps so many epochs are: at least one, if there is any training."""
+    return max(round(epochs * batches_per_epoch), int(epochs > 0))
+
+
 @dataclass(frozen=True, kw_only=True)
 class PhaseState:
     """All that a phase needs to go on: tensors by name, and plain JSON values."""
