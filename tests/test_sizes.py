@@ -203,6 +203,24 @@ def test_other_options_and_other_folders_are_refused(model: torch.nn.Module, com
     assert contents(out) == before
 
 
+def test_the_edited_plan_of_any_size_is_refused_before_the_first_goes_on(
+    model: torch.nn.Module, common: dict[str, Any], tmp_path: Path
+):
+    out, targets, events = tmp_path / "sizes", ["70%params", "60%params"], []
+
+    def stop(event: Any) -> None:
+        events.append(event["event"])
+        if event["event"] == "cut":
+            raise KeyboardInterrupt
+
+    common = {**common, "policy": "paper", "on_event": stop}
+    rmtkd.compress_sizes(model, targets=targets, out=out, **common)
+    (out / "60%params" / "plan.json").write_text("{")
+    with pytest.raises(RunError, match="goes on with the plan that it began with"):
+        rmtkd.compress_sizes(model, targets=targets, out=out, **common)
+    assert events.count("cut") == 1
+
+
 def test_sizes_of_an_earlier_version_go_on(
     model: torch.nn.Module, common: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
