@@ -192,14 +192,14 @@ def _start(
     chosen: Options | Plan,
 ) -> tuple[nn.Module, tuple[Site, ...]]:
     """What cuts begin from: the model with its embedding in levels, and its sites, found where none are given."""
-    example = batching.first(calibration, "calibration")
+    model, example = unpacked(model), batching.first(calibration, "calibration")
     if sites is None:
         sites = find_sites(model, example, low_rank=chosen.low_rank)
     else:
         check_parameters(model, sites)
         if chosen.low_rank:
             check_ranks(sites)
-    return in_levels(unpacked(model), sites, calibration if train is None else train, chosen.embedding_levels)
+    return in_levels(model, sites, calibration if train is None else train, chosen.embedding_levels)
 
 
 def is_timed(target: str | None) -> bool:

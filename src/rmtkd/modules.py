@@ -144,7 +144,7 @@ def plain_copy(model: nn.Module) -> nn.Module:
     made = copy.deepcopy(model)
     if callable(unhook := getattr(made, "disable_input_require_grads", None)):
         unhook()
-    for module in packing_rows(made):
+    for module in packing_rows(made).values():
         module.use_nested_tensor = False
     return made
 
@@ -154,9 +154,9 @@ def unpacked(model: nn.Module) -> nn.Module:
     return plain_copy(model) if packing_rows(model) else model
 
 
-def packing_rows(model: nn.Module) -> list[Any]:
-    """The modules that may run on nested tensors in evaluation mode, where they leave zeros at padding."""
-    return [module for module in model.modules() if getattr(module, "use_nested_tensor", False)]
+def packing_rows(model: nn.Module) -> dict[str, Any]:
+    """The modules that may run on nested tensors in evaluation mode, where they leave zeros at padding; by path."""
+    return {path: module for path, module in model.named_modules() if getattr(module, "use_nested_tensor", False)}
 
 
 def check_module(model: Any) -> None:

@@ -62,7 +62,7 @@ class Subject:
         self.is_own = sites is not None or not is_known(model)
         self.encoder = None if self.is_own else encoder_of(model)
         self.model = _copied(model).to(options.device).eval()
-        self.packs = [name for name, module in model.named_modules() if module in packing_rows(model)]
+        self.packs = list(packing_rows(model))
         """Paths of modules that pack rows in the user's model, and do not in ours."""
         self.remarks: tuple[str, ...] = ()
         """For the plan: what users would want to know."""
