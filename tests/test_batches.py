@@ -202,7 +202,7 @@ def test_labels_under_a_key_of_other_tools_are_refused_unless_the_model_takes_it
             return input_ids + label
 
     batch = {"input_ids": IDS, "label": IDS[:, 0]}
-    with pytest.raises(DataError, match="must be under 'labels'"):
+    with pytest.raises(DataError, match=r"must be under 'labels'\. Got 'label'"):
         batching.check_labels_named(Recorder(), batch)
     for model, fits in ((Taking(), batch), (Recorder(), {**batch, "labels": IDS[:, 0]}), (Recorder(), PAIR)):
         batching.check_labels_named(model, fits)

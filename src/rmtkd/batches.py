@@ -64,13 +64,14 @@ def called(batches: Iterable[Any] | None, forward: Forward | None) -> Iterable[B
     return batches if batches is None or forward is None else Calls(batches, forward)
 
 
-def check_again(batches: Iterable[Any] | None, role: str) -> None:
-    """Raise `DataError` for a collection that can be gone through only once."""
-    if isinstance(batches, Iterator):
-        raise DataError(
-            f"{role} rows are gone through several times. Got {type(batches).__name__}, which is used up after once. "
-            "Pass a list, a DataLoader, or an object whose `__iter__` begins anew."
-        )
+def check_again(**roles: Iterable[Any] | None) -> None:
+    """Raise `DataError` for a collection, of any role, that can be gone through only once."""
+    for role, batches in roles.items():
+        if isinstance(batches, Iterator):
+            raise DataError(
+                f"{role} rows are gone through several times. Got {type(batches).__name__}, which is used up after "
+                "once. Pass a list, a DataLoader, or an object whose `__iter__` begins anew."
+            )
 
 
 def check(batch: Any) -> Batch:

@@ -35,7 +35,7 @@ from rmtkd.planning import (
 )
 from rmtkd.schedule import Options
 from rmtkd.sensitivity import Sensitivity
-from rmtkd.sites import Site, blocks_of, check_parameters, check_ranks, find_sites
+from rmtkd.sites import Site, blocks_of, check_sites, find_sites
 from rmtkd.spectra import RULES
 from rmtkd.surgery import check_cut
 
@@ -80,8 +80,7 @@ def plan(
         DataError: for rows that can be gone through only once, among what `rmtkd.errors` tells.
     """
     chosen = Options.of(options, plan)
-    for name, rows in {"calibration": calibration, "selection": selection, "train": train}.items():
-        batching.check_again(rows, name)
+    batching.check_again(calibration=calibration, selection=selection, train=train)
     calibration, selection, train = called(calibration, forward), called(selection, forward), called(train, forward)
     example = None if example is None else batching.first(called([example], forward), "example")
     check_module(model)
@@ -196,9 +195,7 @@ def _start(
     if sites is None:
         sites = find_sites(model, example, low_rank=chosen.low_rank)
     else:
-        check_parameters(model, sites)
-        if chosen.low_rank:
-            check_ranks(sites)
+        check_sites(model, sites, low_rank=chosen.low_rank)
     return in_levels(model, sites, calibration if train is None else train, chosen.embedding_levels)
 
 
@@ -278,8 +275,7 @@ def narrow(
         PlanError: if the plan names other sites than the model has.
         SurgeryError: if the result differs from the projected full-width reference.
     """
-    for name, rows in {"calibration": calibration, "train": train}.items():
-        batching.check_again(rows, name)
+    batching.check_again(calibration=calibration, train=train)
     calibration, train = called(calibration, forward), called(train, forward)
     check_module(model)
     model, every = _start(model, sites, calibration, train, plan)

@@ -40,8 +40,9 @@ class Roles:
 
     def check_again(self) -> None:
         """Raise `DataError` for a collection that can be gone through only once."""
-        for name in ("train", "selection", "report", "calibration"):
-            batching.check_again(getattr(self, name), name)
+        batching.check_again(
+            train=self.train, selection=self.selection, report=self.report, calibration=self.calibration
+        )
 
     def called(self, forward: Forward | None) -> "Roles":
         """The same rows, with a `forward` of their own."""

@@ -139,12 +139,13 @@ class Options:
             OptionError: naming what is no option, and the nearest that is one.
         """
         of_recovery = {part.name for part in fields(Recovery)}
+        own = [word for word in inspect.signature(taken_by).parameters if word != "options"]
+        known = [*own, *(part.name for part in fields(cls))]
         for name, value in given.items():
             if name in of_recovery:
                 told = f"{name}={value!r}"
                 raise OptionError(f"{name} must be said of recovery. Got {told}. Pass recovery=rmtkd.Recovery({told}).")
-            own = [word for word in inspect.signature(taken_by).parameters if word != "options"]
-            check_choice(f"an argument of {taken_by.__name__}", name, [*own, *(part.name for part in fields(cls))])
+            check_choice(f"an argument of {taken_by.__name__}", name, known)
         return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:

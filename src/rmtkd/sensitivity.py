@@ -270,7 +270,6 @@ class _Kept(nn.Module):
 
     def __init__(self, block: nn.Module, output: Any):
         super().__init__()
-        super().__init__()
         vars(self).update(block=block, output=output)  # off the tree of modules
 
     def __getattr__(self, name: str) -> Any:

@@ -35,7 +35,7 @@ from rmtkd.roles import (
 from rmtkd.schedule import Options
 from rmtkd.seeding import seeded
 from rmtkd.sensitivity import ROWS, every_nth_row
-from rmtkd.sites import Site, after_cuts, blocks_of, check_parameters, check_ranks, encoder_of, explore, is_known
+from rmtkd.sites import Site, after_cuts, blocks_of, check_sites, encoder_of, explore, is_known
 from rmtkd.surgery import tensors_of
 
 
@@ -74,9 +74,7 @@ class Subject:
             if self.is_own and not options.low_rank:
                 self.remarks = tuple(f"What {path} writes stays whole: {why}." for path, why in found.whole.items())
         else:
-            check_parameters(self.model, sites)
-            if options.low_rank:
-                check_ranks(sites)
+            check_sites(self.model, sites, low_rank=options.low_rank)
             check_described(self.model, sites, example)
         self.sites = tuple(sites)
         self.blocks = blocks_of(self.sites)

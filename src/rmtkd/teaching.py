@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rmtkd import batches as batching
-from rmtkd.checkpoint import RunFolder, checksum, read_state, write_state
+from rmtkd.checkpoint import checksum, read_state, write_state
 from rmtkd.environment import PRECISIONS, check_device, precision_on, versions
 from rmtkd.errors import OptionError, RunError, check_choice
 from rmtkd.interruption import interruptible
@@ -67,7 +67,7 @@ def train_teacher(
         OptionError: if an option has a value that it cannot have.
         DataError: if rows or checkpoint cannot be used.
     """
-    RunFolder.check_free(check_new(out, "--out"))
+    check_new(out, "--out")
     check_device(device)
     epochs = recipe.epochs if epochs is None else epochs
     if not (0 <= epochs < math.inf and seed >= 0):

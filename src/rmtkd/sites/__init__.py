@@ -19,7 +19,7 @@ attention kernel survive) carry the same `shares`.
 from rmtkd.sites.parts import attention_sites, embedding_site, embedding_sites, feed_forward_site, linear_site
 from rmtkd.sites.search import (
     check_parameters,
-    check_ranks,
+    check_sites,
     encoder_of,
     explore,
     find_family,
@@ -60,7 +60,7 @@ __all__ = [
     "blocks_of",
     "by_width",
     "check_parameters",
-    "check_ranks",
+    "check_sites",
     "embedding_site",
     "embedding_sites",
     "encoder_of",

@@ -1,6 +1,6 @@
 """From a model of a known family to its sites."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -115,10 +115,16 @@ def explore(model: nn.Module, example: Batch | None = None, *, low_rank: bool = 
     return found
 
 
-def check_ranks(sites: Iterable[Site]) -> None:
-    """Raise `OptionError` for sites that are given together with `low_rank`, and are others."""
+def check_sites(model: nn.Module, sites: Sequence[Site], *, low_rank: bool) -> None:
+    """What `explore` holds of the sites that it finds, of sites that are given.
+
+    Raises:
+        UnsupportedModelError: see `check_parameters`.
+        OptionError: if they are not ranks, and `low_rank` is asked for.
+    """
+    check_parameters(model, sites)
     others = [site.name for site in sites if not site.is_rank]
-    if others:
+    if low_rank and others:
         raise OptionError(
             f"with low_rank the sites must be those of find_sites(model, example, low_rank=True). Got {others[0]}. "
             "Leave sites out."
