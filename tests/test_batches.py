@@ -1,6 +1,6 @@
 """The claims of `rmtkd.batches`: what the model is called with, and which positions are real."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -136,22 +136,6 @@ def test_the_first_batch_is_found_or_its_absence_named() -> None:
     assert batching.first([PAIR, MAPPING], "selection") is PAIR
     with pytest.raises(DataError, match="selection must hold at least one batch"):
         batching.first([], "selection")
-
-
-@pytest.mark.parametrize(
-    ("share", "taken"),
-    [
-        (0.1, [0]),
-        (0.25, [0, 4, 8]),
-        (1 / 3, [0, 3, 6, 9]),
-        (0.4, [0, 2, 5, 7]),
-        (0.7, [0, 1, 2, 4, 5, 7, 8]),
-        (1.0, range(10)),
-    ],
-)
-def test_a_share_of_the_batches_is_spread_evenly_from_the_first_on(share: float, taken: Iterable[int]) -> None:
-    rows = [(torch.tensor(i), torch.tensor(i)) for i in range(10)]
-    assert [int(batching.inputs(batch)[0][0]) for batch in batching.evenly(rows, share)] == list(taken)
 
 
 @pytest.mark.parametrize(

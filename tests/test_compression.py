@@ -13,7 +13,7 @@ import torch
 
 import rmtkd
 from conftest import Sentiment, assert_untouched, random_rows, snapshot, tiny_bert
-from rmtkd import compression, recipes
+from rmtkd import compression, progress, recipes
 from rmtkd.blending import SHARES
 from rmtkd.compression import Compressed, compress, plan
 from rmtkd.cutting import cut_in_order
@@ -265,6 +265,19 @@ def test_no_epochs_cut_only(teacher: torch.nn.Module, task: Rows):
     seen = compression.share_of(task.train, 0.3)
     expected = compression.narrow(teacher, result.plan, calibration=seen, precision=QUICK["precision"])
     assert_untouched(result.model, snapshot(expected))
+
+
+def test_what_is_read_before_the_first_measurement_is_told(
+    teacher: torch.nn.Module, task: Rows, monkeypatch: pytest.MonkeyPatch
+):
+    events: list[Any] = []
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    run(teacher, task, epochs=0.0, on_event=events.append)
+    before = [event["event"] for event in events].index("start")
+    told = {event["role"]: event["batches"] for event in events[:before]}
+    assert told.keys() == {"training", "selection", "report"}
+    assert told["training"] == len(list(task.train))
+    assert all(event["event"] != "reading" for event in events[before:])
 
 
 @pytest.mark.parametrize("granularity", ["site", "layer", "round"])

@@ -26,7 +26,7 @@ from rmtkd.modeling_cifar_resnet import CifarResNetConfig, CifarResNetForImageCl
 from rmtkd.recipes.cifar import LABELS, NORMALISATION, load, published_weights, resnet50, small_network
 from rmtkd.recipes.groups import PARTS, SELECTION
 from rmtkd.recipes.images import BATCH, SHIFT, ImageRows, decode
-from rmtkd.roles import share_of
+from rmtkd.shares import share_of
 
 RANDOM = np.random.default_rng(0)
 

@@ -24,6 +24,7 @@ ORDER = [
     "replicates",
     "batches",
     "memory",
+    "shares",
     "measurement",
     "energy",
     "modeling_rmtkd",

@@ -1,7 +1,10 @@
 """Events are told in order; plain lines in a pipe, a bar on a terminal that is always taken away again."""
 
 import io
+import itertools
 import json
+import time
+from functools import partial
 
 import pytest
 from rich.console import Console
@@ -39,7 +42,7 @@ def terminal() -> tuple[Console, io.StringIO]:
 
 def test_events_reach_all_listeners_in_order_and_stamped():
     first, second = [], []
-    emit = Emitter([first.append, second.append])
+    emit = Emitter(first.append, second.append)
     emit("start", a=1)
     emit("done", a=2)
     assert first == second
@@ -49,7 +52,7 @@ def test_events_reach_all_listeners_in_order_and_stamped():
 
 def test_a_listener_that_comes_late_is_told_what_it_missed():
     early, late = [], []
-    emit = Emitter([early.append])
+    emit = Emitter(early.append)
     emit("start")
     emit("step", step=1)
     emit.add(late.append)
@@ -58,9 +61,20 @@ def test_a_listener_that_comes_late_is_told_what_it_missed():
     assert [event["event"] for event in late] == ["start", "done"]
 
 
+def test_long_reading_is_told_now_and_then_and_to_those_there_alone(monkeypatch: pytest.MonkeyPatch):
+    early, late, clock = [], [], itertools.count(0.0, 4.0)
+    monkeypatch.setattr(time, "monotonic", partial(next, clock))
+    emit = Emitter(early.append)
+    assert list(emit.reading("abcdefg", "training")) == list("abcdefg")
+    emit.add(late.append)
+    lines = [describe(event) for event in early]
+    assert lines and lines[0] == "reading training rows: 3 batches so far"
+    assert late == []
+
+
 def test_events_are_json():
     told = []
-    Emitter([told.append])("start", options={"a": None})
+    Emitter(told.append)("start", options={"a": None})
     assert json.loads(json.dumps(told[0])) == told[0]
 
 

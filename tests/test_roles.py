@@ -15,8 +15,9 @@ from conftest import random_rows, tiny_bert
 from rmtkd import batches as batching
 from rmtkd.batches import Calls
 from rmtkd.memory import Pieces
-from rmtkd.roles import ANEW, Answered, Roles, fingerprint, fingerprint_of_all, fingerprint_of_training, share_of
+from rmtkd.roles import ANEW, Answered, Roles, fingerprint, fingerprint_of_all, fingerprint_of_training
 from rmtkd.seeding import seeded
+from rmtkd.shares import share_of
 
 BATCHES = list(random_rows(40, seed=3))
 

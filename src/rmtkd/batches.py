@@ -6,10 +6,8 @@ Keys of a mapping that are not inputs: `labels`, and `row_ids`, each row's place
 """
 
 import inspect
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from functools import partial
 from typing import Any, overload
 
@@ -111,22 +109,6 @@ def _told(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {list(value.shape)}"
     return f"{type(value).__name__}{' of nothing' if isinstance(value, Sized) and not len(value) else ''}"
-
-
-class Share:
-    """An even share of a collection's batches, of the same pass each time."""
-
-    def __init__(self, batches: Iterable[Batch], share: float):
-        self.share = share
-        # A collection that knows epochs gives the same pass again; of others the batches are kept.
-        self.kept = not knows_epochs(batches)
-        self.batches = list(evenly(batches, share)) if self.kept else batches
-
-    def __iter__(self) -> Iterator[Batch]:
-        if self.kept:
-            return iter(self.batches)
-        set_epoch(self.batches, 0)
-        return evenly(self.batches, self.share)
 
 
 def knows_epochs(batches: Iterable[Any]) -> bool:
@@ -349,9 +331,3 @@ def first(batches: Iterable[Any], role: str) -> Batch:
     for batch in batches:
         return check(batch)
     raise DataError(f"{role} must hold at least one batch. Got none. Pass more rows.")
-
-
-def evenly(batches: Iterable[Batch], share: float) -> Iterator[Batch]:
-    """This share of the batches, evenly spread, from the first."""
-    exact = Fraction(str(share))  # as a double 0.1 is a little more than a tenth
-    return (batch for i, batch in enumerate(batches) if math.ceil((i + 1) * exact) > math.ceil(i * exact))

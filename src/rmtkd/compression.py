@@ -15,10 +15,11 @@ from rmtkd.environment import check_device
 from rmtkd.errors import RunError
 from rmtkd.planning import Plan
 from rmtkd.result import Compressed
-from rmtkd.roles import Roles, share_of
+from rmtkd.roles import Roles
 from rmtkd.run import Run
 from rmtkd.schedule import Options
 from rmtkd.seeding import seeded
+from rmtkd.shares import share_of
 from rmtkd.sites import Site
 from rmtkd.subject import Subject
 
@@ -86,9 +87,9 @@ def compress(
     extra_files = artifact.check_extra_files(extra_files)
     rows = Roles(train=train, selection=selection, report=report, calibration=calibration, example=example)
     with seeded(chosen.seed, check_device(chosen.device)):
-        rows = rows.called(forward)
-        subject = Subject(model, rows, chosen, sites=sites, teacher_model=teacher_model)
-        run = Run(subject, chosen, control=control, on_event=on_event)
+        rows, emit = rows.called(forward), progress.Emitter(on_event)
+        subject = Subject(model, rows, chosen, sites=sites, teacher_model=teacher_model, emit=emit)
+        run = Run(subject, chosen, control=control, emit=emit)
         if out is None:
             return run.execute(plan)
         config = {**run.config(), "plan": plan and json.loads(plan.to_json()), "command": dict(command or {})}
@@ -137,14 +138,14 @@ def resume(
         chosen, given, control, config = _asked(folder)
         rows = Roles(train=train, selection=selection, report=report, calibration=calibration, example=example)
         with seeded(chosen.seed, check_device(chosen.device)):
-            rows = rows.called(forward)
-            subject = Subject(model, rows, chosen, sites=sites, teacher_model=teacher_model)
+            rows, emit = rows.called(forward), progress.Emitter(on_event)
+            subject = Subject(model, rows, chosen, sites=sites, teacher_model=teacher_model, emit=emit)
             if others := subject.take_up(config):
                 raise RunError(
                     f"a run goes on with the {others[0]} that it began with. These are others. Pass the same ones, or "
                     "start a new run; nothing was changed."
                 )
-            run = Run(subject, chosen, control=control, on_event=on_event)
+            run = Run(subject, chosen, control=control, emit=emit)
             return run.execute(given, folder, artifact.check_extra_files(extra_files))
     finally:
         folder.release()

@@ -1,22 +1,29 @@
 """Events of a run, and the two ways to watch them: bars on a terminal, plain lines in a pipe."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+T = TypeVar("T")
 Listener = Callable[[Mapping[str, Any]], None]
 """Called with every event: a mapping with the keys `event` and `seconds` (since the start) and those of its kind."""
+
+
+PASSING = frozenset({"reading", "step"})
+"""Events that nobody is told of who listens later."""
+EVERY = 10.0
+"""Seconds after which it is told again how far rows have been read."""
 
 
 class Emitter:
     """Sends every event to all listeners, stamped with the time since the start."""
 
-    def __init__(self, listeners: Sequence[Listener]):
-        self.listeners = list(listeners)
+    def __init__(self, *listeners: Listener | None):
+        self.listeners = [listener for listener in listeners if listener]
         self.told: list[Mapping[str, Any]] = []
         self.start = time.monotonic()
 
@@ -29,15 +36,26 @@ class Emitter:
     def __call__(self, event: str, **fields: Any) -> None:
         """Send one event."""
         stamped = {"event": event, "seconds": round(time.monotonic() - self.start, 3), **fields}
-        if event != "step":
+        if event not in PASSING:
             self.told.append(stamped)
         for listener in self.listeners:
             listener(stamped)
+
+    def reading(self, rows: Iterable[T], role: str) -> Iterator[T]:
+        """The same batches, telling now and then how many were read."""
+        last = time.monotonic()
+        for count, batch in enumerate(rows, 1):
+            if time.monotonic() - last >= EVERY:
+                last = time.monotonic()
+                self("reading", role=role, batches=count)
+            yield batch
 
 
 def describe(event: Mapping[str, Any]) -> str | None:
     """One line about an event, or None for those that are not told."""
     match event["event"]:
+        case "reading":
+            return f"reading {event['role']} rows: {event['batches']:,} batches so far"
         case "size":
             return f"target {event['target']}, {event['number']} of {event['sizes']}"
         case "start":

@@ -13,12 +13,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rmtkd import batches as batching
-from rmtkd.batches import Batch, Forward, Share, called
+from rmtkd.batches import Batch, Forward, called
 from rmtkd.checkpoint import checksum
 from rmtkd.errors import DataError, UnsupportedModelError
 from rmtkd.measurement import Estimate, answers, check_labels, predict, proportion, right_by_chance
 from rmtkd.memory import Pieces
 from rmtkd.seeding import seeded
+from rmtkd.shares import Look
 
 MOST = 1024
 """About as many numbers of each tensor of a row tell it from others."""
@@ -73,11 +74,6 @@ class Answered:
                     self.known[content] = found
             yield batching.labelled(batch, found)
         self.is_whole = True
-
-
-def share_of(rows: Iterable[Batch], share: float) -> Iterable[Batch]:
-    """An even share of the batches, the same in every pass."""
-    return Share(rows, share)
 
 
 def check_finite(scores: Float[Tensor, "rows classes"]) -> None:
@@ -168,7 +164,7 @@ def fingerprint_of_all(rows: Iterable[Batch], classes: int | None = None) -> tup
 
 
 def fingerprint_of_training(
-    rows: Iterable[Batch], device: torch.device | str, classes: int | None = None
+    rows: Iterable[Batch], device: torch.device | str, classes: int | None = None, look: Look = iter
 ) -> tuple[str, int]:
     """The same of training rows; `ANEW` in its place if they are other rows in every pass, whatever our random numbers:
     augmented by random numbers of another library, say. The caller's random numbers are left as after one pass.
@@ -177,14 +173,15 @@ def fingerprint_of_training(
         rows: training batches.
         device: of the run.
         classes: between which the head chooses: recovery would stumble over other labels hours later.
+        look: through which whole passes go.
 
     Raises:
         DataError: for labels of other classes.
     """
     batching.set_epoch(rows, 0)
-    seen, count = fingerprint_of_all(rows, classes)
+    seen, count = fingerprint_of_all(look(rows), classes)
     with seeded(None, device):
-        is_anew = not _come_again(rows) and fingerprint_of_all(rows)[0] != seen
+        is_anew = not _come_again(rows) and fingerprint_of_all(look(rows))[0] != seen
     return ANEW if is_anew else seen, count
 
 

@@ -67,14 +67,14 @@ class Run:
         subject: model and rows.
         options: with the target.
         control: whether the same shape is trained from a random start, too.
-        on_event: is told what happens.
+        emit: tells what happens.
     """
 
     def __init__(
-        self, subject: Subject, options: Options, *, control: bool = False, on_event: progress.Listener | None = None
+        self, subject: Subject, options: Options, *, control: bool = False, emit: progress.Emitter | None = None
     ):
         self.subject, self.options, self.with_control = subject, options, control
-        self.emit = progress.Emitter([on_event] if on_event else [])
+        self.emit = emit or progress.Emitter()
         self.folder: RunFolder | None = None
 
     def config(self) -> dict[str, Any]:

@@ -87,11 +87,13 @@ def compress_sizes(
     extra_files = artifact.check_extra_files(extra_files)
     rows = Roles(train=train, selection=selection, report=report, calibration=calibration, example=example)
     with seeded(chosen.seed, check_device(chosen.device)), ExitStack() as held:
-        rows = rows.called(forward)
-        emit = progress.Emitter([on_event] if on_event else [])
-        subject = Subject(model, rows, chosen, sites=sites, teacher_model=teacher_model)
+        rows, emit = rows.called(forward), progress.Emitter(on_event)
+        subject = Subject(model, rows, chosen, sites=sites, teacher_model=teacher_model, emit=emit)
         subject.pieces.on_halved = lambda count: emit("memory", pieces=count)
-        runs = {name: Run(subject, replace(chosen, target=name), control=control, on_event=on_event) for name in names}
+        runs = {
+            name: Run(subject, replace(chosen, target=name), control=control, emit=progress.Emitter(on_event))
+            for name in names
+        }
         folders = {} if place is None else {name: _open(place / name, run) for name, run in runs.items()}
         for folder in folders.values():
             held.callback(folder.release)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from rmtkd.measurement import Estimate, answers, count_parameters, divergence, e
 from rmtkd.memory import Pieces
 from rmtkd.modules import check_module, packing_rows, plain_copy
 from rmtkd.planning import Plan, check_described
+from rmtkd.progress import Emitter
 from rmtkd.roles import (
     ANEW,
     Answered,
@@ -30,11 +31,11 @@ from rmtkd.roles import (
     check_teacher,
     fingerprint,
     fingerprint_of_training,
-    share_of,
 )
 from rmtkd.schedule import Options
 from rmtkd.seeding import seeded
 from rmtkd.sensitivity import ROWS, every_nth_row
+from rmtkd.shares import share_of
 from rmtkd.sites import Site, after_cuts, blocks_of, check_sites, encoder_of, explore, is_known
 from rmtkd.surgery import tensors_of
 
@@ -48,6 +49,7 @@ class Subject:
         options: of the runs; no target is read.
         sites: of a model whose family is not known; found by default.
         teacher_model: what students learn from, if it is not the model.
+        emit: tells how far rows have been read.
     """
 
     def __init__(
@@ -58,7 +60,9 @@ class Subject:
         *,
         sites: Sequence[Site] | None = None,
         teacher_model: nn.Module | None = None,
+        emit: Emitter | None = None,
     ):
+        self.emit = emit or Emitter()
         self.is_own = sites is not None or not is_known(model)
         self.encoder = None if self.is_own else encoder_of(model)
         self.model = _copied(model).to(options.device).eval()
@@ -81,18 +85,19 @@ class Subject:
         self.options = options
         self.pieces = Pieces()
         self.train = rows.train
+        watch = partial(self.emit.reading, role="training")
         self.calibration = (
-            share_of(rows.train, options.calibration_share) if rows.calibration is None else rows.calibration
+            share_of(rows.train, options.calibration_share, watch) if rows.calibration is None else rows.calibration
         )
         self.measured_against: dict[str, str] = {}
         batching.first(rows.train, "training")
         told = "training" if rows.calibration is None else "calibration"
-        seen = fingerprint(self.calibration, told)[0]
+        seen = fingerprint(self.emit.reading(self.calibration, told), told)[0]
         self.fingerprints: dict[str, str] = {}
         self.selection = self._labelled("selection", rows.selection)
         self.report = None if rows.report is None else self._labelled("report", rows.report)
         self.example = batching.to(rows.example or example, options.device)
-        all_rows, self.batches_per_epoch = fingerprint_of_training(rows.train, options.device, self.classes)
+        all_rows, self.batches_per_epoch = fingerprint_of_training(rows.train, options.device, self.classes, watch)
         if all_rows == ANEW:
             seen = ANEW if rows.calibration is None else seen
             self.remarks += (f"Training rows are {ANEW}, by random numbers that no seed sets: each run has others.",)
@@ -108,7 +113,7 @@ class Subject:
 
     def _labelled(self, role: str, rows: Iterable[Batch]) -> Iterable[Batch]:
         """Rows with labels: their own, or else the teacher's answers."""
-        self.fingerprints[f"{role} rows"], has_labels = fingerprint(rows, role)
+        self.fingerprints[f"{role} rows"], has_labels = fingerprint(self.emit.reading(rows, role), role)
         if not has_labels:
             batching.check_labels_named(self.model, batching.first(rows, role))
         self.measured_against[role] = "labels" if has_labels else "teacher"

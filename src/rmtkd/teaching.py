@@ -77,12 +77,13 @@ def train_teacher(
     source = recipe.start(model, seed, data)
     student = source.model.to(device)
     rows = recipe.rows(data, source, seed)
-    emit = Emitter([on_event] if on_event else [])
+    emit = Emitter(on_event)
     emit("rows", note=rows.note)
     steps = steps_of(epochs, len(rows.train))
     precision = precision_on(device, precision)
     batching.set_epoch(rows.train, 0)
-    asked_for = {"rows": fingerprint(rows.train, "training")[0], "steps": steps, "seed": seed, "precision": precision}
+    known = fingerprint(emit.reading(rows.train, "training"), "training")[0]
+    asked_for = {"rows": known, "steps": steps, "seed": seed, "precision": precision}
     left = TrainingFile(out, checksum(tensors_of(student), json.dumps([asked_for, asdict(recovery)])))
     with seeded(seed, device), interruptible() as asked:
         phase = Phase(student, rows.train, steps=steps, recovery=recovery, precision=precision)
