@@ -12,9 +12,9 @@ had come to half of that, and after an epoch knew no more than the commoner labe
 tokens in AG News, too (the published 256 hardly ever matter); calibration sees 4 % of the training rows, the same in
 every round.
 
-`published` cuts layer by layer at the noise edges, with the published distillation (α 0.7, temperature 1); `same size`
-has the published reduction for its target, by default options; `tenth` leaves 10 % of the parameters; `uncut` is the
-teacher that learns on as they do, without a cut: what they owe to longer training alone.
+`published` cuts layer by layer at the noise edges, with the published distillation (α 0.7, temperature 1) at the
+teacher's rate; `same size` has the published reduction for its target, by default options; `tenth` leaves 10 % of the
+parameters; `uncut` is the teacher that learns on as they do, without a cut: what they owe to longer training alone.
 """
 
 from collections.abc import Callable
@@ -174,7 +174,7 @@ SETTINGS = {
         "granularity": "layer",
         "gentle": 0.0,
         "blend": False,
-        "recovery": {"alpha": 0.7, "temperature": 1.0, "weight_decay": 5e-4, "lr": 1e-4},
+        "recovery": {"alpha": 0.7, "temperature": 1.0, "weight_decay": 5e-4, "lr": RATES.get(entry.name, 1e-4)},
     },
     "same-size": lambda entry: {"target": f"{REMAIN.get(entry.name, 25.0)}%params"},
     "tenth": lambda entry: {"target": "25%params" if entry.task == "digits" else "10%params"},
