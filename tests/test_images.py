@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import rmtkd
 from rmtkd import batches as batching
 from rmtkd import recipes
+from rmtkd.calibration import share_of
 from rmtkd.cli import app
 from rmtkd.errors import ArtifactError, DataError
 from rmtkd.measurement import accuracy, count_parameters
@@ -26,7 +27,6 @@ from rmtkd.modeling_cifar_resnet import CifarResNetConfig, CifarResNetForImageCl
 from rmtkd.recipes.cifar import LABELS, NORMALISATION, load, published_weights, resnet50, small_network
 from rmtkd.recipes.groups import PARTS, SELECTION
 from rmtkd.recipes.images import BATCH, SHIFT, ImageRows, decode
-from rmtkd.shares import share_of
 
 RANDOM = np.random.default_rng(0)
 

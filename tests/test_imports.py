@@ -24,7 +24,7 @@ ORDER = [
     "replicates",
     "batches",
     "memory",
-    "shares",
+    "calibration",
     "measurement",
     "energy",
     "modeling_rmtkd",

@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 from conftest import random_rows, tiny_bert
 from rmtkd import batches as batching
 from rmtkd.batches import Calls
+from rmtkd.calibration import share_of
 from rmtkd.memory import Pieces
 from rmtkd.roles import ANEW, Answered, Roles, fingerprint, fingerprint_of_all, fingerprint_of_training
 from rmtkd.seeding import seeded
-from rmtkd.shares import share_of
 
 BATCHES = list(random_rows(40, seed=3))
 

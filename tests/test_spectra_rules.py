@@ -642,6 +642,13 @@ def test_without_noise_all_is_signal(width: int) -> None:
     assert counted(ReplicateRule()(spectrum), spectrum) == width
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+def test_units_that_only_dropout_wakes_are_no_signal(groups: int) -> None:
+    own = np.tile([4.0, 3.0, 2.0, 1.0, 0.0, 0.0], (groups, 1))
+    found = ReplicateRule()(Spectrum(eigenvalues=own, samples=200, replicate=own + 0.5))
+    assert (found.levelled(own) > found.edge).sum() == 4 * groups
+
+
 # ------------------------------------------------------------------------------------------- gaps and consensus
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from rmtkd import artifact, progress
 from rmtkd.batches import Forward
+from rmtkd.calibration import share_of
 from rmtkd.checkpoint import RunFolder
 from rmtkd.dry_run import narrow, plan
 from rmtkd.environment import check_device
@@ -19,7 +20,6 @@ from rmtkd.roles import Roles
 from rmtkd.run import Run
 from rmtkd.schedule import Options
 from rmtkd.seeding import seeded
-from rmtkd.shares import share_of
 from rmtkd.sites import Site
 from rmtkd.subject import Subject
 

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from rmtkd import batches as batching
 from rmtkd.batches import Batch, Forward, called
+from rmtkd.calibration import Look
 from rmtkd.checkpoint import checksum
 from rmtkd.errors import DataError, UnsupportedModelError
 from rmtkd.measurement import Estimate, answers, check_labels, predict, proportion, right_by_chance
 from rmtkd.memory import Pieces
 from rmtkd.seeding import seeded
-from rmtkd.shares import Look
 
 MOST = 1024
 """About as many numbers of each tensor of a row tell it from others."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rmtkd import batches as batching
 from rmtkd.batches import Batch
+from rmtkd.calibration import share_of
 from rmtkd.checkpoint import checksum
 from rmtkd.distillation import check_pair
 from rmtkd.dry_run import Survey, metrics_of
@@ -35,7 +36,6 @@ from rmtkd.roles import (
 from rmtkd.schedule import Options
 from rmtkd.seeding import seeded
 from rmtkd.sensitivity import ROWS, every_nth_row
-from rmtkd.shares import share_of
 from rmtkd.sites import Site, after_cuts, blocks_of, check_sites, encoder_of, explore, is_known
 from rmtkd.surgery import tensors_of
 

@@ -60,7 +60,9 @@ class ReplicateRule:
         alive(spectrum)  # or refused
         mirrors = [self._mirror(np.sort(shared)) for shared in spectrum.replicate]
         edges = [
-            edge_below(np.sort(own)[::-1], int(np.count_nonzero(shared > mirror))) if lives else 0.0
+            edge_below(np.sort(own)[::-1], int(min(np.count_nonzero(shared > mirror), np.count_nonzero(own > 0))))
+            if lives
+            else 0.0
             for own, shared, mirror, lives in zip(
                 spectrum.eigenvalues, spectrum.replicate, mirrors, spectrum.living, strict=True
             )

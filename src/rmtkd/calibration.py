@@ -1,4 +1,4 @@
-"""An even share of a collection's batches, the same in every pass: what calibration sees of the training rows."""
+"""What calibration sees of the training rows: an even share of their batches, the same in every pass."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator

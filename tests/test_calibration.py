@@ -1,4 +1,4 @@
-"""The claims of `rmtkd.shares`: an even share, the same in every pass, and no more read or kept than it takes."""
+"""The claims of `rmtkd.calibration`: an even share, the same in every pass, and no more read or kept than it takes."""
 
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from rmtkd import memory
 from rmtkd.batches import Batch, Calls
+from rmtkd.calibration import evenly, share_of
 from rmtkd.errors import DataError
-from rmtkd.shares import evenly, share_of
 
 DRAWN = 40
 
