@@ -59,6 +59,18 @@ def test_links_of_a_file_at_the_root_lead_to_pages() -> None:
     assert all((ROOT / source).is_file() for source in pages.ELSEWHERE.values())
 
 
+def test_links_to_files_of_the_repository_lead_to_pages() -> None:
+    assert building("pages").on_page_markdown("[a](../CONTRIBUTING.md#x) [b](notebooks/digits.ipynb) `c.ipynb`") == (
+        "[a](contributing.md#x) [b](notebooks/digits.md) `c.ipynb`"
+    )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_of_a_page_lead_to_files_of_the_repository(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
 # Notebooks
 
 

@@ -26,6 +26,13 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
+def on_page_markdown(text: str, **_: Any) -> str:
+    """Links to files of the repository, as they lead to pages of the site."""
+    for page, source in ELSEWHERE.items():
+        text = text.replace(f"](../{source}", f"]({page}")
+    return re.sub(r"(\]\([\w./-]+)\.ipynb", r"\1.md", text)
+
+
 def on_page_content(text: str, **_: Any) -> str:
     """Formulas as MathML."""
     text = BLOCK.sub(lambda found: mathml(found[1], display="block"), text)
