@@ -112,7 +112,7 @@ class Taught(nn.Module):
 def _stages_of(model: nn.Module, stages: Sequence[str], batch: Batch) -> list[Tensor]:
     with outputs_of(model.eval(), stages) as seen:
         batching.logits(model, batch)
-    return list(seen)
+    return list(seen.values())
 
 
 class TaughtPhase(Phase):

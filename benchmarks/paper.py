@@ -36,7 +36,7 @@ from rmtkd.modules import randomize
 from rmtkd.recipes.checkpoints import save_classifier
 from rmtkd.recipes.recipe import Source
 from rmtkd.sites import encoder_of
-from rmtkd.surgery import tensors_of
+from rmtkd.storage import tensors_of
 from rmtkd.teaching import SAVE_EVERY, TrainingFile
 from rmtkd.training import Phase
 from rmtkd.writing import new_folder

@@ -16,7 +16,7 @@ from torch import nn
 from rmtkd.checkpoint import checksum
 from rmtkd.environment import machine, versions
 from rmtkd.errors import DataError, RmtkdError
-from rmtkd.surgery import tensors_of
+from rmtkd.storage import tensors_of
 from rmtkd.writing import write_atomically, write_json
 
 SCALES = ("tiny", "cpu", "full")

@@ -19,7 +19,7 @@ import rmtkd
 from conftest import random_rows, tiny_bert
 from rmtkd.checkpoint import checksum
 from rmtkd.distillation import Recovery
-from rmtkd.surgery import tensors_of
+from rmtkd.storage import tensors_of
 
 KILLS = 20
 

@@ -25,6 +25,7 @@ ORDER = [
     "batches",
     "memory",
     "calibration",
+    "storage",
     "measurement",
     "energy",
     "modeling_rmtkd",

@@ -263,7 +263,7 @@ def watched(
         if mask is not None and vectors.shape[:-2] == mask.shape:  # behind pooling there is nothing to mask
             seen.append((number, vectors[mask], rows[:, None].expand(mask.shape)[mask]))
         else:
-            flat = vectors.flatten(0, -3)
+            flat = vectors.flatten(0, -3).clone()  # what comes after may change activations in place
             seen.append((number, flat, rows.repeat_interleave(len(flat) // max(len(rows), 1)) if by_row else None))
         pending -= 1
         if pending == 0:

@@ -64,7 +64,8 @@ def called(batches: Iterable[Any] | None, forward: Forward | None) -> Iterable[B
 
 def check_again(**roles: Iterable[Any] | None) -> None:
     """Raise `DataError` for a collection, of any role, that can be gone through only once."""
-    for role, batches in roles.items():
+    for role, given in roles.items():
+        batches = given.batches if isinstance(given, Calls) else given
         if isinstance(batches, Iterator):
             raise DataError(
                 f"{role} rows are gone through several times. Got {type(batches).__name__}, which is used up after "
@@ -90,6 +91,11 @@ def check(batch: Any) -> Batch:
             raise DataError(
                 f"a batch must hold tensors alone, whose first dimension is the row. Got {_told(value)} at {name!r}. "
                 "Leave it out, or make it one tensor, in the collate_fn of the loader."
+            )
+        if len(value) != rows(batch):
+            raise DataError(
+                f"all tensors of a batch must have as many rows. Got {_told(value)} at {name!r}, and {rows(batch)} "
+                "rows of the first. Give every row its own, in the collate_fn of the loader."
             )
     return batch
 

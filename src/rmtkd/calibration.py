@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, TypeVar
 
-from torch.utils.data import DataLoader, IterableDataset
+import torch
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
 
 from rmtkd import memory
 from rmtkd.batches import Batch, Call, Calls, check, knows_epochs, set_epoch
@@ -34,7 +35,7 @@ def share_of(batches: Iterable[Any], share: float, look: Look = iter) -> Iterabl
     """An even share of the batches, from the first, the same in every pass.
 
     A collection that knows epochs gives its first pass again. Of others the batches are kept; of a `DataLoader` that
-    draws rows by number no others are read.
+    draws rows by number no others are read, and where it shuffles that share of the rows.
 
     Args:
         batches: a collection that can be gone through again.
@@ -71,9 +72,26 @@ def _chosen(batches: Iterable[Any], share: float, look: Look) -> Iterator[Batch]
         return (Call(check(rows), batches.forward) for rows in _chosen(batches.batches, share, look))  # type: ignore[arg-type]
     if type(batches) is not DataLoader or isinstance(batches.dataset, IterableDataset) or batches.batch_sampler is None:
         return evenly(look(batches), share)
-    numbers = list(evenly(batches.batch_sampler, share))
+    numbers = list(evenly(batches.batch_sampler, share)) if not _shuffles(batches) else _dealt(batches, share)
     reading = {name: getattr(batches, name) for name in READING}
     return look(DataLoader(batches.dataset, batch_sampler=numbers, **reading))
+
+
+def _shuffles(loader: DataLoader) -> bool:
+    """Whether it goes through all rows in a random order, as `shuffle=True` has it."""
+    sampler, size = loader.sampler, loader.batch_size
+    is_plain = type(loader.batch_sampler) is BatchSampler and type(sampler) is RandomSampler and size is not None
+    return is_plain and not sampler.replacement and sampler.num_samples == len(loader.dataset)  # type: ignore
+
+
+def _dealt(loader: DataLoader, share: float) -> list[list[int]]:
+    """This share of the rows, evenly spread over all, in batches: not by the loader's random numbers, which would be
+    others when a run goes on. Mixed, as norms by batch statistics want batches of all kinds of rows."""
+    rows = list(evenly(range(len(loader.dataset)), share))  # type: ignore[arg-type]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    size: int = loader.batch_size  # type: ignore[assignment]
+    numbers = [[rows[i] for i in order[start : start + size]] for start in range(0, len(rows), size)]
+    return numbers[:-1] if loader.drop_last and len(numbers) > 1 and len(numbers[-1]) < size else numbers
 
 
 def _kept(batches: Iterable[Batch]) -> list[Batch]:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from rmtkd.errors import OptionError, PlanError, RunError
 from rmtkd.planning import Plan, Spectrum, Target
+from rmtkd.storage import apart
 from rmtkd.writing import check_writable, write_atomically, write_json
 
 REPORT = "report.html"
@@ -48,7 +49,7 @@ def is_size(folder: Path) -> bool:
 
 def write_state(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Write tensors, copied from any device, and plain JSON values to one file, whole or not at all."""
-    stored = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    stored = apart(tensors)
     text = json.dumps(facts)
     write_atomically(path, serialize(stored, metadata={"facts": text, "checksum": checksum(stored, text)}))
 
@@ -251,6 +252,10 @@ class RunFolder:
     def release(self) -> None:
         """Let other processes have the run."""
         if self._lock is not None:
+            with suppress(ImportError, OSError):
+                import fcntl
+
+                fcntl.flock(self._lock, fcntl.LOCK_UN)  # processes that were forked hold the same lock
             os.close(self._lock)
             self._lock = None
 

@@ -141,9 +141,10 @@ def resume(
             rows, emit = rows.called(forward), progress.Emitter(on_event)
             subject = Subject(model, rows, chosen, sites=sites, teacher_model=teacher_model, emit=emit)
             if others := subject.take_up(config):
+                anew = " A loader with an order of its own is made anew for this." if "rows" in others[0] else ""
                 raise RunError(
                     f"a run goes on with the {others[0]} that it began with. These are others. Pass the same ones, or "
-                    "start a new run; nothing was changed."
+                    f"start a new run; nothing was changed.{anew}"
                 )
             run = Run(subject, chosen, control=control, emit=emit)
             return run.execute(given, folder, artifact.check_extra_files(extra_files))

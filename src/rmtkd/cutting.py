@@ -136,7 +136,8 @@ class BlockCalls:
     """The calls of one block over all batches, in files: re-iterable, as batches that run only this block.
 
     A network may use other inputs at every block. So the first batch is watched: only where every block is called once,
-    in order, with the output of the one before it and otherwise the very same arguments, do calls follow each other.
+    in order, with the output of the one before it and otherwise the very same arguments, none of them changed in place,
+    do calls follow each other.
     And only tensors and plain values are kept: files hold nothing that would have to be trusted.
 
     Args:
@@ -218,19 +219,28 @@ def _call_block(path: str | None, kept: Mapping[str, Any], model: nn.Module, _: 
 
 def follow_each_other(model: nn.Module, batches: Iterable[Batch], blocks: Sequence[str]) -> bool:
     """Whether each block is called once, with the output of the block before it and else the same arguments, all of
-    them tensors or plain values."""
+    them tensors or plain values, and nothing changes these or what it puts out in place."""
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any], Any]] = []
+    versions: list[tuple[Tensor, int]] = []
 
-    def see(path: str) -> Callable[..., None]:
-        return lambda _, args, kwargs, output: calls.append((path, args, kwargs, output))
+    def note(*values: Any) -> None:
+        versions.extend((tensor, _version(tensor)) for value in values for tensor in tensors_in(value))
+
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        note(args, kwargs)
+
+    def leave(path: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        calls.append((path, args, kwargs, output))
+        note(output)
 
     with ExitStack() as hooks, evaluation(model):
         for path in blocks:
-            handle = model.get_submodule(path).register_forward_hook(see(path), with_kwargs=True)
-            hooks.callback(handle.remove)
+            block = model.get_submodule(path)
+            hooks.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            hooks.callback(block.register_forward_hook(partial(leave, path), with_kwargs=True).remove)
         batch = batching.first(batches, "calibration")
         batching.logits(model, batching.to(batching.head(batch, 2), next(model.parameters()).device))
-    if [path for path, *_ in calls] != list(blocks):
+    if [path for path, *_ in calls] != list(blocks) or any(_version(tensor) != seen for tensor, seen in versions):
         return False
     if not all(args and isinstance(args[0], Tensor) and _is_plain([*args, kwargs]) for _, args, kwargs, _ in calls):
         return False
@@ -248,6 +258,19 @@ def follow_each_other(model: nn.Module, batches: Iterable[Batch], blocks: Sequen
         if any(a is not b for a, b in zip(rest(args, kwargs), rest(then_args, then_kwargs), strict=True)):
             return False
     return True
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; tensors of inference mode do not tell."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors in a value, in lists, tuples and mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    for part in value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ():
+        yield from tensors_in(part)
 
 
 def _is_plain(value: Any) -> bool:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -124,15 +125,22 @@ def hidden_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], mask: Te
     return torch.stack(ratios).mean()
 
 
+Outputs = dict[tuple[int, int], Tensor]
+"""What modules put out, by the place of a module in the list of their paths and the number of its call."""
+
+
 @contextmanager
-def outputs_of(model: nn.Module, paths: Sequence[str]) -> Iterator[list[Tensor]]:
-    """A list that receives the output of each module at `paths` in every forward pass; empty it in between."""
-    seen: list[Tensor] = []
+def outputs_of(model: nn.Module, paths: Sequence[str]) -> Iterator[Outputs]:
+    """What receives the outputs of the modules at `paths` in a forward pass, copied: what comes after may change them
+    in place. Empty it between two passes."""
+    seen: Outputs = {}
+    places = {path: place for place, path in enumerate(paths)}
 
-    def see(_: nn.Module, __: Any, output: Any) -> None:
-        seen.append(first_output(output))
+    def see(place: int, _: nn.Module, __: Any, output: Any) -> None:
+        number = sum(other == place for other, _ in seen)
+        seen[place, number] = first_output(output).clone()
 
-    handles = [model.get_submodule(path).register_forward_hook(see) for path in paths]
+    handles = [model.get_submodule(path).register_forward_hook(partial(see, place)) for path, place in places.items()]
     try:
         yield seen
     finally:
@@ -190,7 +198,7 @@ def check_pair(student: nn.Module, teacher: nn.Module, batch: Batch, blocks: Seq
                 f"a teacher model must answer the rows that its student answers. {type(model).__name__} gave: "
                 f"{error!r}. Choose another{', or leave hidden at 0' if blocks else ''}."
             ) from error
-        shapes.append([tuple(scores.shape), *(tuple(state.shape) for state in hidden)])
+        shapes.append([tuple(scores.shape), *(tuple(state.shape) for state in hidden.values())])
     mine, theirs = shapes
     if mine != theirs:
         what = "class scores" if mine[0] != theirs[0] else "hidden states"

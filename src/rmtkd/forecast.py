@@ -167,4 +167,4 @@ def _hidden_bytes(model: nn.Module, batch: Batch, blocks: Sequence[str]) -> int:
     device = next(model.parameters()).device
     with evaluation(model), outputs_of(model, blocks[:1]) as seen:
         batching.logits(model, batching.to(batching.head(batch, 1), device))
-    return sum(state.numel() * state.element_size() for state in seen) * batching.rows(batch)
+    return sum(state.numel() * state.element_size() for state in seen.values()) * batching.rows(batch)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import save_model
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.backends import mha
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -23,6 +23,7 @@ from rmtkd import batches as batching
 from rmtkd.batches import Batch
 from rmtkd.errors import DataError
 from rmtkd.memory import Pieces
+from rmtkd.storage import apart, state_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +111,7 @@ def count_disk_bytes(model: nn.Module) -> int:
     """Size of the weights as a safetensors file, in bytes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
-        save_model(model, str(path))
+        save_file(apart(state_of(model)), path)
         return path.stat().st_size
 
 

@@ -17,10 +17,12 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from rmtkd import modeling_rmtkd
+from rmtkd.errors import UnsupportedModelError
 from rmtkd.families import FAMILIES, IMAGE_FAMILIES, EncoderFamily, ImageFamily
 from rmtkd.modeling_rmtkd import PREFIX, EmbeddingLevel, EmbeddingLevels, FactorizedEmbedding, low_rank_pairs
 from rmtkd.sites import Axis, Site, find_family, find_image_family, find_sites, layer_paths
-from rmtkd.surgery import fill, tensors_of
+from rmtkd.storage import tensors_of
+from rmtkd.surgery import fill
 
 HEADS = "num_attention_heads"
 HEAD = "head_dim"
@@ -44,6 +46,20 @@ def presented(model: nn.Module) -> nn.Module:
         same = model_class(config)
     fill(same, {name: value.detach() for name, value in tensors_of(model).items()})
     return same.eval()
+
+
+def check_presentable(model: nn.Module) -> None:
+    """Raise `UnsupportedModelError` if the configuration of a model of a supported family does not say its shapes: it
+    could not be saved as one of transformers."""
+    model_class, config = described(model)
+    said, found = shapes_of(on_meta(model_class, config)), shapes_of(model)
+    differs = next((name for name in {**found, **said} if found.get(name) != said.get(name)), None)
+    if differs is not None:
+        raise UnsupportedModelError(
+            f"the configuration of a {type(model).__name__} must say its shapes. {differs} is {found.get(differs)} "
+            f"here, and {said.get(differs)} by model.config. Set config.num_labels where the head is of the same kind; "
+            "else pass sites=rmtkd.find_sites(model), and it is saved as a module of your own."
+        )
 
 
 def described(model: nn.Module) -> tuple[Any, Any]:

@@ -23,10 +23,10 @@ from rmtkd.activations import attach, in_groups
 from rmtkd.bases import Basis
 from rmtkd.batches import Batch
 from rmtkd.covariance import Covariance
-from rmtkd.cutting import Fit, fitting, follow_each_other
+from rmtkd.cutting import Fit, fitting, follow_each_other, tensors_in
 from rmtkd.errors import DataError
 from rmtkd.fisher import Metrics
-from rmtkd.measurement import at_least_zero, evaluation
+from rmtkd.measurement import answers, at_least_zero, evaluation
 from rmtkd.memory import Pieces, available_bytes
 from rmtkd.norms import norms_of, of_each_batch, without_single_rows
 from rmtkd.planning import Curve, Plan
@@ -38,6 +38,8 @@ TOGETHER = 64
 """Of these rows, how many are run at once."""
 STRETCH = 1.5
 """To how many times its length a row is padded, to be run with others."""
+ALIKE = 1e-3
+"""How far padding may move answers, in nats: as far as rounding does."""
 SHARES = (0.06, 0.15, 0.35, 0.65)
 """Shares of a full width at which its loss is measured, beside the least one and those that the rules count."""
 PASSES = 1
@@ -83,7 +85,10 @@ class Sensitivity:
         self.pieces = pieces or Pieces()
         # Never more at once than the caller runs: in how many pieces a batch fits into memory is found for those.
         most = min(TOGETHER, max(map(batching.rows, rows), default=TOGETHER))
-        together = gathered(every_nth_row(rows, most_rows), most)
+        few = every_nth_row(rows, most_rows)
+        together = gathered(few, most)
+        if not self._answer_alike(apart := gathered(few, most, stretch=1.0), together):
+            together = apart
         if norms_of(sites):
             together = list(without_single_rows(together))
         self.batches = [batching.to(batch, self.device) for batch in together]
@@ -100,6 +105,21 @@ class Sensitivity:
         in common is as large as the moments."""
         self._curves: Mapping[str, Curve] | None = None
         self.teacher = self.stand_at({})
+
+    def _answer_alike(self, apart: Sequence[Batch], together: Sequence[Batch]) -> bool:
+        """Whether rows have the answers that they have as they came once they are padded to be run with others: a model
+        may read what stands at padding."""
+        sizes = [
+            sum(batching.rows(batch) * batching.length(batch) for batch in batches) for batches in (apart, together)
+        ]
+        if sizes[0] == sizes[1]:  # none is padded
+            return True
+        with self.autocast():
+            plain, padded = (
+                torch.cat([answers(self.model, batch, self.pieces) for batch in batches]).double().log_softmax(-1)
+                for batches in (apart, together)
+            )
+        return float((plain.exp() * (plain - padded)).sum(-1).mean()) <= ALIKE
 
     def stand_at(self, widths: Mapping[str, int]) -> Float[Tensor, "rows classes"]:
         """Cut these shared widths from now on: losses near them are measured without running again what lies before the
@@ -284,11 +304,8 @@ def _keep(outputs: list[Any], _: nn.Module, __: Any, output: Any) -> None:
 
 
 def _bytes(value: Any) -> int:
-    """Of all tensors in a value, in lists, tuples and mappings."""
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    return sum(map(_bytes, parts))
+    """Of all tensors in a value."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(value))
 
 
 def _ladder(site: Site, counts: Iterable[float], multiple_of: int) -> set[int]:
@@ -360,14 +377,15 @@ def every_nth_row(rows: Iterable[Batch], most: int) -> list[Batch]:
     return [batch for batch in found if batching.rows(batch)]
 
 
-def gathered(batches: Iterable[Batch], most: int = TOGETHER) -> list[Batch]:
+def gathered(batches: Iterable[Batch], most: int = TOGETHER, stretch: float = STRETCH) -> list[Batch]:
     """The same rows in fewer batches, each of at most so many rows: those of one shape together, and where there is an
-    attention mask those of nearly one length, padded. A forward pass over a handful of rows costs mostly its calls."""
+    attention mask those of nearly one length, padded to at most `stretch` times theirs. A forward pass over a handful
+    of rows costs mostly its calls."""
     found: list[Batch] = []
     shortest = 0
     for batch in sorted(batches, key=batching.length):
         joined = None
-        if found and batching.length(batch) <= STRETCH * shortest:
+        if found and batching.length(batch) <= stretch * shortest:
             joined = batching.joined(found[-1], batch)
         if joined is None or batching.rows(joined) > most:
             found.append(batch)

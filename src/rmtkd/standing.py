@@ -12,7 +12,8 @@ from rmtkd.planning import Plan
 from rmtkd.schedule import Round, kept_widths
 from rmtkd.seeding import random_state, set_random_state
 from rmtkd.sites import Site
-from rmtkd.surgery import fill, skeleton, tensors_of
+from rmtkd.storage import tensors_of
+from rmtkd.surgery import fill, skeleton
 
 
 @dataclass(kw_only=True)

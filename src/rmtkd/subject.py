@@ -15,13 +15,14 @@ from rmtkd.checkpoint import checksum
 from rmtkd.distillation import check_pair
 from rmtkd.dry_run import Survey, metrics_of
 from rmtkd.environment import Precision, precision_on
-from rmtkd.errors import PlanError, UnsupportedModelError
+from rmtkd.errors import OptionError, PlanError, UnsupportedModelError
 from rmtkd.fisher import Metrics, fit
 from rmtkd.levels import in_levels
 from rmtkd.measurement import Estimate, answers, count_parameters, divergence, evaluation
 from rmtkd.memory import Pieces
 from rmtkd.modules import check_module, packing_rows, plain_copy
 from rmtkd.planning import Plan, check_described
+from rmtkd.pretrained import check_presentable
 from rmtkd.progress import Emitter
 from rmtkd.roles import (
     ANEW,
@@ -37,7 +38,7 @@ from rmtkd.schedule import Options
 from rmtkd.seeding import seeded
 from rmtkd.sensitivity import ROWS, every_nth_row
 from rmtkd.sites import Site, after_cuts, blocks_of, check_sites, encoder_of, explore, is_known
-from rmtkd.surgery import tensors_of
+from rmtkd.storage import tensors_of
 
 
 class Subject:
@@ -65,6 +66,8 @@ class Subject:
         self.emit = emit or Emitter()
         self.is_own = sites is not None or not is_known(model)
         self.encoder = None if self.is_own else encoder_of(model)
+        if not self.is_own:
+            check_presentable(model)
         self.model = _copied(model).to(options.device).eval()
         self.packs = list(packing_rows(model))
         """Paths of modules that pack rows in the user's model, and do not in ours."""
@@ -101,10 +104,17 @@ class Subject:
         if all_rows == ANEW:
             seen = ANEW if rows.calibration is None else seen
             self.remarks += (f"Training rows are {ANEW}, by random numbers that no seed sets: each run has others.",)
+            if options.embedding_levels > 1:
+                raise OptionError(
+                    "embedding_levels counts the tokens of all training rows, which must be the same when a run goes "
+                    f"on. These are {ANEW}, by random numbers that no seed sets. Draw them by those of torch, random "
+                    "or numpy, which are set from `seed`; or leave embedding_levels at 1."
+                )
         self.fingerprints |= {"training rows": f"{all_rows} {self.batches_per_epoch} batches", "calibration rows": seen}
         self.teacher_model: nn.Module | None = None
         if teacher_model is not None:
             self.teacher_model = _copied(teacher_model).to(options.device).eval()
+            self.packs_of_teacher = list(packing_rows(teacher_model))
             check_pair(self.model, self.teacher_model, self.example, self.blocks if options.recovery.hidden else ())
             self.fingerprints["teacher model"] = checksum(tensors_of(self.teacher_model))
         # What the first cut is made from: the same function as the teacher's.
@@ -145,10 +155,11 @@ class Subject:
         """Selection accuracy of the untouched model. What would be refused after hours is looked at, too."""
         with self._seeded():
             found = check_teacher(self.model, self.selection, pieces=self.pieces)
-            if self.packs:
-                check_packed(self.model, self.packs, self.selection)
+            check_packed(self.model, self.packs, self.selection)
         if self.teacher_model is not None:
             self.taught_by()
+            with self._seeded():
+                check_packed(self.teacher_model, self.packs_of_teacher, self.selection)
         if self.report is not None and self.measured_against["report"] == "labels":
             with self._seeded():
                 check_report(self.report, self.classes)

@@ -84,22 +84,20 @@ def skeleton(model: nn.Module, sites: Sequence[Site], widths: Mapping[str, int])
     return student
 
 
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, once each, also buffers that a state dict leaves out; `fill` puts them back."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
 def fill(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Put values in place of the parameters and buffers of these names, of any shape; tied ones stay tied, and a
+    """Put values in place of the parameters and buffers of these names, of any shape; shared ones stay shared, and a
     parameter with its channels last has them there again: files know one order alone."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    for name, buffer in buffers.items():
+        names.setdefault(id(buffer), []).append(name)
     for name, value in values.items():
         if name in buffers:
-            path, _, leaf = name.rpartition(".")
-            model.get_submodule(path)._buffers[leaf] = value
+            for alias in names[id(buffers[name])]:
+                path, _, leaf = alias.rpartition(".")
+                model.get_submodule(path)._buffers[leaf] = value
             continue
         old = model.get_parameter(name)
         if (order := order_of(old)) is not torch.contiguous_format:

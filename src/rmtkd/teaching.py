@@ -18,7 +18,7 @@ from rmtkd.recipes.checkpoints import save_classifier
 from rmtkd.recipes.recipe import Recipe
 from rmtkd.roles import fingerprint
 from rmtkd.seeding import seeded
-from rmtkd.surgery import tensors_of
+from rmtkd.storage import tensors_of
 from rmtkd.training import Phase, PhaseState, steps_of
 from rmtkd.writing import check_new, new_folder, write_json
 

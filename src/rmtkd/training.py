@@ -19,7 +19,7 @@ from rmtkd.measurement import check_labels
 from rmtkd.memory import Pieces
 from rmtkd.norms import as_gathered
 from rmtkd.seeding import random_state, set_random_state
-from rmtkd.surgery import tensors_of
+from rmtkd.storage import tensors_of
 
 OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
 """What the optimisers remember of each parameter."""
@@ -217,7 +217,11 @@ class Phase:
         if labels is not None:  # on a GPU the loss itself would end the process
             check_labels(labels, scores.shape[1], "training labels")
         known = distillation_loss(scores, guide, labels, alpha=recovery.alpha, temperature=recovery.temperature)
-        return self.with_hidden(known, mine, theirs, batching.real_positions(batch)) if self.theirs else known
+        both = [key for key in mine if key in theirs] if self.theirs else []  # a student may skip blocks in training
+        if not both:
+            return known
+        pairs = [mine[key] for key in both], [theirs[key] for key in both]
+        return self.with_hidden(known, *pairs, batching.real_positions(batch))
 
     def with_hidden(self, known: Tensor, mine: list[Tensor], theirs: list[Tensor], mask: Tensor | None) -> Tensor:
         """The loss of labels and answers, and beside it that of hidden states.

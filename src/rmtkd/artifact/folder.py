@@ -24,7 +24,8 @@ from rmtkd.modeling_rmtkd import PREFIX, EmbeddingLevels, FactorizedEmbedding, l
 from rmtkd.modules import set_levels
 from rmtkd.pretrained import OURS, class_named, described, on_meta, presented, quietly, shapes_of, without_values
 from rmtkd.sites import Site, trace_sites
-from rmtkd.surgery import factorize, fill, resize, set_attribute, tensors_of
+from rmtkd.storage import apart, state_of
+from rmtkd.surgery import factorize, fill, resize, set_attribute
 from rmtkd.writing import check_new, new_folder, write_atomically
 
 CONFIG = "config.json"
@@ -232,7 +233,7 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """What is stored of a model: parameters, and the buffers that belong to its state, by name, once each."""
-    return {name: value.detach().cpu().contiguous() for name, value in _stored(model).items()}
+    return apart(state_of(model))
 
 
 # ---------------------------------------------------------------------- writing
@@ -405,14 +406,8 @@ def check_shapes(expected: Mapping[str, Any], found: Mapping[str, Any], remedy: 
         )
 
 
-def _stored(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a model that belong to its state, by name, once each."""
-    state = model.state_dict().keys()
-    return {name: value for name, value in tensors_of(model).items() if name in state}
-
-
 def _stored_shapes(model: nn.Module) -> dict[str, list[int]]:
-    return {name: list(value.shape) for name, value in _stored(model).items()}
+    return {name: list(value.shape) for name, value in state_of(model).items()}
 
 
 def _assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -248,7 +248,8 @@ def compress(
         made = None
         if plan_file is not None:
             example = batching.first(given_to_run["selection"], "selection")
-            made = Plan.read(plan_file, sites=find_sites(given_to_run["model"], example))
+            low_rank = Plan.read(plan_file).low_rank
+            made = Plan.read(plan_file, sites=find_sites(given_to_run["model"], example, low_rank=low_rank))
         result = compression.compress(
             **given_to_run, plan=made, control=control, out=out, command=command, on_event=on_event, **options
         )
