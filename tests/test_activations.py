@@ -17,7 +17,7 @@ from rmtkd.errors import DataError, UnsupportedModelError
 from rmtkd.memory import Pieces
 from rmtkd.recipes.rows import TokenRows
 from rmtkd.replicates import Replicates
-from rmtkd.sites import Site, feed_forward_site, find_sites
+from rmtkd.sites import Site, embedding_site, feed_forward_site, find_sites
 from rmtkd.surgery import factorize, fill_with_ones, skeleton
 
 
@@ -380,3 +380,38 @@ def test_the_reader_of_an_embedding_is_the_identity_until_it_is_factorised() -> 
     small = skeleton(model, [site], {site.name: 5})
     fill_with_ones(small, "cpu")
     assert readers(small, find_sites(small)[0])[0].shape == (1, 32, 5)
+
+
+class Residual(nn.Module):
+    """Adds to its stream in place, or not."""
+
+    def __init__(self, in_place: bool):
+        super().__init__()
+        self.words, self.up, self.down, self.out = (
+            nn.Embedding(40, 8),
+            nn.Linear(8, 16),
+            nn.Linear(16, 8),
+            nn.Linear(8, 3),
+        )
+        self.in_place = in_place
+
+    def forward(self, ids: Tensor) -> Tensor:
+        state = self.words(ids)
+        change = self.down(torch.relu(self.up(state)))
+        if self.in_place:
+            state += change
+        else:
+            state = state + change
+        return self.out(state.mean(1))
+
+
+def test_what_is_seen_of_a_stream_is_what_was_there_when_it_passed() -> None:
+    torch.manual_seed(0)
+    plain, in_place = Residual(False), Residual(True)
+    in_place.load_state_dict(plain.state_dict())
+    rows = [(torch.randint(0, 40, (16, 10)),) for _ in range(4)]
+    seen = [
+        collect(model, [embedding_site(model, "words")], rows)["embeddings.word"][0].covariance()
+        for model in (plain, in_place)
+    ]
+    assert torch.equal(*seen)

@@ -211,3 +211,14 @@ def test_an_output_that_holds_no_scores_is_named():
 
     with pytest.raises(UnsupportedModelError, match=r"Silent returned tuple\. Pass a forward="):
         batching.logits(Silent(), PAIR)
+
+
+def test_a_tensor_of_another_number_of_rows_is_refused_by_name() -> None:
+    with pytest.raises(DataError, match=r"as many rows. Got a tensor of shape \[1, 3\] at 'position_ids', and 2 rows"):
+        batching.check({**MAPPING, "position_ids": torch.arange(3)[None]})
+
+
+@pytest.mark.parametrize("forward", [None, lambda model, rows: model(rows[0])])
+def test_rows_that_are_used_up_after_once_are_refused_under_a_forward_too(forward: Any) -> None:
+    with pytest.raises(DataError, match=r"report rows are gone through several times\. Got generator"):
+        batching.check_again(train=[PAIR], report=batching.called((pair for pair in [PAIR]), forward))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
 from rmtkd import memory
 from rmtkd.batches import Batch, Calls
@@ -78,6 +78,7 @@ def test_of_a_loader_only_the_share_is_read_once(shuffle: bool, is_called: bool)
     first = [batch.rows for batch in share] if is_called else list(share)  # type: ignore[union-attr]
     assert len(set(rows.seen)) == len(rows.seen) == 12
     assert sorted(chain(*numbers(first))) == sorted(rows.seen)
+    assert not shuffle or sorted(rows.seen) == list(evenly(range(DRAWN), 0.3))
     assert shuffle or numbers(first) == [[0, 1, 2, 3], [12, 13, 14, 15], [24, 25, 26, 27]]
     assert len(list(share)) == 3 and len(rows.seen) == 12
 
@@ -121,3 +122,23 @@ def test_batches_that_memory_cannot_hold_are_refused_with_a_way_out(monkeypatch:
     monkeypatch.setattr(memory, "available_bytes", partial(next, free))
     with pytest.raises(DataError, match=r"Of 64\.0 GB that were free 6\.0 are left after 3 batches.*calibration_share"):
         share_of([(torch.arange(4),)] * 100, 0.5)
+
+
+def test_a_share_of_shuffled_rows_is_the_same_whatever_the_loader_draws() -> None:
+    generator = torch.Generator().manual_seed(0)
+    loader = DataLoader(Reads(), batch_size=4, shuffle=True, collate_fn=pairs, generator=generator)
+    shares = []
+    for _ in range(3):
+        list(loader)
+        shares.append(numbers(share_of(loader, 0.25)))
+    assert shares[0] == shares[1] == shares[2]
+    assert sorted(chain(*shares[0])) == list(range(0, DRAWN, 4))
+    assert sorted(shares[0]) != [[0, 4, 8, 12], [16, 20, 24, 28], [32, 36]]
+
+
+@pytest.mark.parametrize("count", [6, DRAWN])
+def test_rows_that_are_drawn_in_another_way_come_by_the_loader_s_batches(count: int) -> None:
+    rows = Reads()
+    sampler = RandomSampler(rows, replacement=count == DRAWN, num_samples=count)
+    share = share_of(DataLoader(rows, batch_size=2, sampler=sampler, collate_fn=pairs), 0.5)
+    assert len(rows.seen) == 2 * len(list(share)) == {6: 4, DRAWN: DRAWN // 2}[count]

@@ -2,14 +2,17 @@
 
 import json
 import os
+import signal
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from conftest import contents, random_rows, tiny_bert
 from rmtkd import compression
-from rmtkd.checkpoint import RunFolder, read_planned
+from rmtkd.checkpoint import RunFolder, read_planned, read_state, write_state
 from rmtkd.errors import RunError
 from rmtkd.planning import Plan
 
@@ -173,3 +176,26 @@ def test_planning_again_keeps_the_earlier_plan_under_a_number(tmp_path: Path):
     ]
     assert kept == [first, second, first]
     assert (tmp_path / "run" / "spectra.1.npz").is_file()
+
+
+def test_a_run_that_was_released_is_free_though_a_forked_process_lives_on(tmp_path: Path):
+    """As the workers of a data loader do."""
+    first = RunFolder.create(tmp_path / "run", {})
+    sleeper = os.fork()
+    if sleeper == 0:
+        time.sleep(60)
+        os._exit(0)
+    try:
+        first.release()
+        RunFolder.open(tmp_path / "run").release()
+    finally:
+        os.kill(sleeper, signal.SIGKILL)
+        os.waitpid(sleeper, 0)
+
+
+def test_a_state_may_hold_tensors_that_share_memory(tmp_path: Path):
+    whole = torch.arange(12.0)
+    tensors = {"whole": whole, "part": whole[:6], "again": whole.view(3, 4), "row": whole.view(3, 4).T[1]}
+    write_state(tmp_path / "state", tensors, {})
+    found, _ = read_state(tmp_path / "state")
+    assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)

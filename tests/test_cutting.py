@@ -13,6 +13,7 @@ from conftest import assert_untouched, random_rows, snapshot, tiny_bert
 from rmtkd import cutting
 from rmtkd.activations import collect
 from rmtkd.cutting import BlockCalls, cut_in_order
+from rmtkd.sensitivity import Sensitivity
 from rmtkd.sites import blocks_of, feed_forward_site, find_sites
 from rmtkd.surgery import check_cut
 
@@ -116,12 +117,13 @@ def test_without_room_for_a_folder_the_long_way_is_taken_too(
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, *, in_place: bool = False) -> None:
         super().__init__()
-        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.up, self.down, self.in_place = nn.Linear(8, 16), nn.Linear(16, 8), in_place
 
     def forward(self, state: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
-        return state + self.down(torch.relu(self.up(state + first)))
+        change = self.down(torch.relu(self.up(state + first)))
+        return state.add_(change) if self.in_place else state + change
 
 
 class Stack(nn.Module):
@@ -130,23 +132,27 @@ class Stack(nn.Module):
     def __init__(self, wiring: str):
         super().__init__()
         self.wiring = wiring
-        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.blocks = nn.ModuleList(Block(in_place=wiring == "within, in place") for _ in range(3))
         self.head = nn.Linear(8, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        state, first = x, x
+        state, first = x.clone(), x
         for i, block in enumerate(self.blocks):
             state = block(state, first)
             if self.wiring == "other argument":
                 first = first * 2
             if self.wiring == "between":
                 state = state * 1.5
+            if self.wiring == "between, in place":
+                state *= 1.5
             if self.wiring == "twice" and i == 1:
                 state = block(state, first)
         return self.head(state)
 
 
-@pytest.mark.parametrize("wiring", ["in a row", "other argument", "between", "twice"])
+@pytest.mark.parametrize(
+    "wiring", ["in a row", "other argument", "between", "between, in place", "within, in place", "twice"]
+)
 def test_only_blocks_that_follow_each_other_are_run_alone(wiring: str):
     torch.manual_seed(0)
     model = Stack(wiring).eval()
@@ -165,6 +171,11 @@ def test_only_blocks_that_follow_each_other_are_run_alone(wiring: str):
         patch.setattr(cutting, "follow_each_other", lambda *_: False)
         long, _ = cut_in_order(model, sites, kept, batches)
     assert_untouched(short, snapshot(long))
+    keeping, whole = (Sensitivity(model, sites, collect(model, sites, batches), batches) for _ in range(2))
+    whole.blocks = []
+    whole.stand_at({})
+    for site in sites:  # kept outputs of blocks change no loss
+        assert keeping.loss({site.name: 5}) == pytest.approx(whole.loss({site.name: 5}), rel=1e-6)
 
 
 class Given(nn.Module):

@@ -197,3 +197,18 @@ def test_a_model_of_ones_own_may_lose_a_level(tmp_path: Path) -> None:
     )
     result.save(tmp_path / "model")
     assert torch.equal(rmtkd.load(tmp_path / "model", Bag)(rows[0][0]), result.model(rows[0][0]))
+
+
+def test_levels_of_rows_that_are_drawn_anew_are_refused() -> None:
+    """Their tokens would be counted otherwise when a run goes on."""
+
+    class Masked:
+        def __iter__(self) -> Any:
+            for row in rows:
+                gone = torch.rand(row["input_ids"].shape, generator=generator) < 0.2
+                yield {**row, "input_ids": row["input_ids"].masked_fill(gone, 1)}
+
+    model, generator = tiny_bert(), torch.Generator().manual_seed(0)
+    rows = answered(model, 40)
+    with pytest.raises(OptionError, match="embedding_levels counts the tokens of all training rows"):
+        rmtkd.compress(model, train=Masked(), selection=rows, embedding_levels=2, multiple_of=2)

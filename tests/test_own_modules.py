@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import rmtkd
 from conftest import assert_untouched, random_rows, snapshot, tiny_bert
+from rmtkd import environment
 from rmtkd.errors import DataError, OptionError, SurgeryError, UnsupportedModelError
 from rmtkd.measurement import count_parameters
 from rmtkd.sites import feed_forward_site, linear_site
@@ -404,3 +405,123 @@ def test_a_model_that_runs_at_some_widths_alone_is_cut_to_these(model: Classifie
 def test_a_model_that_does_not_run_whole_says_so_itself(model: Classifier, points: tuple[Tensor, Tensor]):
     with pytest.raises(RuntimeError, match="same reduction dim"):
         rmtkd.plan(model, calibration=[(points[0][:, :5], points[1])], sites=sites(model))
+
+
+def test_a_teacher_model_whose_answers_depend_on_padding_is_refused_too():
+    class Careless(Encoder):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.head(self.layers(self.words(input_ids), src_key_padding_mask=attention_mask == 0).mean(1))
+
+    torch.manual_seed(0)
+    model, careless, rows = Encoder().eval(), Careless().eval(), random_rows(96)
+    rows.labels = None
+    with pytest.raises(UnsupportedModelError, match=r"must not depend on what stands at padding\. layers packs"):
+        rmtkd.compress(model, train=rows, selection=rows, teacher_model=careless, target="70%params")
+
+
+class SharedMean(Classifier):
+    """Two parts that are centred by one buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        mean = torch.zeros(6)
+        self.one, self.other = nn.Module(), nn.Module()
+        self.one.register_buffer("mean", mean)
+        self.other.register_buffer("mean", mean)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return super().forward(x - (self.one.mean + self.other.mean) / 2, scale)  # type: ignore[operator]
+
+
+class Overlapping(Classifier):
+    """A buffer that is a part of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        ones = torch.ones(12)
+        self.register_buffer("all", ones)
+        self.register_buffer("part", ones[:6])
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return super().forward(x * self.part + self.all[6:] - 1, scale)  # type: ignore[operator,index]
+
+
+class Versioned(Classifier):
+    """Keeps something beside its tensors."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 3}
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("kind", [SharedMean, Overlapping, Versioned])
+def test_a_module_with_buffers_in_one_memory_or_a_state_of_its_own_is_compressed_and_loaded(
+    kind: type[Classifier], model: Classifier, points: tuple[Tensor, Tensor], tmp_path: Path
+):
+    own = kind()
+    own.load_state_dict(model.state_dict(), strict=False)
+    if isinstance(own, SharedMean):
+        own.one.mean.fill_(0.1)  # type: ignore[operator]
+    small = rmtkd.compress(
+        own,
+        **parts(points),  # type: ignore[arg-type]
+        sites=sites(own),
+        out=tmp_path / "run",
+        save_every_s=0.0,
+        **{**OPTIONS, "epochs": 0.5},
+    )
+    loaded = rmtkd.load(tmp_path / "run" / "model", kind)
+    with torch.no_grad():
+        assert torch.equal(loaded(points[0][:50]), small.model(points[0][:50]))
+
+
+class Filling(Classifier):
+    """Writes into a tensor of 32 bits what a map gives: under autocast this is of another type."""
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        hidden = torch.zeros(len(x), self.down.out_features)
+        hidden[x[:, 0] > -9] = self.down(torch.relu(self.up(x[x[:, 0] > -9])))
+        return self.out(hidden)
+
+
+def test_a_model_that_does_not_run_in_bf16_runs_in_32_bits_and_the_plan_says_so(
+    model: Classifier, points: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(environment, "has_bf16", lambda device: True)
+    filling = Filling()
+    filling.load_state_dict(model.state_dict())
+    given: dict[str, Any] = {
+        **parts(points),
+        **OPTIONS,
+        "epochs": 0.5,
+        "sites": sites(filling)[:1],
+        "target": "60%params",
+    }
+    small = rmtkd.compress(filling, **given)
+    assert small.record["precision"] == "fp32"
+    assert any("does not run: all is in 32 bits" in remark for remark in small.plan.remarks)
+    with pytest.raises(OptionError, match=r"must run under autocast for bf16\. Filling gave"):
+        rmtkd.compress(filling, **given, precision="bf16")
+
+
+def test_a_model_without_a_score_for_every_class_is_refused(points: tuple[Tensor, Tensor]):
+    class Single(Classifier):
+        def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+            return super().forward(x, scale)[:, 0]
+
+    single = Single()
+    with pytest.raises(UnsupportedModelError, match=r"a score for every class.*gave \[1\] for one row"):
+        rmtkd.compress(single, **parts(points), sites=sites(single), **OPTIONS)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("head", [nn.Linear(32, 4), nn.Sequential(nn.Linear(32, 8), nn.Tanh(), nn.Linear(8, 3))])
+def test_a_stock_model_whose_head_its_configuration_does_not_say_is_refused_or_a_module_of_its_own(head: nn.Module):
+    model, rows = tiny_bert(), random_rows(64)
+    model.classifier, rows.labels = head, None  # type: ignore[assignment]
+    given: dict[str, Any] = {"train": rows, "selection": rows, "target": "70%params", "multiple_of": 2, "epochs": 0.2}
+    with pytest.raises(UnsupportedModelError, match=r"must say its shapes\. classifier.*sites=rmtkd.find_sites"):
+        rmtkd.compress(model, **given)
+    small = rmtkd.compress(model, **given, sites=rmtkd.find_sites(model))
+    assert count_parameters(small.model) <= 0.7 * count_parameters(model)

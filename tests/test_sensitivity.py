@@ -22,7 +22,7 @@ from rmtkd.memory import Pieces
 from rmtkd.planning import Plan, retarget, settle
 from rmtkd.schedule import Options
 from rmtkd.sensitivity import STRETCH, TOGETHER, Sensitivity, every_nth_row, gathered, projection
-from rmtkd.sites import by_width, find_sites
+from rmtkd.sites import by_width, feed_forward_site, find_sites
 from rmtkd.surgery import fold
 
 MODEL = tiny_bert()
@@ -398,3 +398,25 @@ def test_a_forward_may_read_attributes_of_blocks_that_are_not_run_again() -> Non
     rows = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(16)]
     made, _ = rmtkd.plan(model, calibration=rows[:4], selection=rows[4:], target="80%params", multiple_of=1)
     assert made.loss is not None
+
+
+class Last(torch.nn.Module):
+    """Reads the last position, whatever stands there: for rows that are padded on the left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.up, self.out = torch.nn.Embedding(40, 8), torch.nn.Linear(8, 32), torch.nn.Linear(32, 3)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.relu(self.up(self.words(input_ids)[:, -1])))
+
+
+def test_rows_are_not_padded_for_a_model_that_reads_what_stands_there() -> None:
+    torch.manual_seed(0)
+    model, rows = Last(), []
+    for count, length in ((16, 10), (4, 11), (4, 12), (4, 13)):
+        ids = torch.randint(1, 40, (count, length))
+        rows.append({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    sites = [feed_forward_site(model, "inner", writers=["up"], reader="out")]
+    assert len(Sensitivity(model, sites, collect(model, sites, rows), rows).batches) == 4
+    assert len(Sensitivity(MODEL, SITES, MOMENTS, rows).batches) == 2

@@ -239,3 +239,36 @@ def test_a_last_batch_of_one_row_is_trained_on_with_the_statistics_there_are():
     losses = Phase(student, rows, steps=4, recovery=Recovery(lr=1e-3)).run(look)
     assert len(losses) == 4
     assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+
+
+class Skipping(torch.nn.Module):
+    """Leaves out a block now and then, in training."""
+
+    def __init__(self, skips: tuple[int, ...]):
+        super().__init__()
+        self.blocks, self.skips = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3)), skips
+        self.head = torch.nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for i, block in enumerate(self.blocks):
+            x = x if self.training and i in self.skips else x + block(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("skips", [(), (1,), (0, 1, 2)])
+def test_hidden_states_are_compared_after_the_blocks_that_a_student_runs(skips: tuple[int, ...]):
+    torch.manual_seed(0)
+    teacher, student = Skipping(()), Skipping(skips)
+    rows = [(torch.randn(8, 4), torch.zeros(8, dtype=torch.long))]
+    running = Phase(
+        student,
+        rows,
+        steps=1,
+        recovery=Recovery(alpha=0.0, hidden=1.0),
+        teacher=Teacher(teacher),
+        blocks=[f"blocks.{i}" for i in range(3)],
+    )
+    seen: list[int] = []
+    running.with_hidden = lambda known, mine, theirs, mask: seen.extend((len(mine), len(theirs))) or known  # type: ignore
+    running.run()
+    assert seen == ([] if len(skips) == 3 else [3 - len(skips)] * 2)

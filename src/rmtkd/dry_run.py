@@ -13,9 +13,9 @@ from rmtkd import batches as batching
 from rmtkd.activations import Observed, moments_of, observe
 from rmtkd.batches import Batch, Forward, called
 from rmtkd.cutting import cut_in_order
-from rmtkd.environment import precision_on
 from rmtkd.fisher import Metrics, output_metrics
 from rmtkd.levels import in_levels
+from rmtkd.measurement import precision_for
 from rmtkd.memory import Pieces
 from rmtkd.modules import check_module, unpacked
 from rmtkd.planning import (
@@ -155,7 +155,7 @@ class Survey:
             self.moments,
             self.calibration if self.selection is None else self.selection,
             metrics=metrics,
-            bf16=precision_on(next(self.model.parameters()).device, self.options.precision) == "bf16",
+            bf16=precision_for(self.model, self.example, self.options.precision) == "bf16",
             pieces=self.pieces,
         )
 
@@ -298,7 +298,7 @@ def metrics_of(
     """The metrics that the options ask for: none for the identity, or where nothing is cut."""
     if options.metric == "output" or not sites:
         return {}
-    bf16 = precision_on(next(model.parameters()).device, options.precision) == "bf16"
+    bf16 = precision_for(model, batching.first(calibration, "calibration"), options.precision) == "bf16"
     return output_metrics(model, sites, calibration, seed=options.seed, bf16=bf16, pieces=pieces)
 
 

@@ -21,8 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rmtkd import batches as batching
 from rmtkd.batches import Batch
-from rmtkd.errors import DataError
-from rmtkd.memory import Pieces
+from rmtkd.environment import Precision, precision_on
+from rmtkd.errors import DataError, OptionError
+from rmtkd.memory import Pieces, is_out_of_memory
 from rmtkd.storage import apart, state_of
 
 
@@ -81,6 +82,31 @@ def evaluation(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in flags:
             module.training = flag
+
+
+def precision_for(model: nn.Module, batch: Batch, asked: str) -> Precision:
+    """What one of `PRECISIONS` is for a model where it lies: 32 bits for `auto` if the model does not run
+    under autocast.
+
+    Raises:
+        OptionError: if bf16 was asked for and it does not run.
+    """
+    device = next(model.parameters()).device
+    if precision_on(device, asked) == "fp32":
+        return "fp32"
+    try:
+        with evaluation(model), torch.autocast(device.type, torch.bfloat16):
+            batching.logits(model, batching.to(batching.head(batch, 2), device))
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        if asked == "bf16":
+            raise OptionError(
+                f"a model must run under autocast for bf16. {type(model).__name__} gave: {error} Leave precision at "
+                "auto, or take fp32."
+            ) from error
+        return "fp32"
+    return "bf16"
 
 
 def count_flops(model: nn.Module, batch: Batch) -> int:

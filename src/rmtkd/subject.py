@@ -18,7 +18,7 @@ from rmtkd.environment import Precision, precision_on
 from rmtkd.errors import OptionError, PlanError, UnsupportedModelError
 from rmtkd.fisher import Metrics, fit
 from rmtkd.levels import in_levels
-from rmtkd.measurement import Estimate, answers, count_parameters, divergence, evaluation
+from rmtkd.measurement import Estimate, answers, count_parameters, divergence, evaluation, precision_for
 from rmtkd.memory import Pieces
 from rmtkd.modules import check_module, packing_rows, plain_copy
 from rmtkd.planning import Plan, check_described
@@ -119,7 +119,9 @@ class Subject:
             self.fingerprints["teacher model"] = checksum(tensors_of(self.teacher_model))
         # What the first cut is made from: the same function as the teacher's.
         self.start, self.sites = in_levels(self.model, self.sites, rows.train, options.embedding_levels)
-        self.precision: Precision = precision_on(options.device, options.precision)
+        self.precision: Precision = precision_for(self.start, self.example, options.precision)
+        if self.precision != precision_on(options.device, options.precision):
+            self.remarks += ("In bf16, which this machine is faster in, the model does not run: all is in 32 bits.",)
 
     def _labelled(self, role: str, rows: Iterable[Batch]) -> Iterable[Batch]:
         """Rows with labels: their own, or else the teacher's answers."""
@@ -157,9 +159,9 @@ class Subject:
             found = check_teacher(self.model, self.selection, pieces=self.pieces)
             check_packed(self.model, self.packs, self.selection)
         if self.teacher_model is not None:
-            self.taught_by()
             with self._seeded():
                 check_packed(self.teacher_model, self.packs_of_teacher, self.selection)
+            self.taught_by()
         if self.report is not None and self.measured_against["report"] == "labels":
             with self._seeded():
                 check_report(self.report, self.classes)
@@ -184,7 +186,13 @@ class Subject:
     def classes(self) -> int:
         """Between how many classes the head chooses."""
         with evaluation(self.model):
-            return batching.logits(self.model, batching.head(self.example, 1)).shape[1]
+            scores = batching.logits(self.model, batching.head(self.example, 1))
+        if scores.ndim != 2:
+            raise UnsupportedModelError(
+                f"a model must give a score for every class, [rows, classes]. {type(self.model).__name__} gave "
+                f"{list(scores.shape)} for one row. Pass a forward= that gives them; nothing was changed."
+            )
+        return scores.shape[1]
 
     @property
     def decided(self) -> Options:
