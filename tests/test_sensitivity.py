@@ -405,7 +405,7 @@ class Last(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.words, self.up, self.out = torch.nn.Embedding(40, 8), torch.nn.Linear(8, 32), torch.nn.Linear(32, 3)
+        self.words, self.up, self.out = torch.nn.Embedding(40, 8), torch.nn.Linear(8, 16), torch.nn.Linear(16, 3)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         return self.out(torch.relu(self.up(self.words(input_ids)[:, -1])))
