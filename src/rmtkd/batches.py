@@ -86,12 +86,14 @@ def check(batch: Any) -> Batch:
             f"a batch must be a mapping of tensors, or a pair (x, labels). Got {_told(batch)}. Make the loader give "
             "one of these; rows without labels are (x,)."
         )
-    for name, value in batch.items() if isinstance(batch, Mapping) else enumerate(batch):
+    held: list[tuple[Any, Any]] = list(batch.items() if isinstance(batch, Mapping) else enumerate(batch))
+    for name, value in held:
         if not isinstance(value, Tensor) or value.ndim == 0:
             raise DataError(
                 f"a batch must hold tensors alone, whose first dimension is the row. Got {_told(value)} at {name!r}. "
                 "Leave it out, or make it one tensor, in the collate_fn of the loader."
             )
+    for name, value in held:
         if len(value) != rows(batch):
             raise DataError(
                 f"all tensors of a batch must have as many rows. Got {_told(value)} at {name!r}, and {rows(batch)} "
