@@ -446,6 +446,18 @@ class Overlapping(Classifier):
         return super().forward(x * self.part + self.all[6:] - 1, scale)  # type: ignore[operator,index]
 
 
+class Turning(Classifier):
+    """Turns pairs of its inputs by a complex buffer, as some positions are encoded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("turns", torch.polar(torch.ones(3), 0.3 * torch.arange(3.0)))
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        turned = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * self.turns  # type: ignore[operator]
+        return super().forward(torch.view_as_real(turned).flatten(-2).to(x.dtype), scale)
+
+
 class Versioned(Classifier):
     """Keeps something beside its tensors."""
 
@@ -456,8 +468,8 @@ class Versioned(Classifier):
         pass
 
 
-@pytest.mark.parametrize("kind", [SharedMean, Overlapping, Versioned])
-def test_a_module_with_buffers_in_one_memory_or_a_state_of_its_own_is_compressed_and_loaded(
+@pytest.mark.parametrize("kind", [SharedMean, Overlapping, Turning, Versioned])
+def test_a_module_with_unusual_buffers_or_a_state_of_its_own_is_compressed_and_loaded(
     kind: type[Classifier], model: Classifier, points: tuple[Tensor, Tensor], tmp_path: Path
 ):
     own = kind()

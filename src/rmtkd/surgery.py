@@ -163,7 +163,7 @@ def check_cut(
     dtype = next(student.parameters()).dtype
     batch = batching.to(batch, "cpu")
     reference, precision = exact(reference, batch)
-    student = copy.deepcopy(student).to("cpu", precision)
+    student = _on_cpu(student, precision)
     if any(stream.norm for site in sites for stream in site.streams):
         # Statistics that were gathered anew are not those of the reference: the folded ones are.
         fill(student, dict(fold(reference, sites, bases).named_buffers()))
@@ -188,10 +188,15 @@ def check_cut(
     return error
 
 
+def _on_cpu(model: nn.Module, precision: torch.dtype) -> nn.Module:
+    """A copy in this precision; complex buffers stay what they are."""
+    return copy.deepcopy(model).cpu()._apply(lambda value: value.to(precision) if value.is_floating_point() else value)
+
+
 def exact(model: nn.Module, batch: Batch) -> tuple[nn.Module, torch.dtype]:
     """A copy of the model on the CPU in float64, in evaluation mode, and that precision; in float32 if it does not run
     on this batch otherwise: its forward casts to it on the way."""
-    copied = copy.deepcopy(model).to("cpu", torch.float64).eval()
+    copied = _on_cpu(model, torch.float64).eval()
     try:
         with evaluation(copied):
             batching.logits(copied, batching.in_precision(batch, torch.float64))
