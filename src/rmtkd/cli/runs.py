@@ -5,7 +5,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -149,7 +149,7 @@ def compress(
     from rmtkd import batches as batching
     from rmtkd import compression, recipes
     from rmtkd.checkpoint import RunFolder
-    from rmtkd.errors import OptionError
+    from rmtkd.errors import OptionError, PlanError
     from rmtkd.planning import Plan
     from rmtkd.schedule import OF_PLANS, Options
     from rmtkd.sites import find_sites
@@ -248,7 +248,9 @@ def compress(
         made = None
         if plan_file is not None:
             example = batching.first(given_to_run["selection"], "selection")
-            low_rank = Plan.read(plan_file).low_rank
+            low_rank = False
+            with suppress(PlanError):  # told below, with what does not fit the model
+                low_rank = Plan.read(plan_file).low_rank
             made = Plan.read(plan_file, sites=find_sites(given_to_run["model"], example, low_rank=low_rank))
         result = compression.compress(
             **given_to_run, plan=made, control=control, out=out, command=command, on_event=on_event, **options
