@@ -2,8 +2,6 @@
 
 import itertools
 import sys
-import threading
-import time
 import types
 from pathlib import Path
 from typing import Any
@@ -17,45 +15,74 @@ from rmtkd.errors import DataError
 CPU = torch.device("cpu")
 
 
+class Clock:
+    """Time that goes on only where somebody waits for it: no other work on the machine changes what is measured."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def time(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock that energy is measured by."""
+    clock = Clock()
+    monkeypatch.setattr("rmtkd.energy.time", clock)
+    return clock
+
+
 class Meter:
     """Two watts at rest, and 0.05 joules a pass."""
 
     source = "a meter"
 
-    def __init__(self, passes: list[int], at_rest: float = 2.0, each: float = 0.05):
-        self.passes, self.at_rest, self.each = passes, at_rest, each
+    def __init__(self, clock: Clock, at_rest: float = 2.0, each: float = 0.05):
+        self.clock, self.at_rest, self.each, self.passes = clock, at_rest, each, 0
+
+    def work(self) -> None:
+        self.passes += 1
+        self.clock.sleep(0.001)
 
     def read(self) -> float:
-        return self.at_rest * time.perf_counter() + self.each * len(self.passes)
+        return self.at_rest * self.clock.now + self.each * self.passes
 
     def joules(self, start: float, end: float) -> float:
         return end - start
 
 
-def test_a_pass_costs_what_it_adds_to_rest() -> None:
-    passes: list[int] = []
-    (found,) = measure_energy([lambda: passes.append(1) or time.sleep(0.001)], CPU, counter=Meter(passes), seconds=0.1)
-    assert found.joules == pytest.approx(0.05, rel=0.2)  # on a busy machine clock and counter are not read at once
-    assert found.rest_watts == pytest.approx(2.0, rel=0.2)
-    assert found.watts == pytest.approx(2.0 + 0.05 * found.passes / found.seconds, rel=0.2)
-    assert found.passes == len(passes) - 1 and found.source == "a meter" and found.reason is None
+def test_a_pass_costs_what_it_adds_to_rest(clock: Clock) -> None:
+    meter = Meter(clock)
+    (found,) = measure_energy([meter.work], CPU, counter=meter, seconds=0.1)
+    assert found.joules == pytest.approx(0.05)
+    assert found.rest_watts == pytest.approx(2.0)
+    assert found.watts == pytest.approx(2.0 + 0.05 / 0.001)
+    assert found.passes == meter.passes - 1 == pytest.approx(100, abs=1) and found.source == "a meter"
+    assert found.seconds == pytest.approx(0.001 * found.passes) and found.reason is None
 
 
-def test_work_that_does_not_rise_above_rest_has_no_number_and_a_reason() -> None:
-    passes: list[int] = []
-    (found,) = measure_energy([lambda: passes.append(1)], CPU, counter=Meter(passes, each=-0.01), seconds=0.02)
+def test_work_that_does_not_rise_above_rest_has_no_number_and_a_reason(clock: Clock) -> None:
+    meter = Meter(clock, each=-0.01)
+    (found,) = measure_energy([meter.work], CPU, counter=meter, seconds=0.02)
     assert found.joules is None and "did not rise above rest" in (found.reason or "")
 
 
 @pytest.mark.parametrize("fault", [ValueError("no number"), OSError("gone"), None])
-def test_a_counter_that_tells_no_number_ends_no_run(fault: Exception | None) -> None:
+def test_a_counter_that_tells_no_number_ends_no_run(fault: Exception | None, clock: Clock) -> None:
     class Broken(Meter):
         def joules(self, start: float, end: float) -> float:
             if fault is not None:
                 raise fault
             return float("nan")
 
-    (found,) = measure_energy([lambda: None], CPU, counter=Broken([]), seconds=0.01)
+    (found,) = measure_energy([lambda: clock.sleep(0.001)], CPU, counter=Broken(clock), seconds=0.01)
     assert found.joules is None and found.reason
 
 
@@ -136,29 +163,28 @@ def test_a_meters_file_is_integrated_over_the_time_of_the_work(tmp_path: Path) -
         Metered(tmp_path / "other.csv")
 
 
-def test_a_meters_file_may_be_written_while_work_goes_on(tmp_path: Path) -> None:
-    path, stop, busy = tmp_path / "meter.csv", threading.Event(), threading.Event()
+def test_a_meters_file_may_be_written_while_work_goes_on(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, busy = tmp_path / "meter.csv", False
     path.write_text("seconds,watts\n")
 
-    def write() -> None:
-        with path.open("a", buffering=1) as file:
-            while not stop.wait(0.005):
-                file.write(f"{time.time():.4f},{30.0 if busy.is_set() else 10.0}\n")
+    def written(seconds: float) -> None:
+        """The meter writes every millisecond what is taken."""
+        with path.open("a") as file:
+            for _ in range(round(seconds / 0.001)):
+                clock.now += 0.001
+                file.write(f"{clock.now:.4f},{30.0 if busy else 10.0}\n")
 
     def work() -> None:
-        busy.set()
-        time.sleep(0.01)
+        nonlocal busy
+        busy = True
+        clock.sleep(0.01)
+        busy = False
 
-    writer = threading.Thread(target=write)
-    writer.start()
-    time.sleep(0.05)
-    busy.set()  # the first call, which is not measured, is work too
-    counter = Metered(path, wait=0.05)
-    rest = counter.read
-    counter.read = lambda: (busy.clear(), time.sleep(0.02), rest())[2]  # type: ignore[method-assign]
-    (found,) = measure_energy([work], CPU, counter=counter, seconds=0.5)
-    stop.set()
-    writer.join()
-    assert found.rest_watts == pytest.approx(10.0, rel=0.1)
-    assert found.watts == pytest.approx(30.0, rel=0.15)
-    assert found.joules == pytest.approx(20 * found.seconds / found.passes, rel=0.2)
+    monkeypatch.setattr(clock, "sleep", written)
+    clock.sleep(0.01)
+    (found,) = measure_energy([work], CPU, counter=Metered(path, wait=0.05), seconds=0.5)
+    assert found.rest_watts == pytest.approx(10.0, rel=0.01)
+    assert found.watts == pytest.approx(30.0, rel=0.01)
+    assert found.joules == pytest.approx(20 * 0.01, rel=0.01)
