@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 
-from records import cell
+from records import cell, identity
 from rmtkd import compression, cutting, recipes
 from rmtkd.cutting import cut_in_order
 from rmtkd.sites import find_sites
@@ -55,7 +55,9 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.02)
     chosen = parser.parse_args()
     record = cell(
-        RESULTS / f"{chosen.task}.json", lambda: cutting_cell(chosen.task, chosen.teacher, chosen.data, chosen.share)
+        RESULTS / f"{chosen.task}.json",
+        lambda: cutting_cell(chosen.task, chosen.teacher, chosen.data, chosen.share),
+        teacher_id=identity(recipes.get(chosen.task).load(chosen.teacher).model),
     )
     print(record)
 

@@ -238,13 +238,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if chosen.part == "table":
         print(table())
         return
+    teacher_id = identity(recipes.get(chosen.task).load(chosen.teacher).model)
     if chosen.part == "pace":
-        cell(RESULTS / f"{chosen.task}-pace.json", lambda: pace_cell(chosen.task, chosen.teacher, chosen.data))
+        path = RESULTS / f"{chosen.task}-pace.json"
+        cell(path, lambda: pace_cell(chosen.task, chosen.teacher, chosen.data), teacher_id=teacher_id)
         return
     for seed in chosen.seeds:
         cell(
             RESULTS / f"{chosen.task}-cut-{seed}.json",
             lambda seed=seed: {"seed": seed, **cut_cell(chosen.task, seed, chosen.teacher, chosen.data, chosen.work)},
+            teacher_id=teacher_id,
         )
         for setting in chosen.settings:
             name = f"{chosen.task}-{setting.replace(' ', '_').replace(',', '')}-{seed}"
@@ -254,6 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     "seed": seed,
                     **run_cell(chosen.task, setting, seed, chosen.teacher, chosen.data, chosen.epochs, chosen.work),
                 },
+                teacher_id=teacher_id,
             )
 
 

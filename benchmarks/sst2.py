@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from records import cell, print_event
+from records import cell, identity, print_event
 from rmtkd import compression, recipes
 from rmtkd.activations import readers
 from rmtkd.bases import Basis
@@ -193,22 +193,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--learning-rates", nargs="+", type=float, default=list(LEARNING_RATES))
     parser.add_argument("--only-seeds", nargs="+", type=int, default=list(SEEDS))
     chosen = parser.parse_args(arguments)
+    if chosen.part == "table":
+        print(table())
+        return
+    teacher_id = identity(recipes.get("sst2").load(chosen.teacher).model)
     if chosen.part == "seeds":
         for seed in chosen.only_seeds:
             cell(
                 RESULTS / f"seed-{seed}.json",
                 lambda seed=seed: seed_cell(chosen.teacher, chosen.data, seed, chosen.epochs, Recovery(lr=chosen.lr)),
+                teacher_id=teacher_id,
             )
-    elif chosen.part == "shapes":
-        widths = cell(RESULTS / "shape.json", lambda: plan_cell(chosen.teacher, chosen.data))["widths"]
+    else:
+        shape = cell(RESULTS / "shape.json", lambda: plan_cell(chosen.teacher, chosen.data), teacher_id=teacher_id)
         for method in chosen.methods:
             for lr in chosen.learning_rates:
                 cell(
                     RESULTS / f"shape-{method}-{lr:g}.json",
-                    lambda method=method, lr=lr: shape_cell(method, lr, widths, chosen.teacher, chosen.data),
+                    lambda method=method, lr=lr: shape_cell(method, lr, shape["widths"], chosen.teacher, chosen.data),
+                    teacher_id=teacher_id,
                 )
-    else:
-        print(table())
 
 
 def plan_cell(teacher: str, data: Path) -> dict[str, Any]:
