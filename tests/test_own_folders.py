@@ -20,7 +20,7 @@ from rmtkd.artifact.self_test import SELF_TEST
 from rmtkd.batches import Calls
 from rmtkd.cutting import cut_in_order
 from rmtkd.errors import ArtifactError
-from rmtkd.sites import Site, attention_sites, embedding_site, feed_forward_site
+from rmtkd.sites import Absent, Site, attention_sites, embedding_site, feed_forward_site
 from test_artifact import reseal
 
 
@@ -231,3 +231,56 @@ def test_a_compressed_model_of_ones_own_comes_back_by_its_folder(tmp_path: Path)
     assert json.loads((tmp_path / "run" / "model" / MANIFEST).read_text())["provenance"]["seed"] == 0
     small.save(tmp_path / "elsewhere")
     assert_untouched(rmtkd.load(tmp_path / "elsewhere", Reader), snapshot(small.model))
+
+
+class Attention(nn.Module):
+    """That knows its number of heads, and returns a pair as stock ones do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(32, 32) for _ in range(4))
+        self.heads = 2
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        q, k, v = (part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+        return self.o((weights @ v).transpose(1, 2).flatten(2)), None
+
+
+class Attentive(nn.Module):
+    """Two attentions beside a residual stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.first, self.second, self.out = nn.Embedding(40, 32), Attention(), Attention(), nn.Linear(32, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids)
+        x = x + self.first(x)[0]
+        return self.out((x + self.second(x)[0]).mean(1))
+
+
+def test_a_model_of_which_an_attention_has_no_heads_left_comes_back(tmp_path: Path):
+    torch.manual_seed(0)
+    model = Attentive().eval()
+    parts = {"query": "q", "key": "k", "value": "v", "output": "o"}
+    sites = [
+        site
+        for name in ("first", "second")
+        for site in attention_sites(
+            model,
+            name,
+            **{part: f"{name}.{leaf}" for part, leaf in parts.items()},
+            heads=2,
+            attributes={f"{name}.heads": "groups"},
+            absent=Absent(module=name, after=("o",)),
+        )
+    ]
+    widths = {"first.heads": 0, "second.heads": 1}
+    fewer = [site for site in sites if site.name in widths]
+    small, _ = cut_in_order(model, fewer, widths, [(ids(64, i),) for i in range(4)])
+    artifact.save(small, tmp_path / "model", sites=sites, example=(ids(8, 3), torch.zeros(8).long()))
+    loaded = rmtkd.load(tmp_path / "model", Attentive)
+    assert torch.equal(loaded(ids(5, 9)), small(ids(5, 9)))
+    assert_untouched(loaded, snapshot(small))
+    assert loaded.get_submodule("second").heads == 1 and not hasattr(loaded.get_submodule("first"), "heads")

@@ -68,31 +68,36 @@ def attach(model: nn.Module, stream: Stream, see: Callable[[Tensor], Tensor | No
     The caller removes the hook by the handle.
     """
     module = model.get_submodule(stream.module)
-    dim = channel_dim(module)
-
-    def shown(activations: Tensor) -> Tensor | None:
-        if stream.positions > 1:
-            activations = activations.unflatten(-1, (-1, stream.positions)).transpose(-1, -2)
-        replaced = see(activations.movedim(dim, -1))
-        if replaced is None:
-            return None
-        replaced = replaced.movedim(-1, dim).contiguous()  # a forward may look at memory, by `view`
-        return replaced.transpose(-1, -2).flatten(-2) if stream.positions > 1 else replaced
-
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        if args:
-            replaced = shown(args[0])
-            return None if replaced is None else ((replaced, *args[1:]), kwargs)
-        name, activations = next(pair for pair in kwargs.items() if isinstance(pair[1], Tensor))  # `linear(input=x)`
-        replaced = shown(activations)
-        return None if replaced is None else (args, {**kwargs, name: replaced})
-
-    def after(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        return shown(output)
-
+    shown = partial(_shown, see, channel_dim(module), stream.positions)
     if stream.side == "input":
-        return module.register_forward_pre_hook(before, with_kwargs=True)
-    return module.register_forward_hook(after)
+        return module.register_forward_pre_hook(partial(_before, shown), with_kwargs=True)
+    return module.register_forward_hook(partial(_after, shown))
+
+
+Seen = Callable[[Tensor], Tensor | None]
+
+
+def _shown(see: Seen, dim: int, positions: int, activations: Tensor) -> Tensor | None:
+    if positions > 1:
+        activations = activations.unflatten(-1, (-1, positions)).transpose(-1, -2)
+    replaced = see(activations.movedim(dim, -1))
+    if replaced is None:
+        return None
+    replaced = replaced.movedim(-1, dim).contiguous()  # a forward may look at memory, by `view`
+    return replaced.transpose(-1, -2).flatten(-2) if positions > 1 else replaced
+
+
+def _before(shown: Seen, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    if args:
+        replaced = shown(args[0])
+        return None if replaced is None else ((replaced, *args[1:]), kwargs)
+    name, activations = next(pair for pair in kwargs.items() if isinstance(pair[1], Tensor))  # `linear(input=x)`
+    replaced = shown(activations)
+    return None if replaced is None else (args, {**kwargs, name: replaced})
+
+
+def _after(shown: Seen, _: nn.Module, __: Any, output: Tensor) -> Tensor | None:
+    return shown(output)
 
 
 def collect(

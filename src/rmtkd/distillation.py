@@ -134,18 +134,19 @@ def outputs_of(model: nn.Module, paths: Sequence[str]) -> Iterator[Outputs]:
     """What receives the outputs of the modules at `paths` in a forward pass, copied: what comes after may change them
     in place. Empty it between two passes."""
     seen: Outputs = {}
-    places = {path: place for place, path in enumerate(paths)}
-
-    def see(place: int, _: nn.Module, __: Any, output: Any) -> None:
-        number = sum(other == place for other, _ in seen)
-        seen[place, number] = first_output(output).clone()
-
-    handles = [model.get_submodule(path).register_forward_hook(partial(see, place)) for path, place in places.items()]
+    handles = [
+        model.get_submodule(path).register_forward_hook(partial(_see, seen, place)) for place, path in enumerate(paths)
+    ]
     try:
         yield seen
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _see(seen: Outputs, place: int, _: nn.Module, __: Any, output: Any) -> None:
+    number = sum(other == place for other, _ in seen)
+    seen[place, number] = first_output(output).clone()
 
 
 class Teacher:

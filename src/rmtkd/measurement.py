@@ -251,13 +251,13 @@ def predict(
 
 def answers(model: nn.Module, batch: Batch, pieces: Pieces) -> Float[Tensor, "rows classes"]:
     """Scores of the rows of one batch, on the CPU."""
-    device = next(model.parameters()).device
-
-    def answer(parts: Sequence[Batch]) -> Tensor:
-        return torch.cat([batching.logits(model, batching.to(part, device)).float().cpu() for part in parts])
-
     with evaluation(model):
-        return pieces(batch, answer)
+        return pieces(batch, partial(_answers, model))
+
+
+def _answers(model: nn.Module, parts: Sequence[Batch]) -> Float[Tensor, "rows classes"]:
+    device = next(model.parameters()).device
+    return torch.cat([batching.logits(model, batching.to(part, device)).float().cpu() for part in parts])
 
 
 def accuracy(model: nn.Module, rows: Iterable[Batch], *, pieces: Pieces | None = None) -> Estimate:

@@ -262,16 +262,6 @@ class Sensitivity:
         self, widths: Mapping[str, int], *, replayed: int | None = None
     ) -> Float[Tensor, "rows classes"]:
         """The first `replayed` blocks are not run again; with None what all blocks put out is kept."""
-
-        def run(number: int, parts: Sequence[Batch]) -> Tensor:
-            if len(parts) > 1:
-                self.kept.pop(number, None)
-                around = nullcontext()
-            else:
-                around = self._keeping(number) if replayed is None else self._replaying(number, replayed)
-            with around:
-                return torch.cat([batching.logits(self.model, part).float() for part in parts])
-
         with ExitStack() as hooks, evaluation(self.model), self.autocast():
             for shares in reversed(list(self.groups)):  # what is cut last is projected first, as in `surgery.check_cut`
                 width = self._width(widths, shares)
@@ -281,8 +271,18 @@ class Sensitivity:
                     for stream, basis in zip(site.projected, bases, strict=False):
                         hooks.callback(attach(self.model, stream, projection(basis, self.device)).remove)
                 hooks.enter_context(of_each_batch(self.model, norms_of(self.groups[shares])))
-            scores = [self.pieces(batch, partial(run, number)) for number, batch in enumerate(self.batches)]
+            scores = [self.pieces(batch, partial(self._scores, i, replayed)) for i, batch in enumerate(self.batches)]
             return torch.cat(scores).double().log_softmax(-1)
+
+    def _scores(self, number: int, replayed: int | None, parts: Sequence[Batch]) -> Float[Tensor, "rows classes"]:
+        """Of one batch, see `_log_probabilities`."""
+        if len(parts) > 1:
+            self.kept.pop(number, None)
+            around = nullcontext()
+        else:
+            around = self._keeping(number) if replayed is None else self._replaying(number, replayed)
+        with around:
+            return torch.cat([batching.logits(self.model, part).float() for part in parts])
 
 
 class _Kept(nn.Module):
@@ -319,27 +319,27 @@ def _shared(plan: Plan) -> dict[str, int]:
     return {site.shares: site.keep for site in plan.sites}
 
 
-def projection(basis: Basis, device: torch.device):
+Projection = Callable[[Tensor], Tensor]
+
+
+def projection(basis: Basis, device: torch.device) -> Projection:
     """A hook that replaces activations by what a basis keeps of them."""
     reduce, lift, mean = (part.to(device, torch.float32) for part in (basis.reduce, basis.lift, basis.mean))
     if (units := _units(reduce)) is not None:
         return _reconstruction(units, lift, mean)
     if 2 * reduce.shape[1] > reduce.shape[2]:  # one product with the projector is less than two
-        projector = lift @ reduce
+        return partial(_projected, mean, (lift @ reduce,))
+    return partial(_projected, mean, (reduce, lift))
 
-        def project_at_once(activations: Tensor) -> Tensor:
-            centred = in_groups(activations, len(mean)).float() - mean
-            kept = torch.einsum("...gv,gwv->...gw", centred, projector)
-            return (kept + mean).flatten(-2).to(activations.dtype)
 
-        return project_at_once
-
-    def project(activations: Tensor) -> Tensor:
-        centred = in_groups(activations, len(mean)).float() - mean
-        kept = torch.einsum("...gw,gkw->...gk", centred, reduce)
-        return (torch.einsum("...gk,gwk->...gw", kept, lift) + mean).flatten(-2).to(activations.dtype)
-
-    return project
+def _projected(
+    mean: Float[Tensor, "groups width"], maps: Sequence[Float[Tensor, "groups _ _"]], activations: Tensor
+) -> Tensor:
+    """Deviations from the mean, mapped one time after the other, and the mean."""
+    kept = in_groups(activations, len(mean)).float() - mean
+    for each in maps:
+        kept = torch.einsum("...gv,gwv->...gw", kept, each)
+    return (kept + mean).flatten(-2).to(activations.dtype)
 
 
 def _units(reduce: Float[Tensor, "groups kept width"]) -> Tensor | None:
@@ -350,17 +350,17 @@ def _units(reduce: Float[Tensor, "groups kept width"]) -> Tensor | None:
     return kept if bool((reduce[0, torch.arange(len(kept)), kept] == 1).all()) else None
 
 
-def _reconstruction(kept: Tensor, lift: Float[Tensor, "1 width kept"], mean: Float[Tensor, "1 width"]):
+def _reconstruction(kept: Tensor, lift: Float[Tensor, "1 width kept"], mean: Float[Tensor, "1 width"]) -> Projection:
     """The projection onto units: those that are kept pass, the others are computed from them."""
     is_dropped = torch.ones(lift.shape[1], dtype=torch.bool, device=lift.device).index_fill(0, kept, False)
     dropped = is_dropped.nonzero().flatten()
     weight, bias = lift[0, dropped], mean[0, dropped] - lift[0, dropped] @ mean[0, kept]
+    return partial(_reconstructed, kept, dropped, weight, bias)
 
-    def project(activations: Tensor) -> Tensor:
-        rest = torch.nn.functional.linear(activations[..., kept].float(), weight, bias)
-        return activations.index_copy(-1, dropped, rest.to(activations.dtype))
 
-    return project
+def _reconstructed(kept: Tensor, dropped: Tensor, weight: Tensor, bias: Tensor, activations: Tensor) -> Tensor:
+    rest = torch.nn.functional.linear(activations[..., kept].float(), weight, bias)
+    return activations.index_copy(-1, dropped, rest.to(activations.dtype))
 
 
 def every_nth_row(rows: Iterable[Batch], most: int) -> list[Batch]:

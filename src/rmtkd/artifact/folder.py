@@ -20,7 +20,7 @@ from rmtkd.batches import Batch, Forward
 from rmtkd.environment import check_device, versions
 from rmtkd.errors import ArtifactError
 from rmtkd.families import FAMILIES, IMAGE_FAMILIES, EncoderFamily, ImageFamily
-from rmtkd.modeling_rmtkd import PREFIX, EmbeddingLevels, FactorizedEmbedding, low_rank_pairs
+from rmtkd.modeling_rmtkd import PREFIX, EmbeddingLevels, FactorizedEmbedding, NoHeads, low_rank_pairs
 from rmtkd.modules import set_levels
 from rmtkd.pretrained import OURS, class_named, described, on_meta, presented, quietly, shapes_of, without_values
 from rmtkd.sites import Site, trace_sites
@@ -258,7 +258,8 @@ def _write_own(model: nn.Module, folder: Path, sites: Sequence[Site], example: B
     save_file(weights_of(model), folder / WEIGHTS, metadata={"format": "pt"})
     if any(site.is_rank for site in sites):  # an earlier run may have narrowed what these know nothing of
         sites = [*sites, *trace_sites(model, example).sites]
-    attributes = {(a.module, a.name) for site in sites for a in site.attributes}
+    gone = {path: module for path, module in model.named_modules() if isinstance(module, NoHeads)}
+    attributes = {(a.module, a.name) for site in sites for a in site.attributes if not _lies_in(a.module, gone)}
     written = {axis.parameter for site in sites for stream in site.streams for axis in stream.writers}
     return {
         "library": "own",
@@ -271,12 +272,18 @@ def _write_own(model: nn.Module, folder: Path, sites: Sequence[Site], example: B
             },
             "low_rank": {path: side for path, (_, side) in low_rank_pairs(model).items()},
             "factorized": [name for name, module in model.named_modules() if isinstance(module, FactorizedEmbedding)],
+            "absent": {path: {"after": list(module.after), "norm": module.norm} for path, module in gone.items()},
             "buffers": sorted(written & {name for name, _ in model.named_buffers()}),
             "attributes": [[path, name, getattr(model.get_submodule(path), name)] for path, name in sorted(attributes)],
         },
         "labels": {},
         "self_test": self_test.write_if_it_runs(model, folder, example),
     }
+
+
+def _lies_in(path: str, modules: Iterable[str]) -> bool:
+    """Whether a path is one of these modules' or leads into one of them."""
+    return any(path == module or path.startswith(f"{module}.") for module in modules)
 
 
 def _check_readable(folder: Path) -> None:
@@ -339,6 +346,8 @@ def _own(build: Build, manifest: Mapping[str, Any], stored: Mapping[str, list[in
             factorize(model, path)
         for path, side in narrowed.get("low_rank", {}).items():
             factorize(model, path, side)
+        for path, absent in narrowed.get("absent", {}).items():
+            model.set_submodule(path, NoHeads(model.get_submodule(path), absent["after"], absent["norm"]))
     resize(model, {name: stored[name] for name in (*manifest["shapes"], *narrowed.get("buffers", ()))})
     for path, name, value in narrowed["attributes"]:
         if type(getattr(model.get_submodule(path), name)) not in (int, float) or type(value) not in (int, float):

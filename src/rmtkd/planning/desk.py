@@ -1,7 +1,9 @@
 """Where widths are chosen: noise edges of all sites, one multiplier that meets the target, the reasons in words."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -207,17 +209,11 @@ class Desk:
     def _paying_width(self, group: Sequence[Site]) -> int:
         """The largest width below the full one at which the model has no more parameters than at full width: an
         embedding in two factors may have more."""
+        # Parameters rise with the width: what is too wide lies behind what is not.
+        return bisect_left(range(1, group[0].width), True, key=partial(self._costs_more, group))
 
-        def pays(width: int) -> bool:
-            return self.count("params", {site.name: width for site in group}) <= self.baseline["params"]
-
-        low, high = 0, group[0].width - 1
-        if high < 1 or pays(high):
-            return high
-        while low < high:  # parameters rise with the width: `low` pays or is nothing, what is above `high` does not pay
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if pays(middle) else (low, middle - 1)
-        return low
+    def _costs_more(self, group: Sequence[Site], width: int) -> bool:
+        return self.count("params", {site.name: width for site in group}) > self.baseline["params"]
 
     def _settings(self) -> str:
         """The entries of a stock configuration that are all that is narrowed; empty if the plan is not uniform."""
