@@ -68,6 +68,13 @@ def test_a_pass_costs_what_it_adds_to_rest(clock: Clock) -> None:
     assert found.seconds == pytest.approx(0.001 * found.passes) and found.reason is None
 
 
+def test_a_machine_that_wakes_late_rests_for_as_long_as_it_did(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    meter, sleep = Meter(clock), clock.sleep
+    monkeypatch.setattr(clock, "sleep", lambda seconds: sleep(1.5 * seconds))
+    (found,) = measure_energy([meter.work], CPU, counter=meter, seconds=0.1)
+    assert found.rest_watts == pytest.approx(2.0) and found.joules == pytest.approx(0.05)
+
+
 def test_work_that_does_not_rise_above_rest_has_no_number_and_a_reason(clock: Clock) -> None:
     meter = Meter(clock, each=-0.01)
     (found,) = measure_energy([meter.work], CPU, counter=meter, seconds=0.02)

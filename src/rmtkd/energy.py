@@ -229,7 +229,8 @@ def _measured(call: Callable[[], object], device: torch.device, counter: Counter
 def _above_rest(call: Callable[[], object], device: torch.device, counter: Counter, seconds: float) -> Energy:
     call()
     wait(device)
-    rest = _watch(counter, lambda: time.sleep(seconds))[0] / seconds
+    joules, took = _watch(counter, lambda: time.sleep(seconds))  # which may wake late
+    rest = joules / took
     passes = 0
 
     def work() -> None:
