@@ -21,7 +21,7 @@ from rmtkd.checkpoint import RunFolder
 from rmtkd.errors import OptionError, RmtkdError, RunError
 from rmtkd.planning import Plan
 from rmtkd.progress import describe
-from rmtkd.reporting.bulks import spectrum_picture
+from rmtkd.reporting.bulks import bulk_sentence, spectrum_picture
 from rmtkd.reporting.evidence import Evidence, read_evidence
 from rmtkd.reporting.frame import Scale
 from rmtkd.reporting.markup import element, table
@@ -243,6 +243,22 @@ def test_the_card_tells_the_widths_that_rounds_have_cut_not_those_planned(run: P
             assert back[site.name] == told[site.name]
 
 
+def test_the_card_tells_how_this_model_was_made_and_no_other(run: Path):
+    summary, plan = json.loads((run / "summary.json").read_text()), Plan.read(run / "plan.json")
+
+    def told(record: Mapping[str, Any], **changes: Any) -> str:
+        card = reporting.model_card(record, replace(plan, **changes), ["rmtkd"])
+        return next(line for line in card.splitlines() if "exact folding" in line)
+
+    assert "The rule mp chose the widths by the spectra" in told(summary) and "self-distillation" in told(summary)
+    assert "The rule energy chose" in told(summary, rule="energy")
+    assert told(summary, policy="guarded").startswith("The loss that each costs, as measured, chose the widths, exact")
+    taught = {**summary, "teacher_model": {"parameters": 1234, "accuracy_selection": {"value": 0.5, "stderr": 0.1}}}
+    assert "distillation from another model, of 1,234 parameters" in told(taught) and "self-" not in told(taught)
+    uncared = {**summary, "rounds": [{**done, "steps": 0} for done in summary["rounds"]]}
+    assert "distillation" not in told(uncared)
+
+
 LAW = MarchenkoPastur(q=0.25, sigma2=2.0)
 
 
@@ -288,6 +304,13 @@ def test_the_law_lies_on_the_eigenvalues_where_they_are_noise_and_beside_them_wh
 
     other = spectrum_picture("x", replace(site, rule="rdpa"), spectrum, {site.name: 3})
     assert not any(name.startswith("law") for name in paths(other))
+
+
+def test_noise_is_said_to_explain_what_lies_below_only_where_it_does(run: Path):
+    site = replace(Plan.read(run / "plan.json").sites[0], edge=1.0, multiplier=1.0, misfit=False)
+    assert "noise explains what lies below" in bulk_sentence(replace(site, ks=0.05))
+    told = bulk_sentence(replace(site, rule="energy", ks=0.4))  # a rule without a law finds no misfit of its own
+    assert "KS 0.40: white noise does not explain what lies below, nor does energy take it to" in told
 
 
 def test_the_page_is_one_small_file_that_points_nowhere_and_runs_nothing(sizes: Path):

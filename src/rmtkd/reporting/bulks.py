@@ -12,6 +12,7 @@ from rmtkd.reporting.markup import Html, element
 from rmtkd.reporting.plans import kept, per_head
 from rmtkd.reporting.silhouette import coordinates
 from rmtkd.spectra import MarchenkoPastur, Spectrum
+from rmtkd.spectra.spectrum import MISFIT_KS
 
 TOP, BOTTOM, LEFT, MIDDLE, RIGHT = 18, 176, 42, 256, WIDTH - 6
 HEIGHT = 216
@@ -76,6 +77,10 @@ def bulk_sentence(site: SitePlan) -> str:
     if site.misfit:
         edge = "only a threshold on a quantile" if site.rule == "mp" else "only a convention"
         return f"{where}. KS {site.ks:.2f}: no bulk of noise fits here, so the edge is {edge}."
+    if site.ks > MISFIT_KS:
+        return (
+            f"{where}. KS {site.ks:.2f}: white noise does not explain what lies below, nor does {site.rule} take it to."
+        )
     return f"{where}. KS {site.ks:.2f}: noise explains what lies below."
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rmtkd.planning import Plan, SitePlan
+from rmtkd.reporting import numbers
 from rmtkd.reporting.plans import kept, per_head, widths_of
 from rmtkd.reporting.rows import summary_rows, vocabulary_line
 
@@ -26,8 +27,7 @@ def model_card(
         "---",
         f"# {plan.model}, narrowed by rmtkd",
         "",
-        "Random matrix theory chose the widths, exact folding cut them, self-distillation recovered the accuracy "
-        "(RMT-KD, arXiv 2509.15724). The model is dense.",
+        _made(record, plan),
         "",
         "| | before | after | |",
         "|---|--:|--:|--:|",
@@ -53,6 +53,21 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _made(record: Mapping[str, Any], plan: Plan) -> str:
+    """How the model was made, in sentences."""
+    guarded = "the loss that each costs, as measured, chose the widths"
+    edges = f"the rule {plan.rule} chose the widths by the spectra of the activations"
+    steps = [guarded if plan.policy == "guarded" else edges, "exact folding cut them"]
+    if any(done["steps"] for done in record["rounds"] if not done.get("rolled_back")):
+        other = record.get("teacher_model")
+        teacher = (
+            f"distillation from another model, of {numbers.count(other['parameters'])} parameters," if other else ""
+        )
+        steps.append(f"{teacher or 'self-distillation'} trained what was left")
+    told = ", ".join(steps)
+    return f"{told[:1].upper()}{told[1:]} (RMT-KD, arXiv 2509.15724). The model is dense."
 
 
 def _why(site: SitePlan, plan: Plan, widths: Mapping[str, int]) -> str:
