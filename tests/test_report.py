@@ -174,6 +174,30 @@ def test_every_round_stands_there_with_size_accuracy_and_latency(run: Path):
         assert done["losses"][-1][0] == done["steps"]
 
 
+def test_rows_without_labels_are_agreed_on_not_right(run: Path):
+    summary = json.loads((run / "summary.json").read_text())
+    summary |= {"measured_against": {"selection": "teacher"}, "baseline": {**summary["baseline"], "accuracy": None}}
+    summary["compressed"] |= {"accuracy": None}
+    (run / "summary.json").write_text(json.dumps(summary))
+    page = read(reporting.write_report(run)[0])
+    assert "The 48 selection rows have no labels" in page.words and "rows right" not in page.words
+    assert "No report rows were given: agreement with the teacher is that of selection rows" in page.words
+    assert "Agreement with the teacher of each round" in page.words and "Accuracy" not in page.words
+    assert page.table("What each round left")[0][3] == "agreement with the teacher after the cut"
+    compared = read(reporting.write_report(run.parent, out=run / "compared.html")[0])
+    assert "Agreement with the teacher and size" in compared.words
+
+
+def test_a_control_without_report_rows_is_told_on_selection_rows(run: Path):
+    summary = json.loads((run / "summary.json").read_text())
+    told = {"value": summary["baseline"]["accuracy_selection"]["value"] - 0.25, "n": 48, "stderr": 0.06}
+    record = {**summary, "control": {"start": "random", "steps": 7, "accuracy": told}}
+    row = reporting.summary_rows(record)[-1]
+    assert row.name == "same shape, random start, 7 steps"
+    row = reporting.summary_rows({**record, "baseline": {**summary["baseline"], "accuracy": None}})[-1]
+    assert row.name == "same shape, random start, 7 steps, selection rows" and row.change == "-25.00 points"
+
+
 def test_the_sites_are_told_with_their_reasons_and_the_plan_s_remarks(run: Path):
     plan = Plan.read(run / "plan.json")
     page = read(run / "report.html")

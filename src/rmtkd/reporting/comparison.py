@@ -11,7 +11,7 @@ from rmtkd.reporting.markup import Child, Html, element, join, table
 from rmtkd.reporting.page import Section, figure, key, listed, page
 from rmtkd.reporting.plans import kept, per_head
 from rmtkd.reporting.reproduction import how_to_go_on, how_to_repeat
-from rmtkd.reporting.rows import is_by_teacher, role_of, size_headings, size_row, sizes_notes
+from rmtkd.reporting.rows import is_by_teacher, measure_of, role_of, size_headings, size_row, sizes_notes
 
 Named = Mapping[str, Evidence]
 """Runs by what they are called on the page."""
@@ -85,12 +85,11 @@ def _front(models: Sequence[Model]) -> Html:
     timed, quality = headings[4], headings[5]
     is_one = sum(model.is_untouched for model in models) == 1
     axis = "time of a batch, untouched = 1" if is_one else "time of a batch, ms"
-    sizes = front_picture("size-picture", "Accuracy and size", "parameters, millions", list(map(_by_size, models)))
-    times = front_picture("time-picture", "Accuracy and time", axis, [_by_time(model, is_one) for model in models])
-    charts = [
-        figure("Accuracy and size", quality, sizes),
-        figure("Accuracy and time", f"{quality}; {timed}", times),
-    ]
+    measure = measure_of(first, role_of(first)[0])
+    by_size, by_time = (f"{measure.capitalize()} and {cost}" for cost in ("size", "time"))
+    sizes = front_picture("size-picture", by_size, "parameters, millions", measure, list(map(_by_size, models)))
+    times = front_picture("time-picture", by_time, axis, measure, [_by_time(model, is_one) for model in models])
+    charts = [figure(by_size, quality, sizes), figure(by_time, f"{quality}; {timed}", times)]
     marks = key(
         ("ring", "--of:var(--kept)", "untouched"),
         ("", "--of:var(--kept)", "compressed"),

@@ -34,13 +34,14 @@ class Point:
     is_untouched: bool
 
 
-def front_picture(key: str, title: str, axis: str, points: Sequence[Point]) -> Html:
-    """Accuracy upwards, cost to the right, with spread; a line through the models that no other one beats in both.
+def front_picture(key: str, title: str, axis: str, measure: str, points: Sequence[Point]) -> Html:
+    """Quality upwards, cost to the right, with spread; a line through the models that no other one beats in both.
 
     Args:
         key: see `picture`.
         title: of the picture.
         axis: what costs are, with their unit.
+        measure: what the quality is, such as accuracy.
         points: the models.
     """
     heights = [p.quality["value"] + sign * p.quality["stderr"] for p in points for sign in (-1, 1)]
@@ -58,7 +59,7 @@ def front_picture(key: str, title: str, axis: str, points: Sequence[Point]) -> H
         *(_dot(frame, p) for p in points),
     ]
     told = "; ".join(f"{p.letter}, {p.name}: {p.cost:.4g}, {numbers.estimate(p.quality)}" for p in points)
-    return picture(key, title, f"{axis}, accuracy ± standard error. {told}.", *parts, height=HEIGHT)
+    return picture(key, title, f"{axis}, {measure} ± standard error. {told}.", *parts, height=HEIGHT)
 
 
 def unbeaten(points: Sequence[Point]) -> list[Point]:

@@ -8,6 +8,9 @@ from rmtkd.progress import duration
 from rmtkd.reporting import numbers
 from rmtkd.schedule import Round
 
+AGREEMENT = "agreement with the teacher"
+"""What is measured on rows without labels."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -40,10 +43,10 @@ def summary_rows(record: Mapping[str, Any]) -> list[Row]:
         name = f"teacher of {numbers.count(taught_by['parameters'])} parameters, selection rows"
         rows.append(Row("teacher_model", name, numbers.estimate(taught_by["accuracy_selection"]), "", ""))
     if record.get("control"):
-        control, before = record["control"], record["baseline"]["accuracy"]
-        value = control["accuracy"]
-        change = numbers.points(before["value"], value["value"]) if before else ""
-        name = f"same shape, random start, {control['steps']} steps"
+        control, (role, key) = record["control"], role_of(record)
+        before, value = record["baseline"][key], control["accuracy"]
+        change = numbers.points(before["value"], value["value"])
+        name = f"same shape, random start, {control['steps']} steps" + ", selection rows" * (role == "selection")
         rows.append(Row("control", name, "", numbers.estimate(value), change))
     return rows
 
@@ -97,7 +100,7 @@ def _quality_rows(record: Mapping[str, Any]) -> list[Row]:
     for key, role in (("accuracy", "report"), ("f1", "report"), ("accuracy_selection", "selection")):
         by_teacher = is_by_teacher(record, role)
         if before[key] is not None and not (key == "f1" and by_teacher):
-            measure = "agreement with the teacher" if by_teacher else numbers.measure(key, record["classes"])
+            measure = AGREEMENT if by_teacher else numbers.measure(key, record["classes"])
             rows.append(
                 Row(
                     key,
@@ -113,6 +116,11 @@ def _quality_rows(record: Mapping[str, Any]) -> list[Row]:
 def is_by_teacher(record: Mapping[str, Any], role: str) -> bool:
     """Whether the rows of this role have no labels, and are held against the teacher's answers."""
     return record["measured_against"].get(role) == "teacher"
+
+
+def measure_of(record: Mapping[str, Any], role: str) -> str:
+    """What is measured on the rows of this role, in words."""
+    return AGREEMENT if is_by_teacher(record, role) else "accuracy"
 
 
 def role_of(record: Mapping[str, Any]) -> tuple[str, str]:
@@ -131,14 +139,13 @@ def stopped(record: Mapping[str, Any]) -> str:
 def size_headings(record: Mapping[str, Any]) -> tuple[str, ...]:
     """What stands above the cells of `size_row`, but for the name."""
     role, key = role_of(record)
-    measure = "agreement with the teacher" if is_by_teacher(record, role) else "accuracy"
     return (
         "parameters",
         "",
         "MFLOPs",
         "on disk",
         f"latency, {numbers.batch_of(record['baseline']['latency_ms'])}",
-        f"{measure}, {role} rows (n = {record['baseline'][key]['n']})",
+        f"{measure_of(record, role)}, {role} rows (n = {record['baseline'][key]['n']})",
         "",
     )
 
@@ -163,25 +170,27 @@ def size_row(name: str, record: Mapping[str, Any], *, is_untouched: bool = False
     )
 
 
-ROUND_COLUMNS = (
-    "round",
-    "sites",
-    "parameters",
-    "accuracy after the cut",
-    "after recovery",
-    "nats from the teacher, cut → recovered",
-    "steps",
-    "learning rate",
-    "kept of recovery",
-    "loss, first → last",
-    "latency",
-    "off the reference",
-    "time to cut, to recover",
-)
+def round_columns(measure: str) -> tuple[str, ...]:
+    """What stands above the cells of `round_row`, where this was measured."""
+    return (
+        "round",
+        "sites",
+        "parameters",
+        f"{measure} after the cut",
+        "after recovery",
+        "nats from the teacher, cut → recovered",
+        "steps",
+        "learning rate",
+        "kept of recovery",
+        "loss, first → last",
+        "latency",
+        "off the reference",
+        "time to cut, to recover",
+    )
 
 
 def round_row(done: Round) -> tuple[str, ...]:
-    """A round in the columns of `ROUND_COLUMNS`."""
+    """A round in the columns of `round_columns`."""
     return (
         f"{done.number}{' (taken back)' if done.rolled_back else ''}",
         numbers.count(len(done.sites)),
@@ -253,12 +262,13 @@ def vocabulary_line(facts: Mapping[str, Any]) -> str:
 
 
 __all__ = [
-    "ROUND_COLUMNS",
     "Row",
     "energy_lines",
     "is_by_teacher",
+    "measure_of",
     "quality_line",
     "role_of",
+    "round_columns",
     "round_row",
     "size_headings",
     "size_row",

@@ -1,6 +1,8 @@
 """The page of one run: what it gave, how it went, and why, from its record alone."""
 
+from collections.abc import Mapping
 from itertools import groupby
+from typing import Any
 
 from rmtkd.planning import SitePlan
 from rmtkd.reporting import numbers
@@ -11,7 +13,17 @@ from rmtkd.reporting.notebook import result_table
 from rmtkd.reporting.page import Section, figure, key, listed, page
 from rmtkd.reporting.plans import plan_columns, plan_notes, plan_prediction, plan_title
 from rmtkd.reporting.reproduction import changed, configuration, how_to_go_on, how_to_repeat, made_by
-from rmtkd.reporting.rows import ROUND_COLUMNS, Row, energy_lines, role_of, round_row, stopped, summary_rows
+from rmtkd.reporting.rows import (
+    Row,
+    energy_lines,
+    is_by_teacher,
+    measure_of,
+    role_of,
+    round_columns,
+    round_row,
+    stopped,
+    summary_rows,
+)
 from rmtkd.reporting.silhouette import silhouette
 from rmtkd.reporting.story import accuracy_picture, losses_picture
 
@@ -89,7 +101,8 @@ def _missing(evidence: Evidence) -> list[Child]:
     if not evidence.spectrums:
         missing.append("spectra.npz is missing: spectra are not shown.")
     if evidence.summary is not None and evidence.summary["baseline"]["accuracy"] is None:
-        missing.append("No report rows were given: accuracy is that of selection rows, which steered the run.")
+        measure = measure_of(evidence.summary, "selection")
+        missing.append(f"No report rows were given: {measure} is that of selection rows, which steered the run.")
     recovered = [done for done in evidence.rounds if done.steps]
     if recovered and not any(done.losses for done in recovered):
         missing.append("The record is of an earlier version, which kept neither losses by step nor latencies by round.")
@@ -126,32 +139,33 @@ def _widths(evidence: Evidence) -> Html:
 
 
 def _rounds(evidence: Evidence) -> Html | None:
-    rounds, baseline = evidence.rounds, evidence.baseline
+    rounds, baseline, summary = evidence.rounds, evidence.baseline, evidence.summary
     if not rounds:
         return None
+    measure = "accuracy" if summary is None else measure_of(summary, "selection")
     drawings = []
     if (losses := losses_picture("losses-picture", rounds)) is not None:
         drawings.append(figure("Loss of recovery", "each point the mean of a stretch of steps", losses))
-    if (accuracy := accuracy_picture("accuracy-picture", rounds, baseline)) is not None:
+    if (measured := accuracy_picture("accuracy-picture", rounds, baseline, measure)) is not None:
         told = "on selection rows: hollow after the cut, full after recovery"
-        drawings.append(figure("Accuracy of each round", told, accuracy))
-    start = (
-        []
-        if baseline is None
-        else [
-            element(
-                "p",
-                f"The untouched model has {numbers.estimate(baseline)} of "
-                f"{numbers.count(baseline['n'])} selection rows right.",
-            )
-        ]
-    )
+        drawings.append(figure(f"{measure.capitalize()} of each round", told, measured))
+    by_teacher = summary is not None and is_by_teacher(summary, "selection")
+    start = [] if baseline is None else [element("p", _start(baseline, by_teacher=by_teacher))]
     rows = [round_row(done) for done in rounds]
     caption = (
-        "What each round left. Accuracy is of selection rows, latency in turns with the untouched model; the reference "
-        "is the model before the cut in float64, its activations projected"
+        f"What each round left. {measure.capitalize()} is of selection rows, latency in turns with the untouched "
+        "model; the reference is the model before the cut in float64, its activations projected"
     )
-    return join([start, element("div", drawings, class_="charts"), table(ROUND_COLUMNS, rows, caption=caption)])
+    charts = element("div", drawings, class_="charts")
+    return join([start, charts, table(round_columns(measure), rows, caption=caption)])
+
+
+def _start(baseline: Mapping[str, Any], *, by_teacher: bool) -> str:
+    """What rounds are held against."""
+    count = numbers.count(baseline["n"])
+    if by_teacher:
+        return f"The {count} selection rows have no labels: the answers of the untouched model stand in for them."
+    return f"The untouched model has {numbers.estimate(baseline)} of {count} selection rows right."
 
 
 def _plan(evidence: Evidence) -> Html:

@@ -54,8 +54,11 @@ def _boundary(frame: Frame, start: int, found: Round) -> list[Html | None]:
     return [line, text(x + 3, TOP - 3, str(found.number), "tick")]
 
 
-def accuracy_picture(key: str, rounds: Sequence[Round], baseline: Mapping[str, Any] | None) -> Html | None:
-    """Selection accuracy after the cut and after recovery of every round; None without rounds."""
+def accuracy_picture(
+    key: str, rounds: Sequence[Round], baseline: Mapping[str, Any] | None, measure: str = "accuracy"
+) -> Html | None:
+    """Selection accuracy, or what else was measured, after the cut and after recovery of every round; None without
+    rounds."""
     if not rounds:
         return None
     shares = [share for done in rounds for share in (done.accuracy_cut, done.accuracy)]
@@ -80,7 +83,8 @@ def accuracy_picture(key: str, rounds: Sequence[Round], baseline: Mapping[str, A
         "after recovery"
         for done in rounds[:20]
     )
-    return picture(key, "Selection accuracy of every round", f"{told}.", *parts, height=HEIGHT)
+    title = f"{measure.capitalize()} of every round on selection rows"
+    return picture(key, title, f"{told}.", *parts, height=HEIGHT)
 
 
 def _untouched(frame: Frame, baseline: Mapping[str, Any]) -> list[Html]:
