@@ -158,6 +158,15 @@ def test_an_extra_file_cannot_replace_one_of_ours(tmp_path: Path, small: torch.n
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+def test_extra_files_of_one_name_are_refused(tmp_path: Path, small: torch.nn.Module):
+    files = [tmp_path / folder / "words.txt" for folder in ("one", "two")]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text("a")
+    with pytest.raises(ArtifactError, match="Got two named words"):
+        artifact.save(small, tmp_path / "model", extra_files=files)
+
+
 def test_what_could_not_be_loaded_again_is_not_saved(tmp_path: Path, small: torch.nn.Module):
     broken = copy.deepcopy(small)
     with torch.no_grad():

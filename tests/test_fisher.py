@@ -9,6 +9,7 @@ from conftest import assert_untouched, random_rows, snapshot, tiny_bert
 from rmtkd import batches as batching
 from rmtkd.activations import collect
 from rmtkd.cutting import cut_in_order
+from rmtkd.errors import UnsupportedModelError
 from rmtkd.fisher import DAMPING, output_metrics, reader_outputs
 from rmtkd.measurement import evaluation
 from rmtkd.memory import Pieces
@@ -154,3 +155,22 @@ def test_every_row_counts_once_when_memory_ran_out_half_way() -> None:
     assert pieces.count == 2 and passes > 4
     for path, root in expected.items():
         torch.testing.assert_close(found[path], root, rtol=1e-6, atol=1e-6 * float(root.abs().max()))
+
+
+def test_a_forward_without_gradients_is_refused_by_the_name_of_the_other_metric() -> None:
+    class Frozen(Classifier):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                x = self.down(self.act(self.up(x)))
+            return self.head(x)
+
+    model = Frozen()
+    site = feed_forward_site(model, "ffn", writers=["up"], reader="down")
+    with pytest.raises(UnsupportedModelError, match="Take metric='output'"):
+        output_metrics(model, [site], [(torch.randn(8, 6),)])
+
+
+def test_products_alone_have_no_metric() -> None:
+    model = tiny_bert()
+    products = [site for site in find_sites(model) if site.kind == "bilinear"]
+    assert output_metrics(model, products, list(random_rows(16))) == {}

@@ -212,3 +212,19 @@ def test_levels_of_rows_that_are_drawn_anew_are_refused() -> None:
     rows = answered(model, 40)
     with pytest.raises(OptionError, match="embedding_levels counts the tokens of all training rows"):
         rmtkd.compress(model, train=Masked(), selection=rows, embedding_levels=2, multiple_of=2)
+
+
+def test_levels_know_the_padding_token_as_the_table_did() -> None:
+    class Padded(Bag):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(60, 24, padding_idx=0)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            real = ids.ne(self.words.padding_idx)[..., None]
+            return self.head(self.inner((self.words(ids) * real).sum(1) / real.sum(1).clamp_min(1)))
+
+    torch.manual_seed(0)
+    model, rows = Padded(), bag_rows(4)
+    split, _ = in_levels(model, [embedding_site(model, "words")], rows, 2)
+    assert torch.equal(split(rows[0][0]), model(rows[0][0]))

@@ -94,6 +94,22 @@ def test_operations_of_torchs_own_layers_are_counted_although_they_run_fused() -
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+class Recurrent(nn.Module):
+    def __init__(self, d: int, h: int):
+        super().__init__()
+        self.cells, self.head = nn.LSTM(d, h, batch_first=True), nn.Linear(h, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.cells(x)[0][:, -1])
+
+
+def test_operations_of_recurrent_layers_are_counted_although_they_run_fused() -> None:
+    b, n, d, h = 4, 6, 16, 32
+    rows = (torch.randn(b, n, d), torch.zeros(b, dtype=torch.long))
+    assert count_flops(Recurrent(d, h), rows) == 2 * b * (n * 4 * h * (d + h) + h * 3)
+    assert torch.backends.mkldnn.enabled
+
+
 def test_counting_operations_brings_the_batch_to_the_model() -> None:
     seen = []
 

@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import rmtkd
 from conftest import assert_untouched, random_rows, snapshot, tiny_bert
 from rmtkd import environment
-from rmtkd.errors import DataError, OptionError, SurgeryError, UnsupportedModelError
+from rmtkd.errors import DataError, OptionError, PlanError, SurgeryError, UnsupportedModelError
 from rmtkd.measurement import count_parameters
-from rmtkd.sites import feed_forward_site, linear_site
+from rmtkd.sites import embedding_site, feed_forward_site, linear_site
 
 
 class Classifier(nn.Module):
@@ -537,3 +537,30 @@ def test_a_stock_model_whose_head_its_configuration_does_not_say_is_refused_or_a
         rmtkd.compress(model, **given)
     small = rmtkd.compress(model, **given, sites=rmtkd.find_sites(model))
     assert count_parameters(small.model) <= 0.7 * count_parameters(model)
+
+
+@pytest.mark.parametrize("policy", ["guarded", "paper"])
+def test_no_width_is_planned_below_the_least_of_its_site(model: Classifier, points: tuple[Tensor, Tensor], policy: Any):
+    inner, bottleneck = sites(model)
+    given = (replace(inner, least=20), replace(bottleneck, least=18))
+    made, _ = rmtkd.plan(model, calibration=[points], sites=given, policy=policy, target="65%params", multiple_of=1)
+    assert made.widths["inner"] >= 20 and made.widths["bottleneck"] >= 18
+    with pytest.raises(PlanError, match="target must be at least"):
+        rmtkd.plan(model, calibration=[points], sites=given, policy=policy, target="20%params", multiple_of=1)
+
+
+def test_an_embedding_of_sparse_gradients_is_cut_and_recovered():
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.out = nn.Embedding(50, 32, sparse=True), nn.Linear(32, 3)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.out(self.words(ids).mean(1))
+
+    torch.manual_seed(0)
+    model, rows = Words(), [(torch.randint(0, 50, (32, 9)),) for _ in range(8)]
+    given = [embedding_site(model, "words")]
+    small = rmtkd.compress(model, train=rows, selection=rows, sites=given, target="50%params", multiple_of=1).model
+    assert count_parameters(small) <= 0.5 * count_parameters(model)
+    assert model.words.sparse

@@ -22,7 +22,17 @@ from rmtkd.activations import attach
 from rmtkd.batches import logits
 from rmtkd.errors import UnsupportedModelError
 from rmtkd.families import FAMILIES
-from rmtkd.sites import Attribute, Quantity, Site, after_cuts, by_width, find_family, find_sites
+from rmtkd.sites import (
+    Attribute,
+    Quantity,
+    Site,
+    after_cuts,
+    attention_sites,
+    by_width,
+    feed_forward_site,
+    find_family,
+    find_sites,
+)
 from rmtkd.surgery import factorize, fill_with_ones, skeleton
 
 SMALL: dict[str, Any] = {
@@ -266,3 +276,38 @@ def test_every_refused_sibling_is_a_class_of_transformers() -> None:
 
 def test_a_frozen_model_is_understood() -> None:
     assert len(find_sites(tiny_bert().double().requires_grad_(False))) == 9
+
+
+class Plain(nn.Module):
+    """One attention and one block, with names that a description may get wrong."""
+
+    act = "gelu"
+    heads = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o, self.up, self.down = (nn.Linear(32, 32) for _ in range(6))
+
+
+@pytest.mark.parametrize(
+    ("describe", "told"),
+    [
+        (
+            lambda net: attention_sites(
+                net, "a", query="q", key="k", value="v", output="o", heads=2, attributes={"b.heads": "groups"}
+            ),
+            "b.heads must be an attribute of the model. There is none",
+        ),
+        (
+            lambda net: feed_forward_site(net, "f", writers=["up"], reader="down", activation="gelu"),
+            "gelu must be an attribute of the model. There is none",
+        ),
+        (
+            lambda net: feed_forward_site(net, "f", writers=["up"], reader="down", activation="act"),
+            "an activation must be a module or a function. act is 'gelu'",
+        ),
+    ],
+)
+def test_a_description_of_what_is_not_there_is_refused_by_name(describe: Callable[[Plain], Any], told: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=told):
+        describe(Plain())

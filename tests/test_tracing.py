@@ -611,6 +611,15 @@ def tied(net: Any, x: Tensor) -> Tensor:
             "second",
             "max_pool1d at the network itself mixes channels",
         ),
+        (
+            as_written(
+                end=lambda net, x: net.last(F.max_pool2d(x, 4).flatten(1).unsqueeze(-1)).flatten(1),
+                last=nn.Conv1d(48, 4, 1),
+            ),
+            ["first"],
+            "second",
+            "last is a convolution over channels that lie flattened",
+        ),
     ],
 )
 def test_what_cannot_run_narrower_or_is_used_elsewhere_stays_whole(net: Net, sites: Any, path: str, why: str) -> None:
@@ -684,3 +693,22 @@ def test_linear_maps_over_positions_of_an_image_have_widths_between_them() -> No
     assert [site.name for site in found.sites] == ["a", "b"]
     student, bases = cut_in_order(model, found.sites, {"a": 6, "b": 5}, rows)
     assert check_cut(model, student, found.sites, bases, rows[0]) < 1e-5
+
+
+class Series(nn.Module):
+    """Linear maps of every moment, and a norm with an entry for each of them."""
+
+    def __init__(self, moments: int):
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(6, 32), nn.BatchNorm1d(moments), nn.Linear(32, 16)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.down(F.relu(self.norm(self.up(x))))).mean(1))
+
+
+@pytest.mark.parametrize("moments", [4, 16])  # 16: as many as half of the width
+def test_a_norm_of_moments_is_none_of_channels(moments: int) -> None:
+    found = trace_sites(Series(moments).eval(), (torch.randn(8, moments, 6), torch.zeros(8).long()))
+    assert [site.name for site in found.sites] == ["down"]
+    assert found.whole == {"up": "norm is over another dimension than that of the channels"}

@@ -27,6 +27,7 @@ from rmtkd import batches as batching
 from rmtkd.activations import channel_dim
 from rmtkd.bases import Basis
 from rmtkd.batches import Batch
+from rmtkd.errors import UnsupportedModelError
 from rmtkd.measurement import evaluation
 from rmtkd.memory import Pieces
 from rmtkd.sites import Site, Stream
@@ -72,6 +73,11 @@ def output_metrics(
     mask: Tensor | None = None
 
     def see(path: str, only_used: bool, _: nn.Module, __: object, output: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            raise UnsupportedModelError(
+                f"the metric of the loss needs gradients of what {path} puts out. The model's forward runs it under "
+                "torch.no_grad. Take metric='output'; nothing was changed."
+            )
         output = output if output.requires_grad else output.detach().requires_grad_().clone()
         used = output.detach().any(-1) if only_used else None  # of an embedding
         output.register_hook(partial(keep, path, used))
@@ -97,7 +103,8 @@ def output_metrics(
                 log_p = batching.logits(model, part).float().log_softmax(-1)
             weight = log_p.detach().div(2).exp()
             weight = weight * torch.randint(0, 2, weight.shape, generator=signs, device=device).mul(2).sub(1)
-            (weight * log_p).sum().backward()
+            if log_p.requires_grad:  # no reader was seen: products have none
+                (weight * log_p).sum().backward()
 
     pieces = pieces or Pieces()
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.backends import mha
+from torch.backends import cudnn, mha, mkldnn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -112,25 +112,31 @@ def precision_for(model: nn.Module, batch: Batch, asked: str) -> Precision:
 def count_flops(model: nn.Module, batch: Batch) -> int:
     """Floating-point operations of one forward pass, attention included, by torch's counter.
 
-    The counter knows no formula for the fused kernels of attention on the CPU and of torch's own transformer layers and
-    counts them as zero, so they are computed by their plain matrix products here.
+    The counter knows no formula for the fused kernels of attention on the CPU, of torch's own transformer layers and of
+    recurrent ones, and counts them as zero, so they are computed by their plain matrix products here.
     """
     batch = batching.to(batch, next(model.parameters()).device)
     counter = FlopCounterMode(display=False)
-    with evaluation(model), sdpa_kernel(SDPBackend.MATH), _unfused_layers(), counter:
+    with evaluation(model), sdpa_kernel(SDPBackend.MATH), _unfused_layers(model), counter:
         batching.logits(model, batch)
     return counter.get_total_flops()
 
 
 @contextmanager
-def _unfused_layers() -> Iterator[None]:
-    """`nn.TransformerEncoderLayer` and `nn.MultiheadAttention` call their parts one by one."""
+def _unfused_layers(model: nn.Module) -> Iterator[None]:
+    """`nn.TransformerEncoderLayer`, `nn.MultiheadAttention` and recurrent layers call their parts one by one."""
     was_fused = mha.get_fastpath_enabled()
+    is_recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    were_enabled = {backend: backend.enabled for backend in (mkldnn, cudnn) if is_recurrent}
     mha.set_fastpath_enabled(False)
     try:
+        for backend in were_enabled:
+            backend.enabled = False
         yield
     finally:
         mha.set_fastpath_enabled(was_fused)
+        for backend, was_enabled in were_enabled.items():
+            backend.enabled = was_enabled
 
 
 def count_disk_bytes(model: nn.Module) -> int:

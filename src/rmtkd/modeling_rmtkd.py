@@ -174,6 +174,7 @@ class EmbeddingLevels(nn.Module):
     def __init__(self, embedding: nn.Embedding, sizes: Sequence[Sequence[Any]]):
         super().__init__()
         self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
+        self.padding_idx = embedding.padding_idx
         weight = embedding.weight
         options = _options_of(embedding) | {"device": weight.device, "dtype": weight.dtype}
         pads = options.pop("padding_idx") is not None

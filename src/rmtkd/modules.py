@@ -139,13 +139,17 @@ def level_bounds(counts: Num[Tensor, " vocabulary"], levels: int) -> tuple[int, 
 
 def plain_copy(model: nn.Module) -> nn.Module:
     """A copy that can be copied again when its embedding is replaced, without what transformers hooks onto it for
-    gradient checkpointing; and in which every position goes through every layer: an `nn.TransformerEncoder` would pack
-    its rows as nested tensors, which know neither hooks nor gradients."""
+    gradient checkpointing; in which every position goes through every layer: an `nn.TransformerEncoder` would pack its
+    rows as nested tensors, which know neither hooks nor gradients; and whose embeddings have dense gradients, which
+    optimisers want that train them together with other weights."""
     made = copy.deepcopy(model)
     if callable(unhook := getattr(made, "disable_input_require_grads", None)):
         unhook()
     for module in packing_rows(made).values():
         module.use_nested_tensor = False
+    for module in made.modules():
+        if isinstance(module, nn.Embedding):
+            module.sparse = False
     return made
 
 

@@ -312,7 +312,8 @@ def _ladder(site: Site, counts: Iterable[float], multiple_of: int) -> set[int]:
     """The widths at which a site is measured: nothing, where that may be, and such as a plan gives."""
     multiple = 1 if site.kind == "heads" else multiple_of
     wishes = (multiple, *counts, *(share * site.width for share in SHARES))
-    return {multiple * math.ceil(wish / multiple) for wish in wishes if wish > 0} | ({0} if site.least == 0 else set())
+    found = {multiple * math.ceil(max(wish, site.least) / multiple) for wish in wishes if wish > 0}
+    return found | ({0} if site.least == 0 else set())
 
 
 def _shared(plan: Plan) -> dict[str, int]:

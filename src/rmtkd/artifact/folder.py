@@ -100,9 +100,12 @@ def check_extra_files(files: Iterable[str | Path]) -> tuple[Path, ...]:
     """Return the files if they can travel with a model.
 
     Raises:
-        ArtifactError: if there is no such file, or it has a name of ours.
+        ArtifactError: if there is no such file, or it has a name of ours or of another one.
     """
     found = tuple(map(Path, files))
+    if len({file.name for file in found}) < len(found):
+        twice = next(file.name for i, file in enumerate(found) if file.name in {other.name for other in found[:i]})
+        raise ArtifactError(f"extra files must have names of their own. Got two named {twice}. Leave one out.")
     for file in found:
         if not file.is_file() or file.name in OWN_FILES:
             fault = "has a name of ours" if file.is_file() else "is none"

@@ -178,7 +178,7 @@ class Desk:
         site = self.groups[shares][0]
         multiple = self.multiple_of if _is_counted(site) else 1
         # Shares are no binary fractions: 0.28 · 25 is a little above 7, and means 7.
-        floor = max(multiple, self.min_share * site.width - 1e-9)
+        floor = max(multiple, site.least, self.min_share * site.width - 1e-9)
         return multiple * math.ceil(max(wish, floor) / multiple)
 
     def _find_edges(self) -> None:

@@ -23,6 +23,7 @@ from rmtkd.batches import Batch
 from rmtkd.environment import machine
 from rmtkd.errors import PlanError
 from rmtkd.measurement import evaluation, time_calls
+from rmtkd.modules import order_of
 from rmtkd.planning.lines import Problems, check, parse
 from rmtkd.planning.timed_parts import filled, monotone, outlines, parts_by_shape, shapes_of
 from rmtkd.sites import Site
@@ -277,6 +278,7 @@ def _key(model: nn.Module, sites: Sequence[Site], batch: Batch) -> str:
         repr(model),
         getattr(getattr(model, "config", None), "_attn_implementation", None),
         shapes_of(model),
+        [str(order_of(parameter)) for parameter in model.parameters()],
         [(site.name, site.block, site.least, site.width, site.groups) for site in sites],
         outlines(batching.inputs(batch)),
     )

@@ -14,14 +14,14 @@ sites = (
 What they cannot see is the `forward` between the parts. `surgery.check_cut` compares every cut with it.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from rmtkd.errors import UnsupportedModelError
+from rmtkd.errors import UnsupportedModelError, check_choice
 from rmtkd.measurement import evaluation
 from rmtkd.modeling_rmtkd import EmbeddingLevel, EmbeddingLevels, FactorizedEmbedding, FactorizedLevel
 from rmtkd.sites.site import Absent, Attribute, Axis, Quantity, Site, Stream
@@ -333,12 +333,24 @@ def _share(path: str, size: int, groups: int) -> int:
 
 
 def _attribute(path: str, quantity: Quantity) -> Attribute:
+    check_choice(f"what {path} says", quantity, get_args(Quantity))
     module, _, name = path.rpartition(".")
     return Attribute(module=module, name=name, quantity=quantity)
 
 
+def _at(model: nn.Module, path: str) -> Any:
+    """What is at a path: a module, or a plain attribute of one."""
+    owner, _, name = path.rpartition(".")
+    try:
+        return getattr(model.get_submodule(owner), name)
+    except AttributeError:
+        raise UnsupportedModelError(
+            f"{path} must be an attribute of the model. There is none. Name another; nothing was changed."
+        ) from None
+
+
 def _check_attribute(model: nn.Module, attribute: Attribute, width: int, groups: int, path: str) -> None:
-    found = getattr(model.get_submodule(attribute.module), attribute.name, None)
+    found = _at(model, f"{attribute.module}.{attribute.name}")
     expected = attribute.value(width, groups)
     if not isinstance(found, int | float) or abs(found - expected) > 1e-9:
         raise UnsupportedModelError(
@@ -350,8 +362,12 @@ def _check_attribute(model: nn.Module, attribute: Attribute, width: int, groups:
 def _check_pointwise(model: nn.Module, path: str) -> None:
     """Try whether the activation treats every unit by itself, and all alike: of some units in another order it must
     make the same as of all of them."""
-    owner, _, name = path.rpartition(".")
-    activation: Callable[[Tensor], Tensor] = getattr(model.get_submodule(owner), name)
+    activation = _at(model, path)
+    if not callable(activation):
+        raise UnsupportedModelError(
+            f"an activation must be a module or a function. {path} is {activation!r}. Name another; nothing was "
+            "changed."
+        )
     values = torch.linspace(-3, 3, 24, device="cpu").view(2, 1, 12)
     units = [7, 2, 11, 0, 5]
     try:
@@ -365,7 +381,7 @@ def _check_pointwise(model: nn.Module, path: str) -> None:
         else:
             whole, part = activation(values), activation(values[..., units])
         is_pointwise = whole.shape == values.shape and torch.allclose(whole[..., units], part)
-    except (RuntimeError, ValueError):  # shapes that do not fit
+    except (RuntimeError, TypeError, ValueError):  # shapes that do not fit
         is_pointwise = False
     if not is_pointwise:
         kind = type(activation).__name__ if isinstance(activation, nn.Module) else repr(activation)

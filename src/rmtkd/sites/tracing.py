@@ -261,6 +261,8 @@ class _Tracer:
         read = self._side(name, "read", channels.width)
         if not is_over_channels:
             self._stay_whole(read, f"{path} reads another dimension than that of the channels")
+        elif not is_linear and channels.positions > 1:
+            self._stay_whole(read, f"{path} is a convolution over channels that lie flattened")
         else:
             norm = self._norm_after(node)
             plain = norm is None and bias is not None and (is_linear or not any(numbers(module.padding)))
@@ -300,6 +302,9 @@ class _Tracer:
         owner = None if not names or names[0] is None else names[0].rpartition(".")[0]
         if owner is None or None in names or not isinstance(self.model.get_submodule(owner), (_NormBase, nn.PReLU)):
             self._give_up(node, f"the norm at {place_of(node)} is no plain one with its own parameters")
+            return
+        if channels.dim != 1:
+            self._give_up(node, f"{owner} is over another dimension than that of the channels")
             return
         if operator_of(node) == "batch_norm" and len(names) < 3 and node.args[3] is None:
             self._give_up(node, f"{owner} takes its statistics from the batch that is run")

@@ -64,13 +64,14 @@ def _runs(model: nn.Module, sites: Sequence[Site], batch: Batch, is_training: bo
     prefix = "" if called is model else f"{CALLED}."
     values = {name: buffer.clone() for name, buffer in model.named_buffers()}
     tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **values}
-    for site in sites:
-        for stream in site.streams:
-            for axis in (*stream.writers, *stream.readers):
-                size = max(1, site.width // 2) * axis.copies * axis.positions
-                values[axis.parameter] = values.get(axis.parameter, tensors[axis.parameter]).narrow(axis.dim, 0, size)
     device = next(model.parameters()).device
     try:
+        for site in sites:
+            for stream in site.streams:
+                for axis in (*stream.writers, *stream.readers):
+                    size = max(1, site.width // 2) * axis.copies * axis.positions
+                    tensor = values.get(axis.parameter, tensors[axis.parameter])
+                    values[axis.parameter] = tensor.narrow(axis.dim, 0, size)
         with seeded(None, device), evaluation(model), _halved(sites, model):
             model.train(is_training)
             functional_call(called, {f"{prefix}{name}": value for name, value in values.items()}, args, kwargs)
