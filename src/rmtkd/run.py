@@ -21,7 +21,7 @@ from rmtkd.cutting import cut_in_order
 from rmtkd.dry_run import CHECK_ROWS, narrowed, plan
 from rmtkd.energy import measure_energy
 from rmtkd.environment import machine, versions
-from rmtkd.errors import ArtifactError, RunError
+from rmtkd.errors import ArtifactError, DataError, RunError
 from rmtkd.forecast import Forecast, forecast
 from rmtkd.interruption import Interrupted
 from rmtkd.measurement import (
@@ -120,8 +120,9 @@ class Run:
                     standing.save(folder, seconds=seconds, pieces=self.subject.pieces.count)
             self.emit("measure")
             record = self.measure(standing, reason)
-            if self.with_control:
-                record["control"] = self.control(standing.student, sum(done.steps for done in standing.rounds))
+            if self.with_control and standing.kept:  # what nothing was cut from has the shape of the teacher
+                stayed = (done.steps for done in standing.rounds if not done.rolled_back)
+                record["control"] = self.control(standing.student, sum(stayed))
         except AtOnce:
             raise
         except (Interrupted, KeyboardInterrupt) as stop:
@@ -401,12 +402,18 @@ class Run:
         }
 
     def control(self, student: nn.Module, steps: int) -> dict[str, Any]:
-        """The same shape from a random start, distilled for as many steps: what the cut itself is worth."""
+        """The same shape from a random start, distilled for as many steps: what the cut itself is worth.
+
+        Not every shape can be trained from there: then it has no accuracy, but the run still its model.
+        """
         subject = self.subject
-        scratch = self.recoveries.from_nothing(student, subject.first_teacher, steps)
+        told = {"start": "random", "steps": steps}
         rows = subject.selection if subject.report is None else subject.report
-        found = accuracy(scratch, rows, pieces=subject.pieces)
-        return {"start": "random", "steps": steps, "accuracy": asdict(found)}
+        try:
+            scratch = self.recoveries.from_nothing(student, subject.first_teacher, steps)
+            return {**told, "accuracy": asdict(accuracy(scratch, rows, pieces=subject.pieces))}
+        except DataError as error:
+            return {**told, "accuracy": None, "failed": str(error)}
 
 
 def report_on(folder: Path, emit: progress.Emitter) -> None:

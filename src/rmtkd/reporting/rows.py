@@ -45,9 +45,9 @@ def summary_rows(record: Mapping[str, Any]) -> list[Row]:
     if record.get("control"):
         control, (role, key) = record["control"], role_of(record)
         before, value = record["baseline"][key], control["accuracy"]
-        change = numbers.points(before["value"], value["value"])
+        change = numbers.points(before["value"], value["value"]) if value else ""
         name = f"same shape, random start, {control['steps']} steps" + ", selection rows" * (role == "selection")
-        rows.append(Row("control", name, "", numbers.estimate(value), change))
+        rows.append(Row("control", name, "", numbers.estimate(value) if value else "failed", change))
     return rows
 
 
@@ -131,9 +131,10 @@ def role_of(record: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def stopped(record: Mapping[str, Any]) -> str:
-    """How a run ended."""
-    done = record["rounds"]
-    return f"{len(done)} round{'s' if len(done) != 1 else ''}; stopped: {record['stop_reason']}"
+    """How a run ended, and its control, where that gave no model."""
+    done, failed = record["rounds"], (record.get("control") or {}).get("failed")
+    told = f"{len(done)} round{'s' if len(done) != 1 else ''}; stopped: {record['stop_reason']}"
+    return f"{told}; the same shape from a random start failed: {failed.rstrip('.')}" if failed else told
 
 
 def size_headings(record: Mapping[str, Any]) -> tuple[str, ...]:
