@@ -529,6 +529,27 @@ def test_massive_channels_that_go_together_or_outnumber_the_vectors_are_borne() 
     assert counted(ParallelAnalysisRule()(few), few) <= 2
 
 
+def test_dead_heads_change_nothing_that_the_detector_says_of_the_living() -> None:
+    rng = np.random.default_rng(1)
+    heads = rng.standard_normal((3, 64, 32)) * np.sqrt(rng.gamma(1, 1, (3, 1, 32)))
+    covariances = np.swapaxes(heads, 1, 2) @ heads / 64
+    living = Spectrum(
+        eigenvalues=np.linalg.eigvalsh(covariances)[:, ::-1].copy(),
+        samples=64,
+        variances=np.diagonal(covariances, axis1=1, axis2=2).copy(),
+    )
+    assert living.variances is not None
+    dead = np.zeros((9, 32))
+    mixed = Spectrum(
+        eigenvalues=np.concatenate([living.eigenvalues, dead]),
+        samples=64,
+        variances=np.concatenate([living.variances, dead]),
+    )
+    alone, among = ParallelAnalysisRule()(living), ParallelAnalysisRule()(mixed)
+    assert among.ks == pytest.approx(alone.ks) and among.ks < 0.05 and not among.misfit
+    assert (among.edge, among.sigma2) == pytest.approx((alone.edge, alone.sigma2))
+
+
 def test_gap_is_not_that_between_the_last_vector_and_zero() -> None:
     """Ten vectors of 60 coordinates, and 200 of which 10 are alive: no signal."""
     rng = np.random.default_rng(0)

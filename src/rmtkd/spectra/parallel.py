@@ -70,13 +70,14 @@ class ParallelAnalysisRule:
         levels = relative_levels([bound.edge for bound in bounds])
         level = divided(spectrum, levels)
         found = alive(level).effective
-        is_massive = np.stack([bound.is_massive for bound in bounds])
+        is_massive = np.stack([bound.is_massive for bound in bounds])[spectrum.living]
         massive, remarks = int(is_massive.sum()), []
         if massive:
             remarks.append(f"{massive} massive channels (variance above {self.massive:g} medians) count as signal.")
-        # What lies below the edge may be such noise, without the shadow of the signal, or white.
+        # What lies below the edge may be such noise, without the shadow of the signal, or white. Dead groups have none.
         assert level.variances is not None
-        noise = _without_signal(level, np.where(is_massive, 0.0, level.variances), edge)[~is_massive]
+        variances = np.where(is_massive, 0.0, level.variances[spectrum.living])
+        noise = _without_signal(level.eigenvalues[spectrum.living], variances, edge)[~is_massive]
         laws = [
             AnisotropicMarchenkoPastur(variances=variances, q=ratio)
             for variances, ratio in (
@@ -134,12 +135,12 @@ class _Bound(NamedTuple):
 
 
 def _without_signal(
-    spectrum: Spectrum, variances: Float[np.ndarray, "groups width"], edge: float
+    eigenvalues: Float[np.ndarray, "groups width"], variances: Float[np.ndarray, "groups width"], edge: float
 ) -> Float[np.ndarray, "groups width"]:
     """The variances without what lies above the edge, taken to be spread evenly over the coordinates.
 
     For the fit below the edge alone: the edge itself keeps the shadow of the signal, and errs on the high side.
     """
-    below = np.where(spectrum.eigenvalues > edge, 0, spectrum.eigenvalues).sum(axis=1, keepdims=True)
+    below = np.where(eigenvalues > edge, 0, eigenvalues).sum(axis=1, keepdims=True)
     excess = np.maximum(variances.sum(axis=1, keepdims=True) - below, 0)
-    return np.maximum(variances - excess / spectrum.width, 0)
+    return np.maximum(variances - excess / eigenvalues.shape[1], 0)
