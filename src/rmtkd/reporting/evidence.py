@@ -9,6 +9,7 @@ from rmtkd.artifact import is_artifact
 from rmtkd.checkpoint import RunFolder, is_size, read_planned
 from rmtkd.errors import RunError
 from rmtkd.planning import Plan
+from rmtkd.reporting.rows import stopped, summary_rows
 from rmtkd.schedule import Options, Round, kept_widths
 from rmtkd.spectra import Spectrum
 
@@ -99,8 +100,25 @@ def read_evidence(folder: Path) -> Evidence:
         spectrums=read_planned(folder)[1] if has_spectra else {},
         config=config,
         events=run.events(),
-        summary=run.summary(),
+        summary=_summary(run),
     )
+
+
+def _summary(run: RunFolder) -> Mapping[str, Any] | None:
+    """The record of a finished run, with all that pages show; None while it is not finished.
+
+    Raises:
+        RunError: if something of it is missing, or is something else.
+    """
+    path = run.path / "summary.json"
+    if not path.is_file():
+        return None
+    summary: Any = run.summary()
+    try:
+        summary_rows(summary), stopped(summary), [Round.from_dict(done) for done in summary["rounds"]]
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise RunError(f"{path} must be as it was written. Reading it gave: {error!r}. Restore it.") from None
+    return summary
 
 
 def is_run(folder: Path) -> bool:
