@@ -1,6 +1,7 @@
 """What a run will take is told before it is spent, and leaves no trace."""
 
 from dataclasses import asdict
+from typing import Any
 
 import pytest
 import torch
@@ -114,5 +115,36 @@ def test_a_network_that_divides_by_parameters_can_be_forecast() -> None:
         precision="fp32",
         calibration=rows,
         seconds_observed=1.0,
+    )
+    assert seen.seconds_step > 0
+
+
+class Rooted(torch.nn.Module):
+    """Takes a root, which its own weights keep positive and random ones do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = torch.nn.Linear(6, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 4)
+        with torch.no_grad():
+            for parameter in (*self.first.parameters(), *self.second.parameters()):
+                parameter.abs_()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.second(self.first(x).relu()).sqrt())
+
+
+def test_a_network_that_gives_no_numbers_from_a_random_start_can_be_forecast() -> None:
+    model, rows = Rooted().eval(), [(torch.rand(8, 6), torch.arange(8) % 4) for _ in range(6)]
+    sites = find_sites(model, rows[0])
+    options: dict[str, Any] = {"recovery": Recovery(), "blend": False, "precision": "fp32"}
+    seen = forecast(
+        model,
+        sites,
+        {site.name: 4 for site in sites},
+        rows,
+        steps=3,
+        calibration=rows,
+        seconds_observed=1.0,
+        **options,
     )
     assert seen.seconds_step > 0

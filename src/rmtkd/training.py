@@ -169,22 +169,20 @@ class Phase:
         self.epoch, self.position = state.facts["epoch"], state.facts["position"]
         self.pieces.count = state.facts["pieces"]
 
+    def check_finite(self, must: str, value: float) -> None:
+        """Raise `DataError` unless what came of the step that is under way is a number."""
+        if not math.isfinite(value):
+            step = len(self.losses) + 1
+            raise DataError(f"{must} {value} at step {step}. Lower the learning rate, or look for bad rows.")
+
     def _step(self, batch: Batch) -> None:
         step = len(self.losses)
         for group in self.optimizer.param_groups:
             group["lr"] = self.recovery.lr * learning_rate_factor(step, self.steps, self.recovery.warmup)
         loss = self.pieces(batch, self._backward)
-        if not math.isfinite(loss):
-            raise DataError(
-                f"the loss must stay finite. It became {loss} at step {step + 1}. "
-                "Lower the learning rate, or look for bad rows."
-            )
+        self.check_finite("the loss must stay finite. It became", loss)
         norm = nn.utils.clip_grad_norm_(self.trained.values(), self.recovery.clip)
-        if not norm.isfinite():
-            raise DataError(
-                f"gradients must stay finite. Their norm became {float(norm)} at step {step + 1}. "
-                "Lower the learning rate, or look for bad rows."
-            )
+        self.check_finite("gradients must stay finite. Their norm became", float(norm))
         self.optimizer.step()
         if self.average:
             self.average.update()
