@@ -481,7 +481,10 @@ def test_a_plan_is_shown_as_one_and_stays_a_place_to_run_in(run: Path, tmp_path:
         (lambda run: (run / "plan.json").write_text("{}") and run, "plan.json"),
         (lambda run: (run / "summary.json").write_text("{") and run, "summary.json must be as it was written"),
         (lambda run: (run / "summary.json").write_text("{}") and run, "summary.json must be .*KeyError.*Restore it"),
-        (lambda run: (run / "summary.json").write_text('{"baseline": []}') and run, "summary.json must be .*TypeError"),
+        (
+            lambda run: (run / "summary.json").write_text('{"baseline": 1, "compressed": 1}') and run,
+            "summary.json must be .*TypeError",
+        ),
         (lambda run: (run / "record.jsonl").write_text("{\n") and run, "record.jsonl must be as it was written"),
         (lambda run: (run / "report.html").write_text("mine") and run, "takes the place of an earlier report alone"),
     ],
