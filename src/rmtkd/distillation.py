@@ -209,6 +209,24 @@ def check_pair(student: nn.Module, teacher: nn.Module, batch: Batch, blocks: Seq
         )
 
 
+def check_blocks(student: nn.Module, teacher: nn.Module, batch: Batch, blocks: Sequence[str]) -> None:
+    """Raise `OptionError` unless each of the blocks puts out what it does in the teacher, in shape: what is narrower
+    cannot be compared."""
+    row, shapes = batching.head(batch, 1), []
+    for model in (student, teacher):
+        with evaluation(model), outputs_of(model, blocks) as hidden:
+            batching.logits(model, row)
+        shapes.append({key: list(state.shape[1:]) for key, state in hidden.items()})
+    mine, theirs = shapes
+    if narrower := [key for key in mine if mine[key] != theirs.get(key)]:
+        first = narrower[0]
+        raise OptionError(
+            f"hidden must be 0 where outputs of blocks are narrowed, which then cannot be compared. Those of "
+            f"{len({block for block, _ in narrower})} of {len(blocks)} blocks are, such as of {blocks[first[0]]}: from "
+            f"{theirs.get(first)} to {mine[first]}. Leave hidden out, or exclude the sites that blocks put out."
+        )
+
+
 class WeightAverage:
     """Exponential moving average of a model's parameters.
 

@@ -169,7 +169,7 @@ class Run:
             pieces=subject.pieces,
             **fields_of(replace(self.options, precision=subject.precision)),
         )
-        return Planned(made, spectrums, time.monotonic() - began)
+        return Planned(subject.check_hidden(made), spectrums, time.monotonic() - began)
 
     def go_on(self, folder: RunFolder) -> Standing | None:
         """Where the run stands by its folder; None if it has no plan yet."""

@@ -12,7 +12,7 @@ from rmtkd import batches as batching
 from rmtkd.batches import Batch
 from rmtkd.calibration import share_of
 from rmtkd.checkpoint import checksum
-from rmtkd.distillation import check_pair
+from rmtkd.distillation import check_blocks, check_pair
 from rmtkd.dry_run import Survey, metrics_of
 from rmtkd.environment import Precision, precision_on
 from rmtkd.errors import OptionError, PlanError, UnsupportedModelError
@@ -39,6 +39,7 @@ from rmtkd.seeding import seeded
 from rmtkd.sensitivity import ROWS, every_nth_row
 from rmtkd.sites import Site, after_cuts, blocks_of, check_sites, encoder_of, explore, is_known
 from rmtkd.storage import tensors_of
+from rmtkd.surgery import fill_with_ones, skeleton
 
 
 class Subject:
@@ -155,6 +156,11 @@ class Subject:
     @cached_property
     def baseline(self) -> Estimate:
         """Selection accuracy of the untouched model. What would be refused after hours is looked at, too."""
+        if self.options.recovery.hidden and not self.blocks:
+            raise OptionError(
+                f"hidden must be 0 for a model whose sites lie in no blocks: there is nothing to compare. Got "
+                f"{self.options.recovery.hidden:g} for {type(self.model).__name__}. Leave it out."
+            )
         with self._seeded():
             found = check_teacher(self.model, self.selection, pieces=self.pieces)
             check_packed(self.model, self.packs, self.selection)
@@ -230,11 +236,26 @@ class Subject:
 
         Raises:
             PlanError: if it cannot be met: with what of the network stays whole.
+            OptionError: see `check_hidden`.
         """
         try:
-            return survey.plan(target)
+            made = survey.plan(target)
         except PlanError as error:
             raise PlanError("\n".join((str(error), *self.remarks))) from error
+        return self.check_hidden(made)
+
+    def check_hidden(self, made: Plan) -> Plan:
+        """Return the plan, if what it leaves of the model can be taught hidden states, where it shall be.
+
+        Raises:
+            OptionError: if it narrows what blocks put out.
+        """
+        if self.options.recovery.hidden:
+            with self._seeded():
+                student = skeleton(self.start, self.sites, made.widths)
+                fill_with_ones(student, self.options.device)
+                check_blocks(student, self.start, self.example, self.blocks)
+        return made
 
     def apart(self, student: nn.Module) -> float:
         """How far the student's answers are from those of the first teacher, over some selection rows, in nats. Not
