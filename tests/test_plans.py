@@ -37,6 +37,7 @@ from rmtkd.planning import (
     spectra_of,
     uniform_sites,
 )
+from rmtkd.reporting.plans import plan_columns
 from rmtkd.schedule import Options
 from rmtkd.sites import Axis, Site, Stream, by_width, find_sites
 from rmtkd.spectra import RULES
@@ -455,6 +456,13 @@ def test_an_applied_plan_has_all_but_its_widths_derived_anew() -> None:
     assert same == PLAN.sites[8]
     assert settle(made, MODEL, SITES, SPECTRUMS, BATCH) == made
     assert settle(PLAN, MODEL, SITES, SPECTRUMS, BATCH) == PLAN
+
+
+def test_no_share_of_the_variance_is_told_where_heads_go() -> None:
+    """A head that goes takes its directions along: no sum over all heads says what is left."""
+    made = by_hand(layer__0__heads=1)
+    told = dict(zip(made.widths, plan_columns(made)["energy"], strict=True))
+    assert {name for name, share in told.items() if share == "–"} == {"layer.0.query_key", "layer.0.value"}
 
 
 def test_a_plan_that_misses_its_target_and_factors_that_do_not_pay_are_remarked() -> None:

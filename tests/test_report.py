@@ -26,7 +26,8 @@ from rmtkd.reporting.evidence import Evidence, read_evidence
 from rmtkd.reporting.frame import Scale
 from rmtkd.reporting.markup import element, table
 from rmtkd.reporting.page import style
-from rmtkd.reporting.plans import kept
+from rmtkd.reporting.plans import kept, plan_title
+from rmtkd.reporting.reproduction import configuration
 from rmtkd.reporting.run_page import MOST_SPECTRA, run_page
 from rmtkd.reporting.silhouette import silhouette
 from rmtkd.schedule import Round, thinned
@@ -218,6 +219,15 @@ def test_machine_versions_options_and_the_reason_for_no_energy_are_told(run: Pat
     assert dict(page.table("Configuration: what was asked for"))["target"] == TARGETS[0]
     energy = record["compressed"]["energy"]
     assert (energy["reason"] or "{:.3g} J".format(energy["joules"])) in dict(page.table("Energy"))["compressed"]
+
+
+def test_a_quantile_is_told_only_of_a_rule_that_has_one(run: Path):
+    evidence = read_evidence(run)
+    other = replace(evidence, plan=replace(evidence.plan, rule="energy"))
+    assert "rule mp, τ 0.5" in plan_title(evidence.plan) and "τ" not in plan_title(other.plan)
+    for found in (evidence, replace(evidence, config=None)):
+        assert "tau" in dict(configuration(found))
+        assert "tau" not in dict(configuration(replace(found, plan=other.plan)))
 
 
 def test_the_bars_are_as_long_as_the_widths(run: Path):

@@ -36,7 +36,7 @@ class SitePlan:
         ks, fit_error, misfit: how well noise explains what lies below the edge, see `spectra.NoiseEdge`.
         margin: gap in the pooled spectrum: the smallest eigenvalue above the edge over the largest below it; None
             where there is no such pair.
-        energy: share of the variance in the `keep` largest directions.
+        energy: share of the variance in the `keep` largest directions of each head, as if all heads stayed.
         floor: directions that the default detector tells from noise, per group; None if it cannot say.
         loss: held-out loss of narrowing this width alone, to `keep`; None where it was not measured.
         why: one sentence.

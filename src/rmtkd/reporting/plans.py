@@ -8,6 +8,7 @@ from rich.table import Table
 from rmtkd.planning import LATENCY, Plan, SitePlan
 from rmtkd.reporting import numbers
 from rmtkd.schedule import Round, kept_widths
+from rmtkd.spectra import takes
 
 
 def plan_title(plan: Plan) -> str:
@@ -16,7 +17,8 @@ def plan_title(plan: Plan) -> str:
     measured = "" if plan.loss is None else f", measured loss {plan.loss:.2g}"
     edges = "" if is_guarded else f", edge × {plan.multiplier:.3g}"
     return (
-        f"{plan.model} · rule {plan.rule}, τ {plan.tau:g}"
+        f"{plan.model} · rule {plan.rule}"
+        + (f", τ {plan.tau:g}" if takes(plan.rule, "tau") else "")
         + (f" · guarded{measured}" if is_guarded else "")
         + (f" · target {plan.target}{edges}" if plan.target else "")
     )
@@ -54,7 +56,7 @@ def plan_columns(plan: Plan) -> dict[str, list[str]]:
         "noise σ²": [numbers.small(site.sigma2 or None) for site in plan.sites],
         "edge": [numbers.small(site.edge or None) for site in plan.sites],
         "KS": [_fit(site) for site in plan.sites],
-        "energy": [f"{site.energy:.1%}" for site in plan.sites],
+        "energy": [_energy(site, plan.widths) for site in plan.sites],
     }
     return columns if plan.policy == "guarded" else {n: c for n, c in columns.items() if n not in ("signal", "loss")}
 
@@ -113,6 +115,11 @@ def _fit(site: SitePlan) -> str:
 
 def _independent(site: SitePlan) -> str:
     return "–" if site.effective_samples is None else f"{site.effective_samples / site.samples:.0%}"
+
+
+def _energy(site: SitePlan, widths: Mapping[str, int]) -> str:
+    """Share of the variance that as many directions can hold; a dash where heads go, and take theirs along."""
+    return f"{site.energy:.1%}" if widths.get(site.groups_of or "", site.groups) == site.groups else "–"
 
 
 def _mark(site: SitePlan, plan: Plan) -> str:

@@ -8,6 +8,7 @@ from rmtkd.progress import duration
 from rmtkd.reporting import numbers
 from rmtkd.reporting.evidence import Evidence
 from rmtkd.schedule import Options
+from rmtkd.spectra import takes
 
 
 def how_to_repeat(evidence: Evidence) -> str:
@@ -62,13 +63,14 @@ def _arguments(evidence: Evidence) -> list[tuple[str, str]]:
 
 
 def configuration(evidence: Evidence) -> list[tuple[str, str]]:
-    """Every option by name, those of training after the others."""
+    """Every option by name, those of training after the others; no quantile of a rule that has none."""
+    unused = () if takes(evidence.plan.rule, "tau") else ("tau",)
     if evidence.config is None:
         names = ("target", "policy", "max_loss", "rule", "tau", "multiple_of", "min_share", "uniform", "low_rank")
-        return [(name, _shown(getattr(evidence.plan, name))) for name in names]
+        return [(name, _shown(getattr(evidence.plan, name))) for name in names if name not in unused]
     command = {k: v for k, v in (evidence.config.get("command") or {}).items() if k != "words" and v is not None}
     found = {**command, **_flat(evidence.options), "control": evidence.config["control"]}
-    return [(name, _shown(value)) for name, value in found.items()]
+    return [(name, _shown(value)) for name, value in found.items() if name not in unused]
 
 
 def changed(evidence: Evidence) -> list[tuple[str, str]]:

@@ -35,7 +35,8 @@ MOST_OPEN = 16
 EXPLAINED = (
     "above: directions above the noise edge, of one head. keep: the width that stays. n_eff/n: how many vectors of n "
     "are independent. q: width over vectors. KS: distance of what lies below the edge from the law of noise, "
-    "with “!” where it is too far. energy: share of the variance in as many largest directions as stay."
+    "with “!” where it is too far. energy: share of the variance in as many largest directions as stay, “–” where heads"
+    " go."
 )
 GUARDED = " signal: directions that the detector tells from noise. loss: what the width costs by itself, in nats."
 SPECTRA = (

@@ -46,9 +46,12 @@ DETECTOR = "rdpa"
 
 def rule_named(name: str, **options: Any) -> Rule:
     """The rule of this name, with those of the options that it has."""
-    rule = RULES[name]
-    known = {field.name for field in fields(rule)}  # pyright: ignore[reportArgumentType]
-    return rule(**{key: value for key, value in options.items() if key in known})
+    return RULES[name](**{key: value for key, value in options.items() if takes(name, key)})
+
+
+def takes(name: str, option: str) -> bool:
+    """Whether the rule of this name has this option."""
+    return option in {field.name for field in fields(RULES[name])}  # pyright: ignore[reportArgumentType]
 
 
 __all__ = [
@@ -71,4 +74,5 @@ __all__ = [
     "Spectrum",
     "TracyWidomRule",
     "rule_named",
+    "takes",
 ]
