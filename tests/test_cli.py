@@ -183,8 +183,9 @@ def test_a_plan_is_made_anew_edited_and_applied(sentiment: Sentiment, command: C
     assert code == 2 and "--out must be given" in log and "Pass --out" in log
     code, told, _ = command("plan", run, "--target", "85%params", "--out", tmp_path / "next", "--json")
     assert code == 0 and json.loads(told)["fixed"]["layer.1.ffn"] == 47
-    code, _, log = command("plan", run, "--model", sentiment.teacher, "--out", tmp_path / "other")
-    assert code == 2 and "needs neither model nor data. Got --model" in log
+    words = ("--model", sentiment.teacher, "--seed", 3, "--device", "cuda", "--out", tmp_path / "other")
+    code, _, log = command("plan", run, *words)
+    assert code == 2 and "needs neither model nor data. Got --model, --seed, --device" in log
     assert not (tmp_path / "other").exists()
 
 
@@ -277,8 +278,10 @@ def test_the_policy_the_largest_loss_and_the_metric_are_the_user_s(
     code, told, _ = command("compress", "sst2", *common, "--out", run, *words, *more)
     config = json.loads(told)["config"]
     assert code == 0 and (config["metric"], config["gentle"], config["blend"]) == ("output", 0.1, False)
-    code, told, _ = command("plan", run, *PAPER, "--out", tmp_path / "paper", "--json")
+    code, told, _ = command("plan", run, *PAPER, "--rule", "energy", "--out", tmp_path / "paper", "--json")
     assert code == 0 and Plan.from_json(told).policy == "paper"
+    code, _, log = command("plan", tmp_path / "paper", "--tau", 0.4)
+    assert code == 2 and "Got the rule energy. Leave --tau out" in log
     code, _, log = command("plan", tmp_path / "paper", "--max-loss", 0.1)
     assert code == 2 and "This plan has none" in log
     code, _, log = command("plan", run, "--metric", "output", "--out", tmp_path / "other")
@@ -413,6 +416,15 @@ def test_env_tells_versions_and_machine(command: Command):
         (["compress", "digitz", "--out", "OUT"], "Did you mean 'digits'"),
         (["plan", "sst2", "--out", "OUT", "--rule", "mpp"], "Did you mean 'mp'"),
         (["plan", "sst2", "--out", "OUT", "--max-loss", "0"], "max_loss must be greater than 0. Got 0.0"),
+        (
+            ["plan", "sst2", "--out", "OUT", "--max-loss", "1", "--target", "5M"],
+            "--max-loss must come without --target",
+        ),
+        (["compress", "digits", "--out", "OUT", "--max-loss", "1", "--policy", "paper"], "with guarded widths"),
+        (
+            ["plan", "sst2", "--out", "OUT", "--rule", "energy", "--tau", "0.9"],
+            "--tau must come with a rule that has it: mp",
+        ),
         (["plan", "sst2", "--out", "OUT", "--keep", "layer.0.ffn"], "--keep must be SITE=WIDTH"),
         (["plan", "sst2"], "Pass --out FOLDER, such as runs/sst2"),
         (["plan", "DATA"], "has no plan.json and no spectra.npz"),
@@ -435,6 +447,8 @@ def test_env_tells_versions_and_machine(command: Command):
         (["compress", "nothing", "--out", "OUT"], "What each is: rmtkd ls"),
         (["compress", "digits", "--out", "OUT", "--target", "25"], "A share is written 25%params"),
         (["export", "TEACHER", "--out", "OUT", "--data", "DATA"], "Add --recipe NAME: rmtkd ls"),
+        (["export", "TEACHER", "--out", "OUT", "--label", "l", "--max-length", "9"], "--label, --max-length must come"),
+        (["check", "TEACHER", "--columns", "text"], "--columns must come with --recipe"),
         (["compress", "qqp", "--out", "OUT", "--model", "TEACHER", "--data", "DATA"], "Beside it: sst2_"),
         (["compress", "sst2", "--out", "OUT", "--model", "./nowhere"], "There is no folder './nowhere'"),
         (["compress", "sst2", "--out", "OUT", "--model", "TEACHER", "--data", "/nowhere"], "There is no such file"),

@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from rmtkd.cli.console import app, log, out_console, say
-from rmtkd.cli.options import AsJson, Columns, Data, Label, MaxLength
-from rmtkd.errors import OptionError
+from rmtkd.cli.options import AsJson, Columns, Data, Label, MaxLength, check_without_recipe
 
 
 @app.command("export")
@@ -42,10 +41,7 @@ def export_model(
     exports.find_format(to, int8=int8)
     exports.check_free(out)
     if recipe is None:
-        if data is not None:
-            raise OptionError(
-                "--data must come with --recipe, which says what the rows mean. Got none. Add --recipe NAME: rmtkd ls"
-            )
+        check_without_recipe({"--data": data, "--columns": columns, "--label": label, "--max-length": max_length})
         network = load_any_classifier(model)
         log("checked on random tokens or images: name a --recipe to check on rows")
         record = exports.export(network, out, to=to, int8=int8, tokenizer=load_tokenizer(model, network))

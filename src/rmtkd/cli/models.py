@@ -9,8 +9,20 @@ from typing import Annotated
 import typer
 
 from rmtkd.cli.console import app, log, log_console, out_console, say
-from rmtkd.cli.options import AsJson, Columns, Data, Device, Label, MaxLength, Model, Precision, RecipeName, Seed
-from rmtkd.errors import DataError, OptionError
+from rmtkd.cli.options import (
+    AsJson,
+    Columns,
+    Data,
+    Device,
+    Label,
+    MaxLength,
+    Model,
+    Precision,
+    RecipeName,
+    Seed,
+    check_without_recipe,
+)
+from rmtkd.errors import DataError
 
 
 @app.command()
@@ -128,11 +140,8 @@ def check(
     from rmtkd import conformance, recipes
     from rmtkd.recipes.checkpoints import load_any_classifier
 
-    if recipe is None and data is not None:
-        raise OptionError(
-            "--data must come with --recipe, which says what the rows mean. Got none. Add --recipe NAME: rmtkd ls"
-        )
     if recipe is None:
+        check_without_recipe({"--data": data, "--columns": columns})
         verdicts = conformance.check(load_any_classifier(model))
     else:
         task = recipes.get(recipe, columns=columns)

@@ -51,7 +51,7 @@ Policy = Annotated[
 MaxLoss = Annotated[
     float | None,
     typer.Option(
-        help="Without --target, what guarded widths may cost in sum: nats of divergence from the teacher, such as "
+        help="In place of --target, what guarded widths may cost in sum: nats of divergence from the teacher, such as "
         "--max-loss 0.02; 0.05 by default."
     ),
 ]
@@ -63,7 +63,8 @@ Metric = Annotated[
     ),
 ]
 Tau = Annotated[
-    float | None, typer.Option(help="Quantile that starts the noise level; larger cuts more; 0.5 by default.")
+    float | None,
+    typer.Option(help="Of --rule mp: quantile that starts the noise level; larger cuts more; 0.5 by default."),
 ]
 Rule = Annotated[str | None, typer.Option(help="Spectral rule; mp by default.")]
 MultipleOf = Annotated[
@@ -118,6 +119,32 @@ def given(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
+def check_without_recipe(options: Mapping[str, Any]) -> None:
+    """Where no recipe is named, hold what takes one: by flag.
+
+    Raises:
+        OptionError: naming what was given.
+    """
+    if found := given(options):
+        raise OptionError(
+            f"{', '.join(found)} must come with --recipe, which says what the rows mean. Got none. Add --recipe NAME: "
+            "rmtkd ls"
+        )
+
+
+def check_tau(tau: float | None, rule: str | None) -> None:
+    """Hold a quantile against the rule that it is for; without a name the usual one, which has it.
+
+    Raises:
+        OptionError: if the rule has none.
+    """
+    from rmtkd.spectra import RULES, takes
+
+    if tau is not None and rule in RULES and not takes(rule, "tau"):
+        having = ", ".join(name for name in RULES if takes(name, "tau"))
+        raise OptionError(f"--tau must come with a rule that has it: {having}. Got the rule {rule}. Leave --tau out.")
+
+
 def plan_options(
     target: str | None,
     policy: str | None,
@@ -132,9 +159,22 @@ def plan_options(
     exclude: list[str] | None,
     keep: list[str] | None,
 ) -> dict[str, Any]:
-    """What shapes a plan, as far as it is given. A largest loss takes the place of the recipe's target."""
+    """What shapes a plan, as far as it is given. A largest loss takes the place of the recipe's target.
+
+    Raises:
+        OptionError: if two of them contradict each other, or `keep` is none.
+    """
     from rmtkd.planning import parse_keep
 
+    check_tau(tau, rule)
+    if max_loss is not None and target is not None:
+        raise OptionError(
+            "--max-loss must come without --target, which it takes the place of. Got both. Leave one out."
+        )
+    if max_loss is not None and policy == "paper":
+        raise OptionError(
+            "--max-loss must come with guarded widths, whose losses are measured. Got --policy paper. Leave one out."
+        )
     shape = {
         "target": target,
         "policy": policy,

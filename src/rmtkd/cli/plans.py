@@ -33,6 +33,7 @@ from rmtkd.cli.options import (
     Tau,
     TrimVocabulary,
     Uniform,
+    check_tau,
     given,
     needed,
     plan_options,
@@ -125,6 +126,8 @@ def plan(
             "--epochs": epochs,
             "--metric": metric,
             "--precision": None if precision == "auto" else precision,
+            "--seed": seed or None,
+            "--device": None if device == "cpu" else device,
             "--embedding-levels": shape.pop("embedding_levels", None),
             "--low-rank": shape.pop("low_rank", None),
             "--trim-vocabulary": trim_vocabulary or None,
@@ -190,6 +193,7 @@ def _plan_anew(folder: Path, out: Path | None, shape: dict[str, Any], unused: li
             "name the recipe instead of the folder."
         )
     earlier, spectrums = read_planned(folder)
+    check_tau(shape.get("tau"), shape.get("rule", earlier.rule))
     if out is None:
         try:
             RunFolder.check_free(folder)
