@@ -118,18 +118,20 @@ class Bench:
     def run(self, entry: Entry) -> None:
         """All cells of an entry; without its teacher none."""
         work = Work(bench=self, entry=entry)
-        if self._cell(entry, "teacher", partial(train, work)) is not None:
+        if (teacher := self._cell(entry, "teacher", partial(train, work))) is not None:
             for setting, options in self.settings.items():
-                self._cell(
-                    entry, setting, partial(compress, work, setting, options) if options else partial(go_on, work)
-                )
+                make = partial(compress, work, setting, options) if options else partial(go_on, work)
+                self._cell(entry, setting, make, teacher["teacher_id"])
 
-    def _cell(self, entry: Entry, part: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+    def _cell(
+        self, entry: Entry, part: str, run: Callable[[], dict[str, Any]], teacher_id: str | None = None
+    ) -> dict[str, Any] | None:
         def described() -> dict[str, Any]:
             facts = {"network": entry.name, "task": entry.task, "part": part, "scale": self.scale, "seed": self.seed}
             return {**facts, "command": self.command(entry, part), **run()}
 
-        return tried(self.results / f"{self.scale}-{entry.key}-{part}-seed{self.seed}.json", described)
+        path = self.results / f"{self.scale}-{entry.key}-{part}-seed{self.seed}.json"
+        return tried(path, described, teacher_id=teacher_id)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +180,8 @@ def train(work: Work) -> dict[str, Any]:
 
 
 def go_on(work: Work) -> dict[str, Any]:
-    """The teacher, not cut, and recovered as if it had been: what its students owe to learning on alone."""
+    """The teacher, not cut, trained for as long as its students recover and at the whole rate of the recipe, which they
+    take after deep cuts alone: what learning on may bring by itself."""
     source, beside = work.recipe.load(str(work.folder / "teacher"), work.bench.data), work.teacher.model
     recovery = work.recipe.options.get("recovery", Recovery())
     return learn(work, source, "uncut", epochs=work.entry.recovery, recovery=recovery, beside=beside)

@@ -93,7 +93,8 @@ def _grouped(found: Sequence[Record]) -> dict[Key, dict[str, list[Pair]]]:
     groups: dict[Key, dict[str, list[Pair]]] = {}
     for record in sorted(found, key=lambda r: (r["scale"], r["network"], r["task"], r["part"] != "teacher", r["part"])):
         key = record["scale"], record["network"], record["task"]
-        if (teacher := teachers.get((*key, record["seed"]))) is not None:
+        teacher = teachers.get((*key, record["seed"]))
+        if teacher is not None and record.get("teacher_id") in (None, teacher.get("teacher_id")):
             groups.setdefault(key, {}).setdefault(record["part"], []).append((record, teacher))
     return groups
 
@@ -216,9 +217,9 @@ def _quality(groups: Mapping[Key, Any]) -> list[str]:
     for (scale, network, task), parts in groups.items():
         for part, pairs in parts.items():
             records = [record for record, _ in pairs]
-            before = [r for r in records if r.get("before_recovery")]
+            before = [r for r in records if r.get("before_recovery") and r["rounds"] == 1]  # of the whole cut
             told = [
-                "" if part == "teacher" or not before else spread(percent(before, "before_recovery")) + " %",
+                "" if not before else spread(percent(before, "before_recovery")) + " %",
                 *(f"{_estimated(records, key)} %" for key in ("accuracy", "f1")),
                 "" if part == "teacher" else _told("accuracy", pairs),
             ]
@@ -235,7 +236,8 @@ def _notes(found: Sequence[Record], reported: Reported) -> list[str]:
     """What the numbers are of: rows, training, energy, machines and commands, each once."""
     lines = [
         "± is over seeds, or of one seed the standard error over rows. Memory is weights and the most that a batch of "
-        "the recipe's rows takes beyond them; latency is of one such row."
+        "the recipe's rows takes beyond them; latency is of one such row. Speed-ups are of the two models in turns; "
+        "times in different rows of the table may be of different hours. Before recovery: of one round, the whole cut."
     ]
     for r in found:
         if r["part"] == "teacher":

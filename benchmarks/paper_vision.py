@@ -9,7 +9,7 @@ Training as published: AdamW at 1e-3, batch 128, weight decay 5e-4, flips and cr
 
 `published` cuts at the noise edges with the published distillation (α 0.7, temperature 1); `same-size` has the
 published reduction for its target, by default options; `seventy` leaves 30 % of the parameters; `uncut` is the teacher
-that learns on as they do, without a cut: what they owe to longer training alone.
+that learns on for as long as they recover, at the recipe's whole rate and without a cut.
 """
 
 from functools import partial

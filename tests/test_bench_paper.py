@@ -50,10 +50,8 @@ def test_a_table_is_made_from_nothing_and_goes_on_where_it_was_left(name: str, t
         for part in ("uncut", "teacher")
     )
     assert uncut["cost"]["parameters"] == teacher["cost"]["parameters"]
-    assert (uncut["training"]["alpha"], uncut["epochs"]) == (
-        record["options"]["recovery"]["alpha"],
-        0.5,
-    )  # as the others
+    assert uncut["training"]["alpha"] == record["options"]["recovery"]["alpha"]  # as the others
+    assert uncut["epochs"] == pytest.approx(record["options"]["epochs"], rel=0.05)
     assert uncut["accuracy"]["value"] > teacher["accuracy"]["value"]  # which ended before it had learned all
 
 

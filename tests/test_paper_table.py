@@ -41,7 +41,7 @@ def record(network: str, task: str, part: str, seed: int = 0, share: float = 1.0
         "versions": {"python": "3.12", "torch": "2.13.0", "rmtkd": "0.1.0"},
     }
     of_teacher = {"rows": "7 training rows", "start": "random", "epochs": 3.0, "threshold": 0.81}
-    of_student = {"teacher_latency_at_1_ms": {**latency, "median": 20.0}, "before_recovery": 0.7}
+    of_student = {"teacher_latency_at_1_ms": {**latency, "median": 20.0}, "before_recovery": 0.7, "rounds": 1}
     return {**made, **(of_teacher if part == "teacher" else of_student), **other}
 
 
@@ -174,3 +174,25 @@ def test_a_command_tells_rows_entry_seed_and_device(benchmark: Any) -> None:
 
 def test_no_record_is_no_table(benchmark: Any, tmp_path: Path) -> None:
     assert benchmark("paper_table").table(tmp_path, benchmark("paper_text").REPORTED) == ""
+
+
+def test_accuracy_before_recovery_is_told_of_whole_cuts_alone(benchmark: Any, tmp_path: Path) -> None:
+    """Of several rounds the first has cut only a part."""
+    records = [
+        record("bert-tiny", "sst2", part, share=1.0 if part == "teacher" else 0.4, rounds=rounds)
+        for part, rounds in (("teacher", 0), ("same-size", 1), ("published", 7))
+    ]
+    text = benchmark("paper_table").table(written(tmp_path / "records", *records), benchmark("paper_text").REPORTED)
+    told = {cells[2]: cells[4] for cells in cells_of(text, "full", "bert-tiny, sst2") if len(cells) == 8}
+    assert told == {"teacher": "", "same-size": "70.00 %", "published": ""}
+
+
+def test_a_student_of_another_teacher_has_no_row(benchmark: Any, tmp_path: Path) -> None:
+    records = [
+        record("bert-tiny", "sst2", "teacher", teacher_id="mine"),
+        record("bert-tiny", "sst2", "same-size", share=0.4, teacher_id="mine"),
+        record("bert-tiny", "sst2", "published", share=0.4, teacher_id="another"),
+    ]
+    text = benchmark("paper_table").table(written(tmp_path / "records", *records), benchmark("paper_text").REPORTED)
+    costs = [cells[2] for cells in cells_of(text, "full", "bert-tiny, sst2") if len(cells) == 14]
+    assert costs == ["teacher", "same-size"]
