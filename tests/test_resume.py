@@ -32,6 +32,7 @@ from rmtkd.reporting.plans import per_head
 from rmtkd.result import Compressed
 from rmtkd.run import made_with
 from rmtkd.sites import find_sites
+from rmtkd.training import Phase
 
 OPTIONS: dict[str, Any] = {
     "target": "70%params",
@@ -515,6 +516,27 @@ def test_a_loader_with_a_random_order_of_its_own_goes_on_in_that_order(
         with pytest.raises(Killed):
             run(model, loaded, out, on_event=killing_at(moment))
         assert_same(rmtkd.resume(out, model, **loaded), expected)
+
+
+def test_an_epoch_is_one_pass_through_the_rows_however_many_rounds_it_is_dealt_to(
+    model: torch.nn.Module, rows: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[int] = []
+    step = Phase._step
+
+    def look(phase: Phase, batch: Any) -> None:
+        seen.extend(batch["row_ids"].tolist())
+        step(phase, batch)
+
+    def begin(event: Mapping[str, Any]) -> None:
+        if event["event"] == "forecast":
+            seen.clear()
+
+    monkeypatch.setattr(Phase, "_step", look)
+    loaded = {**rows, "train": Loader(rows["train"], shuffle=True)}
+    result = run(model, loaded, tmp_path / "run", granularity="site", epochs=1.0, on_event=begin)
+    assert len([done for done in result.rounds if done.steps]) > 2
+    assert sorted(seen) == list(range(160))
 
 
 class Augmented:

@@ -42,12 +42,14 @@ class Recovered:
         seconds: of all sessions.
         share: of recovery that is kept, where the weights were blended with those of the cut.
         way: see `blending.Way`; empty where they were not.
+        pass_began: the random numbers with which the pass through the rows began in which it ended.
     """
 
     losses: list[float]
     seconds: float
     share: float | None = None
     way: Way = ()
+    pass_began: Tensor | None = None
 
 
 class AtOnce(KeyboardInterrupt):
@@ -90,6 +92,7 @@ class Recoveries:
         saved: PhaseState | None,
         *,
         taken: int = 0,
+        pass_began: Tensor | None = None,
         apart: Callable[[], float] | None = None,
         **recovery: Any,
     ) -> Recovered:
@@ -103,6 +106,7 @@ class Recoveries:
             facts: what else is known of the round, saved with its state.
             saved: the state that it was left in.
             taken: steps of the recoveries before: it begins with the rows that come next.
+            pass_began: what the last of them gave as this: those rows are of the pass that it left.
             apart: how far the student is from the teacher of all rounds. If given, it goes back towards the cut as far
                 as makes this least.
             recovery: fields of `Recovery` that are other than the run's.
@@ -113,9 +117,9 @@ class Recoveries:
             RunError: if the state is of another round.
         """
         if steps == 0:
-            return Recovered(losses=[], seconds=0.0)
+            return Recovered(losses=[], seconds=0.0, pass_began=pass_began)
         began = time.monotonic() - facts.get("seconds", 0.0)
-        phase = self._phase(student, teacher, steps, taken, replace(self.options.recovery, **recovery))
+        phase = self._phase(student, teacher, steps, taken, pass_began, replace(self.options.recovery, **recovery))
         cut = None if apart is None else _cut_weights(student, saved)
         if saved is not None:
             _go_back(phase, saved)
@@ -129,7 +133,13 @@ class Recoveries:
                 if asked.stop:
                     raise AtOnce from again
                 raise
-        return Recovered(losses=phase.losses, seconds=time.monotonic() - began, share=share, way=way)
+        return Recovered(
+            losses=phase.losses,
+            seconds=time.monotonic() - began,
+            share=share,
+            way=way,
+            pass_began=phase.pass_began,
+        )
 
     def from_nothing(self, student: nn.Module, teacher: nn.Module, steps: int) -> nn.Module:
         """A model of the student's shape from a random start, distilled for as many steps: the control of a run."""
@@ -145,7 +155,15 @@ class Recoveries:
             return None
         return PhaseState(tensors=saved[0], facts=saved[1])
 
-    def _phase(self, student: nn.Module, teacher: nn.Module, steps: int, taken: int, recovery: Recovery) -> Phase:
+    def _phase(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        steps: int,
+        taken: int,
+        pass_began: Tensor | None,
+        recovery: Recovery,
+    ) -> Phase:
         epoch, batch = divmod(taken, self.batches_per_epoch)
         return Phase(
             student,
@@ -153,6 +171,7 @@ class Recoveries:
             steps=steps,
             first_epoch=epoch,
             first_batch=batch,
+            pass_began=pass_began,
             teacher=Teacher(teacher, cache=recovery.cache_teacher and steps > self.batches_per_epoch),
             recovery=recovery,
             precision=self.precision,

@@ -280,9 +280,18 @@ class Run:
         back = partial(subject.apart, student) if self.options.blend else None
         taken = sum(done.steps for done in standing.rounds)
         recovered = self.recoveries.recover(
-            student, teacher, number, steps, facts, saved, taken=taken, apart=back, lr=lr
+            student,
+            teacher,
+            number,
+            steps,
+            facts,
+            saved,
+            taken=taken,
+            pass_began=standing.pass_began,
+            apart=back,
+            lr=lr,
         )
-        losses = recovered.losses
+        losses, standing.pass_began = recovered.losses, recovered.pass_began
         after = accuracy(student, subject.selection, pieces=subject.pieces).value if losses else facts["accuracy_cut"]
         untouched, latency = time_forward([subject.model, student], subject.example, repeats=ROUND_REPEATS)
         return student, Round(

@@ -26,6 +26,9 @@ class Standing:
     rounds: tuple[Round, ...] = ()
     seconds: float = 0.0
     """Of earlier sessions."""
+    pass_began: Tensor | None = None
+    """The random numbers with which the pass through the training rows began that is under way; None before the first
+    step, and in runs that an earlier version began."""
 
     @property
     def kept(self) -> dict[str, int]:
@@ -45,6 +48,7 @@ class Standing:
             "round",
             {
                 **{f"model.{name}": value for name, value in cut.items()},
+                **({} if self.pass_began is None else {"random.pass_began": self.pass_began}),
                 "random": random_state(device_of(self.student)),
             },
             {
@@ -79,9 +83,10 @@ class Standing:
             student=model,
             rounds=tuple(Round.from_dict(done) for done in facts["rounds"]),
             seconds=facts["seconds"],
+            pass_began=tensors.get("random.pass_began"),
         )
         if standing.kept:
-            weights = {name.removeprefix("model."): value for name, value in tensors.items() if name != "random"}
+            weights = {name.removeprefix("model."): v for name, v in tensors.items() if name.startswith("model.")}
             standing.student = shaped(model, sites, standing.kept, weights)
         set_random_state(tensors["random"], device_of(model))
         return standing, facts["pieces"]

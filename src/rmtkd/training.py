@@ -51,6 +51,8 @@ class Phase:
         teacher: whose answers, and hidden states, the student learns.
         first_epoch: number of the first pass.
         first_batch: number of the batch of that pass to begin with.
+        pass_began: the random numbers with which that pass began, where it did so before this phase: a collection that
+            draws its order by them goes on in the same.
         precision: `bf16` runs both models under autocast.
         blocks: paths of the modules after which hidden states are compared, where `recovery.hidden` is not 0.
         pieces: in how many pieces a batch is run, should memory run out. Gradients add up to those of the batch.
@@ -69,6 +71,7 @@ class Phase:
         teacher: Teacher | None = None,
         first_epoch: int = 0,
         first_batch: int = 0,
+        pass_began: Tensor | None = None,
         precision: Precision = "fp32",
         blocks: Sequence[str] = (),
         pieces: Pieces | None = None,
@@ -87,7 +90,7 @@ class Phase:
         self.losses: list[float] = []
         self.epoch, self.position = first_epoch, first_batch
         """The pass that is under way, and how many of its batches have been used."""
-        self.pass_began = random_state(self.device)
+        self.pass_began = random_state(self.device) if pass_began is None else pass_began
         """The state of the random numbers when it began."""
 
     def run(self, between: Callable[["Phase"], None] | None = None) -> list[float]:
