@@ -297,7 +297,7 @@ LAW = MarchenkoPastur(q=0.25, sigma2=2.0)
 
 
 def spiked(noise: np.ndarray) -> Spectrum:
-    """Three directions of signal, and 97 of something else."""
+    """Three directions of signal, and others of something else."""
     return Spectrum(eigenvalues=np.sort(np.r_[40.0, 30.0, 20.0, noise])[::-1][None].copy(), samples=400)
 
 
@@ -341,9 +341,11 @@ def test_the_law_lies_on_the_eigenvalues_where_they_are_noise_and_beside_them_wh
 
 
 def test_noise_is_said_to_explain_what_lies_below_only_where_it_does(run: Path):
-    site = replace(Plan.read(run / "plan.json").sites[0], edge=1.0, multiplier=1.0, misfit=False)
-    assert "noise explains what lies below" in bulk_sentence(replace(site, ks=0.05))
-    told = bulk_sentence(replace(site, rule="energy", ks=0.4))  # a rule without a law finds no misfit of its own
+    site = replace(Plan.read(run / "plan.json").sites[0], edge=LAW.upper, levels=(), multiplier=1.0, misfit=False)
+    few, many = (spiked(LAW.ppf((np.arange(count) + 0.5) / count)) for count in (16, 97))
+    assert "noise explains what lies below" in bulk_sentence(replace(site, ks=0.05), many)
+    assert "noise explains what lies below" in bulk_sentence(replace(site, ks=0.15), few)
+    told = bulk_sentence(replace(site, rule="energy", ks=0.4), many)  # a rule without a law finds no misfit of its own
     assert "KS 0.40: white noise does not explain what lies below, nor does energy take it to" in told
 
 

@@ -295,6 +295,21 @@ def test_true_noise_is_not_called_a_misfit_nor_a_quantile_threshold() -> None:
         assert not any("quantile" in remark or "bulk" in remark for remark in found.remarks)
 
 
+def misfits(variances: np.ndarray, ratio: int) -> float:
+    """The share of draws of noise of these variances that are called a misfit."""
+    draws = [wishart_spectrum(variances, ratio * len(variances), seed) for seed in range(40)]
+    return float(np.mean([mp(draw, q=1 / ratio).misfit for draw in draws]))
+
+
+@pytest.mark.parametrize("d", [8, 12, 16, 24])
+def test_true_noise_of_few_directions_is_no_misfit(d: int) -> None:
+    assert misfits(np.ones(d), 20) <= 0.1
+
+
+def test_a_power_law_of_sixteen_directions_is_a_misfit() -> None:
+    assert misfits(power_law(16), 200) >= 0.9
+
+
 def test_refinement_does_not_run_to_infinite_noise() -> None:
     """The published objective is smaller at 1000 σ² than at the true σ²: its global minimum keeps nothing."""
     eigenvalues = wishart_spectrum(np.ones(256), 2560, 3)
@@ -434,7 +449,7 @@ def test_ks_is_that_of_scipy(spectrum: np.ndarray, q: float, tau: float) -> None
     law = MarchenkoPastur(q=found.q, sigma2=found.sigma2)
     expected = stats.kstest(below, law.cdf).statistic if len(below) else 1.0
     assert found.ks == pytest.approx(expected, abs=1e-9)
-    assert found.misfit == (found.ks > 0.1)
+    assert found.misfit == (found.ks > max(0.1, min(0.5, 2.6 / max(len(below), 1))))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from rmtkd.reporting.markup import Html, element
 from rmtkd.reporting.plans import kept, per_head
 from rmtkd.reporting.silhouette import coordinates
 from rmtkd.spectra import MarchenkoPastur, Spectrum
-from rmtkd.spectra.spectrum import MISFIT_KS
+from rmtkd.spectra.spectrum import most_ks
 
 TOP, BOTTOM, LEFT, MIDDLE, RIGHT = 18, 176, 42, 256, WIDTH - 6
 HEIGHT = 216
@@ -31,8 +31,7 @@ def spectrum_picture(key: str, site: SitePlan, spectrum: Spectrum, widths: Mappi
         spectrum: of its stream.
         widths: kept width by site name.
     """
-    levels = np.array(site.levels or (1.0,))[:, None]
-    values = np.sort((spectrum.eigenvalues / levels).ravel())[::-1]
+    values = _levelled(site, spectrum)
     stays = min(coordinates(site, widths)[1], len(values))
     frame = _frame(values)
     law = law_of(site)
@@ -49,7 +48,7 @@ def spectrum_picture(key: str, site: SitePlan, spectrum: Spectrum, widths: Mappi
     ]
     told = (
         f"{numbers.count(len(values))} eigenvalues from {numbers.small(float(values[0]))} down to "
-        f"{numbers.small(float(values[-1]))}. {bulk_sentence(site)}"
+        f"{numbers.small(float(values[-1]))}. {bulk_sentence(site, spectrum)}"
     )
     return picture(key, f"Spectrum of {site.name}", told, *parts, height=HEIGHT)
 
@@ -68,8 +67,13 @@ def kept_sentence(site: SitePlan, widths: Mapping[str, int]) -> str:
     )
 
 
-def bulk_sentence(site: SitePlan) -> str:
-    """What the edge is worth: whether noise explains what lies below."""
+def bulk_sentence(site: SitePlan, spectrum: Spectrum) -> str:
+    """What the edge is worth: whether noise explains what lies below.
+
+    Args:
+        site: of the plan.
+        spectrum: see `spectrum_picture`.
+    """
     if site.edge == 0:
         return " ".join(site.remarks) or "There is no edge here."
     factor = "" if site.multiplier == 1 else f", moved by the factor {numbers.small(site.multiplier)} for the target"
@@ -77,11 +81,22 @@ def bulk_sentence(site: SitePlan) -> str:
     if site.misfit:
         edge = "only a threshold on a quantile" if site.rule == "mp" else "only a convention"
         return f"{where}. KS {site.ks:.2f}: no bulk of noise fits here, so the edge is {edge}."
-    if site.ks > MISFIT_KS:
+    if site.ks > most_ks(_below(site, _levelled(site, spectrum))):
         return (
             f"{where}. KS {site.ks:.2f}: white noise does not explain what lies below, nor does {site.rule} take it to."
         )
     return f"{where}. KS {site.ks:.2f}: noise explains what lies below."
+
+
+def _levelled(site: SitePlan, spectrum: Spectrum) -> Float[np.ndarray, " count"]:
+    """The eigenvalues of all heads, each over its level, largest first."""
+    levels = np.array(site.levels or (1.0,))[:, None]
+    return np.sort((spectrum.eigenvalues / levels).ravel())[::-1]
+
+
+def _below(site: SitePlan, values: Float[np.ndarray, " count"]) -> int:
+    """How many eigenvalues lie at or below the edge, but for zeros."""
+    return int(np.count_nonzero((values > 0) & (values <= site.edge)))
 
 
 def _frame(values: Float[np.ndarray, " count"]) -> Frame:
@@ -122,7 +137,7 @@ def _directions(frame: Frame, values: Float[np.ndarray, " count"], stays: int) -
 
 def _law(frame: Frame, values: Float[np.ndarray, " count"], law: MarchenkoPastur | None, site: SitePlan) -> list[Html]:
     """Where the eigenvalues at or below the edge would lie if they were noise, and their density beside it."""
-    below = int(np.count_nonzero((values > 0) & (values <= site.edge)))
+    below = _below(site, values)
     if law is None or below == 0:
         return []
     count = np.count_nonzero(values > 0)

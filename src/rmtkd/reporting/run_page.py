@@ -219,7 +219,7 @@ def _card(name: str, site: SitePlan, evidence: Evidence, widths: dict[str, int])
     if spectrum is None:
         return figure(site.name, kept_sentence(site, widths), element("p", "Its spectrum is not stored."))
     drawing = spectrum_picture(name, site, spectrum, widths)
-    return figure(site.name, kept_sentence(site, widths), drawing, bulk_sentence(site))
+    return figure(site.name, kept_sentence(site, widths), drawing, bulk_sentence(site, spectrum))
 
 
 def _energy(evidence: Evidence) -> Html | None:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from rmtkd.errors import OptionError
 from rmtkd.spectra.laws import MarchenkoPastur
-from rmtkd.spectra.spectrum import MISFIT_KS, NoiseEdge, Spectrum, alive, kolmogorov_smirnov
+from rmtkd.spectra.spectrum import NoiseEdge, Spectrum, alive, kolmogorov_smirnov, most_ks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +72,10 @@ class MarchenkoPasturRule:
 
         if sigma2 == initial:
             remarks.append("The fit did not improve on the τ-quantile, which is kept.")
-        ks = kolmogorov_smirnov(gram[noise <= edge] / sigma2, law)
-        if ks > MISFIT_KS:
+        below = gram[noise <= edge] / sigma2
+        ks = kolmogorov_smirnov(below, law)
+        misfit = ks > most_ks(len(below))
+        if misfit:
             remarks.append(f"No bulk fits, KS {ks:.2f}.")
         share = float(np.mean(noise > edge))
         if q < 0.05 and abs(share - (1 - self.tau)) <= 0.1:
@@ -89,7 +91,7 @@ class MarchenkoPasturRule:
             edge=edge,
             fit_error=error,
             ks=ks,
-            misfit=ks > MISFIT_KS,
+            misfit=misfit,
             diagnostics={"sigma2_initial": initial},
             remarks=tuple(remarks),
         )
