@@ -181,9 +181,9 @@ def check_cut(
         raise SurgeryError(
             f"a cut model must compute what its projected full-width reference computes, to {allowed:.1e}. {found} "
             f"after cutting {', '.join(site.name for site in sites)}. This is a fault of rmtkd or an unusual forward "
-            "of the model (an attention that divides by a constant, say, is described with scaled=False; one that scales "
-            "by embedding_dim of its embedding finds another number there): keep these sites whole in the plan, and "
-            "report it.",
+            "of the model (an attention that divides by a constant, say, is described with scaled=False; one that "
+            "scales by embedding_dim of its embedding finds another number there): keep these sites whole in the plan, "
+            "and report it.",
             error=error,
         )
     return error
