@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -492,6 +493,31 @@ def test_starting_again_in_the_folder_of_a_run_names_resume(
     with pytest.raises(RunError, match="Go on with it: rmtkd resume"):
         run(model, rows, stopped)
     assert files(stopped) == before
+
+
+def test_the_seconds_of_a_run_are_those_of_all_its_sessions(
+    model: torch.nn.Module, rows: dict[str, Any], tmp_path: Path
+):
+    """One that ended in a round, one that ended in the control, and the last: up to the last step that was saved."""
+    out, slept, told = tmp_path / "run", {"cut": 0.5, "measure": 0.25}, [[0.0], [0.0], [0.0]]
+
+    def end_at(session: int, number: int) -> Callable[[Mapping[str, Any]], None]:
+        def listen(event: Mapping[str, Any]) -> None:
+            time.sleep(slept.pop(event["event"], 0.0))
+            if event["event"] == "step" and event["number"] == number and event["step"] > 2:
+                raise Killed
+            if event["event"] in ("start", "resume", "step"):
+                told[session].append(event["seconds"])
+
+        return listen
+
+    with pytest.raises(Killed):
+        run(model, rows, out, control=True, granularity="round", on_event=end_at(0, 1))
+    with pytest.raises(Killed):
+        rmtkd.resume(out, model, **rows, on_event=end_at(1, 0))
+    result = rmtkd.resume(out, model, **rows, on_event=end_at(2, -1))
+    assert not slept
+    assert result.record["seconds"] > sum(times[-1] - times[1] for times in told) - 0.1
 
 
 class Loader:

@@ -1,7 +1,8 @@
 """Options are checked when made; the stop rules are a table from histories to reasons."""
 
 import json
-from dataclasses import replace
+import math
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -171,3 +172,12 @@ def test_only_the_last_round_can_break_the_tolerance():
     )
     assert too_much_lost(history) is None
     assert too_much_lost(replace(history, rounds=history.rounds[:1])) is not None
+
+
+def test_what_is_no_number_is_none_in_a_round_and_so_in_a_record():
+    done = made_round(divergence_cut=math.inf, divergence=math.nan, way=((1.0, math.nan), (0.25, 0.1)))
+    assert (done.divergence_cut, done.divergence, done.way) == (None, None, ((1.0, None), (0.25, 0.1)))
+    stored = json.loads(json.dumps(asdict(done), allow_nan=False))
+    assert Round.from_dict(stored) == done
+    earlier = {**stored, "divergence": math.nan, "way": [[1.0, math.nan], [0.25, 0.1]]}
+    assert Round.from_dict(earlier) == done

@@ -141,11 +141,18 @@ class Recoveries:
             pass_began=phase.pass_began,
         )
 
-    def from_nothing(self, student: nn.Module, teacher: nn.Module, steps: int) -> nn.Module:
+    def from_nothing(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        steps: int,
+        facts: Mapping[str, Any],
+        saved: PhaseState | None,
+    ) -> nn.Module:
         """A model of the student's shape from a random start, distilled for as many steps: the control of a run."""
         scratch = copy.deepcopy(student)
         randomize(scratch, seed=self.options.seed)
-        self.recover(scratch, teacher, CONTROL, steps, {}, self.saved_step(CONTROL), freeze_embeddings=False)
+        self.recover(scratch, teacher, CONTROL, steps, facts, saved, freeze_embeddings=False)
         return scratch
 
     def saved_step(self, number: int) -> PhaseState | None:

@@ -36,7 +36,16 @@ from rmtkd.planning import Plan, Spectrum
 from rmtkd.pretrained import presented
 from rmtkd.recovering import CONTROL, AtOnce, Recoveries
 from rmtkd.result import Compressed
-from rmtkd.schedule import History, Options, Round, kept_widths, stop_reason, thinned, too_much_lost
+from rmtkd.schedule import (
+    History,
+    Options,
+    Round,
+    kept_widths,
+    number_or_none,
+    stop_reason,
+    thinned,
+    too_much_lost,
+)
 from rmtkd.sites import (
     Site,
     after_cuts,
@@ -98,11 +107,11 @@ class Run:
         """The story of a run, top to bottom, from wherever it stands: what was begun, or what the folder says."""
         if folder is not None and (record := folder.summary()) is not None:
             return self.finished(folder, record)
-        started = time.monotonic()
         self.subject.pieces.on_halved = lambda count: self.emit("memory", pieces=count)
         standing = begun or (self.go_on(folder) if folder else None)
         if standing is None:
             standing = self.begin(given, folder)
+        standing.since = time.monotonic()
         queue = self.portions(standing.plan)
         steps = self.steps_of(len(queue))
         try:
@@ -116,18 +125,16 @@ class Run:
                 standing.rounds = (*standing.rounds, done)
                 self.emit("round", **asdict(done))
                 if folder is not None:
-                    seconds = standing.seconds + time.monotonic() - started
-                    standing.save(folder, seconds=seconds, pieces=self.subject.pieces.count)
+                    standing.save(folder, pieces=self.subject.pieces.count)
             self.emit("measure")
             record = self.measure(standing, reason)
             if self.with_control and standing.kept:  # what nothing was cut from has the shape of the teacher
-                stayed = (done.steps for done in standing.rounds if not done.rolled_back)
-                record["control"] = self.control(standing.student, sum(stayed))
+                record["control"] = self.control(standing)
         except AtOnce:
             raise
         except (Interrupted, KeyboardInterrupt) as stop:
             return self.interrupted(standing, stop)
-        record["seconds"] = standing.seconds + time.monotonic() - started
+        record["seconds"] = standing.spent()
         record["model_checksum"] = checksum(artifact.weights_of(standing.student))
         compressed = self.result(standing.student, standing.plan, standing.rounds, record)
         if folder is not None:
@@ -139,18 +146,19 @@ class Run:
 
     def begin(self, given: Plan | None, folder: RunFolder | None, planned: Planned | None = None) -> Standing:
         """Look at the teacher and make the plan, if that was not done before."""
-        subject = self.subject
+        subject, began = self.subject, time.monotonic()
         self.emit("start", options=self.options.to_dict(), selection_accuracy=asdict(subject.baseline))
         made, spectrums, seconds = planned or self.planned(given)
         made = replace(made, remarks=(*made.remarks, *subject.remarks))
-        standing = Standing(plan=made, baseline=subject.baseline, student=subject.start)
+        standing = Standing(plan=made, baseline=subject.baseline, student=subject.start, since=began)
         self.emit("plan", predicted=standing.plan.predicted, widths=standing.plan.widths)
         self.emit("forecast", **asdict(self.forecast(standing.plan, seconds)))
         if folder is not None:
             folder.save_plan(standing.plan, spectrums)
             self.emit.add(folder.append)
             self.folder = folder
-            standing.save(folder, seconds=0.0, pieces=subject.pieces.count)
+            standing.save(folder, pieces=subject.pieces.count)
+        standing.seconds = standing.spent()
         return standing
 
     def planned(self, given: Plan | None) -> Planned:
@@ -268,11 +276,12 @@ class Run:
             rows = batching.head(batching.first(subject.selection, "selection"), CHECK_ROWS)
             error = check_cut(before, student, sites, bases, rows)
             cut = accuracy(student, subject.selection, pieces=subject.pieces)
-            apart = subject.apart(student)
+            apart = number_or_none(subject.apart(student))
             self.emit("check", number=number, error=error, selection_accuracy=cut.value, divergence=apart)
             facts = {"error": error, "accuracy_cut": cut.value, "divergence_cut": apart}
-            facts["seconds_cut"] = time.monotonic() - start
+            facts |= {"seconds_cut": time.monotonic() - start, "seconds_run": standing.spent()}
         else:
+            standing.count(saved.facts)
             kept = standing.kept | {site.name: widths[site.name] for site in sites}
             student = shaped(subject.start, subject.sites, kept)
             facts = saved.facts
@@ -410,16 +419,20 @@ class Run:
             "machine": machine(),
         }
 
-    def control(self, student: nn.Module, steps: int) -> dict[str, Any]:
+    def control(self, standing: Standing) -> dict[str, Any]:
         """The same shape from a random start, distilled for as many steps: what the cut itself is worth.
 
         Not every shape can be trained from there: then it has no accuracy, but the run still its model.
         """
-        subject = self.subject
+        subject, saved = self.subject, self.recoveries.saved_step(CONTROL)
+        if saved is not None:
+            standing.count(saved.facts)
+        facts = {"seconds_run": standing.spent()} if saved is None else saved.facts
+        steps = sum(done.steps for done in standing.rounds if not done.rolled_back)
         told = {"start": "random", "steps": steps}
         rows = subject.selection if subject.report is None else subject.report
         try:
-            scratch = self.recoveries.from_nothing(student, subject.first_teacher, steps)
+            scratch = self.recoveries.from_nothing(standing.student, subject.first_teacher, steps, facts, saved)
             return {**told, "accuracy": asdict(accuracy(scratch, rows, pieces=subject.pieces))}
         except DataError as error:
             return {**told, "accuracy": None, "failed": str(error)}

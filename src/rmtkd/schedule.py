@@ -226,7 +226,8 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """What one round did: a cut, its check, its recovery, and what selection rows say of it."""
+    """What one round did: a cut, its check, its recovery, and what selection rows say of it. Where a divergence was no
+    number, it is None."""
 
     number: int
     sites: tuple[str, ...]
@@ -254,7 +255,7 @@ class Round:
     """The peak learning rate of recovery."""
     blend: float | None = None
     """The share of what recovery changed that is kept; None where the weights were not blended with the cut's."""
-    way: tuple[tuple[float, float], ...] = ()
+    way: tuple[tuple[float, float | None], ...] = ()
     """Every share that was tried, and the divergence there; of all that recovery changed first."""
     losses: tuple[tuple[int, float], ...] = ()
     """The loss of recovery over steps, see `thinned`."""
@@ -262,6 +263,11 @@ class Round:
     """Of the model that the round left."""
     latency_ms_untouched: Latency | None = None
     """Of the untouched model, measured in turns with it."""
+
+    def __post_init__(self) -> None:
+        for name in ("divergence_cut", "divergence"):
+            object.__setattr__(self, name, number_or_none(getattr(self, name)))
+        object.__setattr__(self, "way", tuple((share, number_or_none(apart)) for share, apart in self.way))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Round":
@@ -276,6 +282,11 @@ class Round:
             found = values.get(name)
             made[name] = found and Latency(**found)
         return cls(**{**values, **made})
+
+
+def number_or_none(value: float | None) -> float | None:
+    """The value, if it is finite: JSON, and so a record, knows no other numbers."""
+    return None if value is None or not math.isfinite(value) else value
 
 
 def kept_widths(rounds: Iterable[Round]) -> dict[str, int]:

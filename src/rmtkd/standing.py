@@ -1,7 +1,9 @@
 """What a run has reached between two rounds: kept in its folder, and found there again."""
 
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +27,9 @@ class Standing:
     student: nn.Module
     rounds: tuple[Round, ...] = ()
     seconds: float = 0.0
-    """Of earlier sessions."""
+    """That the run took before `since`."""
+    since: float = field(default_factory=time.monotonic)
+    """The moment from which on seconds are counted, by the clock that only goes forward."""
     pass_began: Tensor | None = None
     """The random numbers with which the pass through the training rows began that is under way; None before the first
     step, and in runs that an earlier version began."""
@@ -35,12 +39,19 @@ class Standing:
         """The widths that have been cut, by site name."""
         return kept_widths(self.rounds)
 
-    def save(self, folder: RunFolder, *, seconds: float, pieces: int) -> None:
+    def spent(self) -> float:
+        """Seconds that the run has taken up to now, in all sessions."""
+        return self.seconds + time.monotonic() - self.since
+
+    def count(self, step: Mapping[str, Any]) -> None:
+        """Take in what a session took that ended within a round, by the facts that were saved there."""
+        self.seconds = max(self.seconds, step.get("seconds_run", 0.0) + step["seconds"])
+
+    def save(self, folder: RunFolder, *, pieces: int) -> None:
         """Write it, in place of what was written before, with the random numbers of this moment.
 
         Args:
             folder: of the run.
-            seconds: that the run has taken, this session included.
             pieces: in how many pieces a batch is run by now.
         """
         cut = tensors_of(self.student) if self.kept else {}  # the user has the model that nothing was cut from
@@ -55,7 +66,7 @@ class Standing:
                 "plan": self.plan.to_json(),
                 "baseline": asdict(self.baseline),
                 "rounds": [asdict(done) for done in self.rounds],
-                "seconds": seconds,
+                "seconds": self.spent(),
                 "pieces": pieces,
             },
         )
