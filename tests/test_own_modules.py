@@ -564,3 +564,22 @@ def test_an_embedding_of_sparse_gradients_is_cut_and_recovered():
     small = rmtkd.compress(model, train=rows, selection=rows, sites=given, target="50%params", multiple_of=1).model
     assert count_parameters(small) <= 0.5 * count_parameters(model)
     assert model.words.sparse
+
+
+def test_a_forward_that_gives_other_things_in_training_is_refused_before_anything_takes_time(
+    model: Classifier, points: tuple[Tensor, Tensor]
+):
+    class Deep(Classifier):
+        """With scores of a layer within, beside those of the last, in training."""
+
+        def forward(self, x: Tensor, scale: float = 1.0) -> Any:
+            scores = super().forward(x, scale)
+            return (scores, scores) if self.training else scores
+
+    deep, events = Deep(), []
+    deep.load_state_dict(model.state_dict())
+    given = {**parts(points), "sites": sites(model), "on_event": events.append, **OPTIONS}
+    with pytest.raises(UnsupportedModelError, match=r"must return class scores.*Deep returned tuple"):
+        rmtkd.compress(deep.eval(), **given)
+    assert "plan" not in [event["event"] for event in events]
+    assert rmtkd.compress(deep, **given | {"epochs": 0.0}).rounds[0].steps == 0

@@ -1,11 +1,13 @@
 """What runs are about: a model, its rows by role, and what is measured of them before anything is cut."""
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rmtkd import batches as batching
@@ -21,6 +23,7 @@ from rmtkd.levels import in_levels
 from rmtkd.measurement import Estimate, answers, count_parameters, divergence, evaluation, precision_for
 from rmtkd.memory import Pieces
 from rmtkd.modules import check_module, packing_rows, plain_copy
+from rmtkd.norms import as_gathered
 from rmtkd.planning import Plan, check_described
 from rmtkd.pretrained import check_presentable
 from rmtkd.progress import Emitter
@@ -101,6 +104,8 @@ class Subject:
         self.selection = self._labelled("selection", rows.selection)
         self.report = None if rows.report is None else self._labelled("report", rows.report)
         self.example = batching.to(rows.example or example, options.device)
+        if options.epochs > 0:
+            _check_training(self.model, self.example)
         all_rows, self.batches_per_epoch = fingerprint_of_training(rows.train, options.device, self.classes, watch)
         if all_rows == ANEW:
             seen = ANEW if rows.calibration is None else seen
@@ -273,6 +278,18 @@ class Subject:
     def _seeded(self) -> AbstractContextManager[None]:
         """Whenever something is first asked for, what is drawn later stays the same."""
         return seeded(self.options.seed, self.options.device)
+
+
+def _check_training(model: nn.Module, example: Batch) -> None:
+    """Run two rows as recovery will: in training a forward may give other things than class scores.
+
+    Raises:
+        UnsupportedModelError: if it does.
+    """
+    student, rows = copy.deepcopy(model).train(), batching.head(example, 2)
+    norms = as_gathered(student) if batching.rows(rows) == 1 else nullcontext()
+    with seeded(None, next(model.parameters()).device), torch.no_grad(), norms:
+        batching.logits(student, rows)
 
 
 def _copied(model: nn.Module) -> nn.Module:
