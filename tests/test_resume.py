@@ -315,6 +315,23 @@ def test_a_full_disk_is_told_and_the_older_state_stays(
     assert_same(rmtkd.resume(out, model, **rows), whole)
 
 
+def test_a_disk_that_is_full_when_the_model_is_written_is_told_and_the_run_goes_on(
+    model: torch.nn.Module, rows: dict[str, Any], whole: Compressed, tmp_path: Path
+):
+    def no_room(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    out = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rmtkd.artifact.folder.write_atomically", no_room)
+        with pytest.raises(RunError, match=r"No space left on device.*stays.*then: rmtkd resume .*run"):
+            run(model, rows, out, control=True)
+    assert not (out / "model").exists() and not list(out.rglob("*.partial"))
+    told: list[Any] = []
+    assert_same(rmtkd.resume(out, model, **rows, on_event=told.append), whole)
+    assert not any(event["event"] == "cut" for event in told)
+
+
 @pytest.fixture(scope="module")
 def killed(model: torch.nn.Module, rows: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that was killed in its second round."""

@@ -1,21 +1,26 @@
 """A teacher is trained the same way twice, written whole or not at all, and where nothing was before."""
 
+import errno
 import json
+import os
 import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from conftest import Sentiment, tiny_bert
-from rmtkd import recipes, teaching
+from rmtkd import recipes, teaching, writing
 from rmtkd.distillation import WeightAverage
 from rmtkd.errors import DataError, OptionError, RunError
 from rmtkd.recipes.checkpoints import load_classifier
 from rmtkd.teaching import train_teacher
+from rmtkd.training import Phase
 
 SST2 = recipes.get("sst2")
 
@@ -166,3 +171,40 @@ def test_a_training_that_is_ended_before_its_first_save_leaves_nothing_behind(se
     with pytest.raises(KeyboardInterrupt):
         train(sentiment, tmp_path / "t", on_event=interrupt)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_told_and_the_same_command_goes_on(
+    sentiment: Sentiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """While it is trained, and when it is written, where safetensors has an error of its own."""
+    whole, steps = train(sentiment, tmp_path / "whole"), []
+    full, message = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), r"No space left.*stays.*then: the same command"
+    out = tmp_path / "t"
+    with monkeypatch.context() as patch:
+        patch.setattr(writing.os, "fsync", Mock(side_effect=[None, None, full]))
+        with pytest.raises(RunError, match=message):
+            train(sentiment, out, save_every_s=0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(teaching, "save_classifier", Mock(side_effect=SafetensorError("I/O error: No space left")))
+        with pytest.raises(RunError, match=message):
+            train(sentiment, out, save_every_s=0.0, on_event=lambda event: steps.append(event.get("step")))
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "t.training"}
+    assert next(step for step in steps if step) == 2  # of what was saved first
+    left = train(sentiment, out)
+    assert all(torch.equal(value, left[name]) for name, value in whole.items())
+
+
+def test_a_training_that_runs_out_of_memory_says_so(
+    sentiment: Sentiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    backward = Phase._backward
+
+    def scarce(phase: Phase, parts: Any) -> float:
+        if len(parts) == 1:
+            raise MemoryError
+        return backward(phase, parts)
+
+    events: list[Any] = []
+    monkeypatch.setattr(Phase, "_backward", scarce)
+    train(sentiment, tmp_path / "t", on_event=events.append)
+    assert [event["pieces"] for event in events if event["event"] == "memory"] == [2]

@@ -13,10 +13,12 @@ from rmtkd.environment import PRECISIONS, check_device, precision_on, versions
 from rmtkd.errors import OptionError, RunError, check_choice
 from rmtkd.interruption import interruptible
 from rmtkd.measurement import count_parameters, quality
+from rmtkd.memory import Pieces
 from rmtkd.progress import Emitter, Listener
 from rmtkd.recipes.checkpoints import save_classifier
 from rmtkd.recipes.recipe import Recipe
 from rmtkd.roles import fingerprint
+from rmtkd.run import written_to
 from rmtkd.seeding import seeded
 from rmtkd.storage import tensors_of
 from rmtkd.training import Phase, PhaseState, steps_of
@@ -24,6 +26,9 @@ from rmtkd.writing import check_new, new_folder, write_json
 
 SAVE_EVERY = 60.0
 """Seconds between two saves of where a training stands."""
+
+
+AGAIN = "the same command"
 
 
 def train_teacher(
@@ -86,7 +91,8 @@ def train_teacher(
     asked_for = {"rows": known, "steps": steps, "seed": seed, "precision": precision}
     left = TrainingFile(out, checksum(tensors_of(student), json.dumps([asked_for, asdict(recovery)])))
     with seeded(seed, device), interruptible() as asked:
-        phase = Phase(student, rows.train, steps=steps, recovery=recovery, precision=precision)
+        pieces = Pieces(lambda count: emit("memory", pieces=count))
+        phase = Phase(student, rows.train, steps=steps, recovery=recovery, precision=precision, pieces=pieces)
         if left.restore(phase) is not None:
             emit("training", step=len(phase.losses), steps=steps)
 
@@ -113,7 +119,7 @@ def train_teacher(
         "precision": precision,
         "versions": versions(),
     }
-    with new_folder(out) as partial:
+    with written_to(out, AGAIN), new_folder(out) as partial:
         save_classifier(source, partial)
         write_json(partial / "training.json", record)
     left.drop()
@@ -139,8 +145,9 @@ class TrainingFile:
     def save(self, phase: Phase, **facts: Any) -> None:
         """Write where the phase stands, and plain JSON values, in place of what was there."""
         state = phase.state()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_state(self.path, state.tensors, {**facts, "phase": state.facts, "identity": self.identity})
+        with written_to(self.path, AGAIN):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_state(self.path, state.tensors, {**facts, "phase": state.facts, "identity": self.identity})
         self.saved = time.monotonic()
 
     def restore(self, phase: Phase) -> dict[str, Any] | None:
