@@ -116,6 +116,8 @@ def test_a_label_is_a_name_or_an_index(names: list[str], values: list[Any], expe
         (["bad", "good"], [2, 0, -1], "Got -1, 2. Map"),
         (["bad", "good"], [0.5], "Got 0.5"),
         (["1", "2", "3"], [0, 1], "Got 0"),
+        (["1.0", "2.0", "3.0"], [1, 2], "Got 1, 2"),
+        (["-1", "1e0"], [0], "Got 0"),
         (["bad", "good"], list("abcdef"), "Got 'a', 'b', 'c' and 3 more"),
     ],
 )

@@ -1,6 +1,7 @@
 """Columns of a user's table: parquet, CSV, TSV or JSON lines."""
 
 import difflib
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,13 +99,13 @@ def _read(path: Path, texts: Sequence[str]) -> Any:
 def class_indices(values: Iterable[Any], names: Sequence[str], where: str) -> list[int]:
     """Labels as indices of classes.
 
-    A label is the name of its class. Where names are no numbers, it may also be the index.
+    A label is the name of its class. Where no name is a number, as `1`, `-1` and `1.0` are, it may also be the index.
 
     Raises:
         DataError: naming the labels that are neither.
     """
     index = {name: i for i, name in enumerate(names)}
-    if not any(name.lstrip("-").isdecimal() for name in names):
+    if not any(map(_is_number, names)):
         index |= {str(i): i for i in range(len(names))}
     labels = list(values)
     unknown = sorted({repr(value) for value in labels if str(value) not in index})
@@ -116,3 +117,11 @@ def class_indices(values: Iterable[Any], names: Sequence[str], where: str) -> li
             "labels, or use a model with these classes."
         )
     return [index[str(value)] for value in labels]
+
+
+def _is_number(name: str) -> bool:
+    """Whether a name would be read as a finite number: `nan` and `infinity` are words."""
+    try:
+        return math.isfinite(float(name))
+    except ValueError:
+        return False
