@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 import rmtkd
 from conftest import assert_untouched, random_rows, snapshot, tiny_bert
 from rmtkd.dry_run import narrow, plan
-from rmtkd.errors import OptionError, PlanError, UnsupportedModelError
+from rmtkd.errors import DataError, OptionError, PlanError, UnsupportedModelError
 from rmtkd.levels import count_tokens, in_levels
 from rmtkd.measurement import count_parameters
 from rmtkd.planning import Plan
@@ -228,3 +228,11 @@ def test_levels_know_the_padding_token_as_the_table_did() -> None:
     model, rows = Padded(), bag_rows(4)
     split, _ = in_levels(model, [embedding_site(model, "words")], rows, 2)
     assert torch.equal(split(rows[0][0]), model(rows[0][0]))
+
+
+@pytest.mark.parametrize(("id_", "masked"), [(50, False), (77, True), (-1, False)])
+def test_tokens_that_the_table_has_no_row_for_are_named(id_: int, masked: bool) -> None:
+    model = tiny_bert()
+    rows = [{"input_ids": torch.tensor([[5, 7, id_]]), "attention_mask": torch.tensor([[1, 1, int(not masked)]])}]
+    with pytest.raises(DataError, match=rf"within 0\.\.49: {WORDS} has 50 rows\. Got {id_}\."):
+        count_tokens(model, WORDS, rows)

@@ -16,6 +16,7 @@ from rmtkd.errors import OptionError, PlanError, RunError
 from rmtkd.planning import LatencyTable
 from rmtkd.sensitivity import Sensitivity
 from rmtkd.sites import find_sites
+from rmtkd.sizes import check_targets
 from test_cli import PAPER, Command, command
 from test_latency import flops
 
@@ -189,6 +190,12 @@ def test_bad_targets_change_nothing(
     with pytest.raises(error, match=message):
         rmtkd.compress_sizes(model, targets=targets, out=tmp_path / "sizes", **{**common, **options})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("targets", "told"), [([0.25], "0.25"), (5, "5"), (None, "None"), (["50%params", 2], "2")])
+def test_targets_that_are_no_texts_are_refused(targets: Any, told: str):
+    with pytest.raises(OptionError, match=rf"targets must be texts\. Got {told}\."):
+        check_targets(targets)
 
 
 def test_other_options_and_other_folders_are_refused(model: torch.nn.Module, common: dict[str, Any], tmp_path: Path):

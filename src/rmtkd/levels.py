@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rmtkd import batches as batching
 from rmtkd.activations import Enough, attach
 from rmtkd.batches import Batch
-from rmtkd.errors import UnsupportedModelError
+from rmtkd.errors import DataError, UnsupportedModelError
 from rmtkd.measurement import evaluation
 from rmtkd.modeling_rmtkd import EmbeddingLevels
 from rmtkd.modules import split_embedding
@@ -50,6 +50,9 @@ def count_tokens(model: nn.Module, path: str, rows: Iterable[Batch]) -> Int[Tens
     """How often each token occurs at the real positions of these rows, as the embedding at `path` is given them.
 
     Nothing beyond the embedding is run.
+
+    Raises:
+        DataError: if there are others than it has rows for.
     """
     embedding = model.get_submodule(path)
     counts = torch.zeros(embedding.num_embeddings, dtype=torch.int64)  # type: ignore[call-overload]
@@ -57,6 +60,12 @@ def count_tokens(model: nn.Module, path: str, rows: Iterable[Batch]) -> Int[Tens
     mask: Tensor | None = None
 
     def see(ids: Tensor) -> None:
+        if (others := ids[(ids < 0) | (ids >= len(counts))]).numel():
+            told = ", ".join(map(str, others.unique().tolist()[:3]))
+            raise DataError(
+                f"token ids must be within 0..{len(counts) - 1}: {path} has {len(counts)} rows. Got {told}. Use the "
+                "tokenizer of the model."
+            )
         real = ids if mask is None or mask.shape != ids.shape else ids[mask]
         counts.add_(real.flatten().cpu().bincount(minlength=len(counts)))
         raise Enough

@@ -112,14 +112,17 @@ def compress_sizes(
         return done
 
 
-def check_targets(targets: Iterable[str]) -> list[str]:
+def check_targets(targets: Any) -> list[str]:
     """The targets as names of folders, in their order.
 
     Raises:
-        OptionError: if there are none, one is not a target, or two are the same.
+        OptionError: if they are no texts, there are none, one is not a target, or two are the same.
     """
     names: dict[Target, str] = {}
-    for text in [targets] if isinstance(targets, str) else targets:
+    given = [targets] if isinstance(targets, str) or not isinstance(targets, Iterable) else targets
+    for text in given:
+        if not isinstance(text, str):
+            raise OptionError(f"targets must be texts. Got {text!r}. Pass such as ['50%params', '25%params'].")
         target, name = Target.parse(text), "".join(text.split())
         if target in names:
             raise OptionError(
