@@ -10,13 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification, BertModel, BertTokenizer
 
-from conftest import Sentiment, make_tokenizer, random_rows, tiny_bert
+from conftest import Sentiment, make_tokenizer, random_rows, tiny, tiny_bert
 from rmtkd import artifact, recipes
 from rmtkd.errors import ArtifactError, DataError, OptionError, UnsupportedModelError
 from rmtkd.recipes import TokenRows, digits
-from rmtkd.recipes.checkpoints import load_classifier, start_classifier
+from rmtkd.recipes.checkpoints import load_classifier, load_tokenizer, start_classifier
 from rmtkd.recipes.recipe import Rows, Source
 
 TWO = ("negative", "positive")
@@ -182,8 +183,11 @@ def test_digits_of_a_file_are_read_as_their_scans(tmp_path: Path):
     assert rows.labels.tolist() == data.target[:7].tolist()
 
 
-@pytest.mark.parametrize("scan", [[0.0] * 63, [0.0] * 63 + [17.0], [0.0] * 63 + [None], [float("nan")] * 64])
-def test_digits_that_are_no_scans_are_refused(tmp_path: Path, scan: list[float | None]):
+NO_SCANS = [[0.0] * 63, [0.0] * 63 + [17.0], [0.0] * 63 + [None], [float("nan")] * 64, ["3"] * 64, [[3]] * 64]
+
+
+@pytest.mark.parametrize("scan", NO_SCANS)
+def test_digits_that_are_no_scans_are_refused(tmp_path: Path, scan: list[Any]):
     pq.write_table(pa.table({"pixels": [scan], "label": [1]}), tmp_path / "rows.parquet")
     with pytest.raises(DataError, match="64 grey levels"):
         recipes.get("digits").file_rows(tmp_path / "rows.parquet", NO_MODEL)
@@ -223,6 +227,32 @@ def test_our_folder_loads_with_its_tokenizer_whatever_its_kind(tmp_path: Path):
     ours = load_classifier(str(tmp_path / "ours"), labels=TWO)
     assert ours.tokenizer("Good films")["input_ids"] == old.tokenizer("Good films")["input_ids"] == [2, 5, 7, 8, 3]
     assert str(tmp_path).encode() not in b"".join(path.read_bytes() for path in (tmp_path / "ours").iterdir())
+
+
+def test_words_and_merges_alone_are_a_tokenizer(tmp_path: Path):
+    """As byte-pair tokenizers were written once."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    marks = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=marks, initial_alphabet=alphabet)
+    made.train_from_iterator(["good film bad plot"] * 5, trainer)
+    model = tiny("roberta", vocab_size=made.get_vocab_size())
+    model.save_pretrained(tmp_path)
+    made.model.save(str(tmp_path))
+    assert not any(tmp_path.glob("tokenizer*"))
+    ids = load_tokenizer(str(tmp_path), model)("good film")["input_ids"]
+    assert ids == [0, *made.encode("good film").ids, 2]
+
+
+@pytest.mark.parametrize(("family", "name"), [("albert", "spiece.model"), ("xlm-roberta", "sentencepiece.bpe.model")])
+def test_a_tokenizer_of_sentence_pieces_is_never_passed_over(tmp_path: Path, family: str, name: str):
+    model = tiny(family)
+    model.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path), model) is None
+    (tmp_path / name).write_bytes(b"no pieces")
+    with pytest.raises(DataError, match="must hold a tokenizer"):
+        load_tokenizer(str(tmp_path), model)
 
 
 def save(model: Any, path: Path) -> None:

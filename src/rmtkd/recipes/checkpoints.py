@@ -15,7 +15,11 @@ from rmtkd.recipes.recipe import Source
 from rmtkd.seeding import seeded
 from rmtkd.sites import find_sites, longest_input
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
+)
+"""A folder with any of these holds a tokenizer: what transformers writes beside a model now, or wrote alone before."""
 
 
 def load_classifier(

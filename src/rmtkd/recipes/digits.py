@@ -91,10 +91,14 @@ def file_rows(form: Form, path: Path, source: Source) -> Any:
     """
     pixels, labels = read_columns(path, ["pixels"], "label")
     for scan in pixels:
-        if not isinstance(scan, list) or len(scan) != 64 or not all(p is not None and 0 <= p <= 16 for p in scan):
+        if not isinstance(scan, list) or len(scan) != 64 or not all(map(_is_grey, scan)):
             raise DataError(f"column 'pixels' of {path} must hold lists of 64 grey levels within 0..16. Got {scan!r}.")
     indices = class_indices(labels, LABELS, f"column 'label' of {path}")
     return form(np.array(pixels).reshape(-1, 8, 8), np.asarray(indices), batch_size=150)
+
+
+def _is_grey(level: Any) -> bool:
+    return isinstance(level, int | float) and 0 <= level <= 16
 
 
 def start(path: str | None, seed: int, data: Path | None = None) -> Source:

@@ -1,7 +1,8 @@
 """Which rows may have different roles: a text that was trained on is neither selected by nor reported on.
 
 Rows that hang together, by a text they share or by a sentence they are part of, get one role. The role is drawn by a
-hash of their texts: the same in every command and on every machine, whatever the seed and the order of the rows.
+hash of their texts: the same in every command and on every machine, whatever the seed. The order of the rows matters
+only where a text comes with several kinds of blanks around it: then its last form is hashed.
 """
 
 import hashlib
