@@ -28,7 +28,8 @@ class Recovery:
     Attributes:
         alpha: weight of the labels' cross-entropy; 1 - alpha is the teacher's.
         temperature: of both softmaxes; the divergence is scaled by its square.
-        hidden: weight of the difference of hidden states after each block; 0 leaves them free.
+        hidden: weight of the difference of hidden states after each block; 0 leaves them free. It is for models whose
+            blocks put out what no cut narrows, as transformers' do.
         optimizer: `adamw`, or `sgd` with Nesterov's momentum of 0.9.
         lr: peak learning rate. Linear warm-up, then linear decay to a tenth.
         weight_decay: on matrices and filters, not on biases and norms.
