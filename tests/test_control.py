@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import rmtkd
+import rmtkd.run
 from conftest import random_rows, tiny_bert
 from rmtkd import recovering
 from rmtkd.distillation import Recovery

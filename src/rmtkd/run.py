@@ -281,7 +281,7 @@ class Run:
             cut = accuracy(student, subject.selection, pieces=subject.pieces)
             apart = number_or_none(subject.apart(student))
             self.emit("check", number=number, error=error, selection_accuracy=cut.value, divergence=apart)
-            facts = {"error": error, "accuracy_cut": cut.value, "divergence_cut": apart}
+            facts: dict[str, Any] = {"error": error, "accuracy_cut": cut.value, "divergence_cut": apart}
             facts |= {"seconds_cut": time.monotonic() - start, "seconds_run": standing.spent()}
         else:
             standing.count(saved.facts)
