@@ -22,15 +22,17 @@ WORDS = "bert.embeddings.word_embeddings"
 SIX = {"embeddings.word.0": 8, "embeddings.word.1": 4, "embeddings.word.2": 2}
 
 
-def test_tokens_are_counted_under_the_mask_and_nothing_beyond_the_embedding_is_run() -> None:
+def test_tokens_are_counted_under_the_mask_and_one_batch_alone_goes_beyond_the_embedding() -> None:
     model = tiny_bert()
-    model.bert.encoder.register_forward_hook(lambda *_: pytest.fail("the encoder was run"))
+    runs: list[int] = []
+    model.bert.encoder.register_forward_hook(lambda *_: runs.append(1))
     rows = [
         {"input_ids": torch.tensor([[5, 5, 7, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 0]])},
         {"input_ids": torch.tensor([[7, 9]])},
     ]
     counts = count_tokens(model, WORDS, rows)
     assert {i: int(n) for i, n in enumerate(counts) if n} == {5: 2, 7: 2, 9: 1}
+    assert len(runs) == 1
     assert not model.bert.embeddings.word_embeddings._forward_pre_hooks
 
 
@@ -236,3 +238,16 @@ def test_tokens_that_the_table_has_no_row_for_are_named(id_: int, masked: bool) 
     rows = [{"input_ids": torch.tensor([[5, 7, id_]]), "attention_mask": torch.tensor([[1, 1, int(not masked)]])}]
     with pytest.raises(DataError, match=rf"within 0\.\.49: {WORDS} has 50 rows\. Got {id_}\."):
         count_tokens(model, WORDS, rows)
+
+
+def test_tokens_of_both_sides_of_a_pair_are_counted() -> None:
+    class Pair(Bag):
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return super().forward(a) - super().forward(b)
+
+    rows = [
+        {"a": torch.tensor([[1, 1]]), "b": torch.tensor([[5, 6, 6]])},
+        {"a": torch.tensor([[2]]), "b": torch.tensor([[5]])},
+    ]
+    counts = count_tokens(Pair(), "words", rows)
+    assert {i: int(n) for i, n in enumerate(counts) if n} == {1: 2, 2: 1, 5: 2, 6: 2}

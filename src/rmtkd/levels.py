@@ -49,7 +49,8 @@ def in_levels(
 def count_tokens(model: nn.Module, path: str, rows: Iterable[Batch]) -> Int[Tensor, " vocabulary"]:
     """How often each token occurs at the real positions of these rows, as the embedding at `path` is given them.
 
-    Nothing beyond the embedding is run.
+    The first batch goes all the way, which tells how often the embedding is called; of the others nothing is run beyond
+    its last call.
 
     Raises:
         DataError: if there are others than it has rows for.
@@ -58,8 +59,11 @@ def count_tokens(model: nn.Module, path: str, rows: Iterable[Batch]) -> Int[Tens
     counts = torch.zeros(embedding.num_embeddings, dtype=torch.int64)  # type: ignore[call-overload]
     device = next(model.parameters()).device
     mask: Tensor | None = None
+    calls: int | None = None  # in a whole forward pass
+    pending = 0
 
     def see(ids: Tensor) -> None:
+        nonlocal pending
         if (others := ids[(ids < 0) | (ids >= len(counts))]).numel():
             told = ", ".join(map(str, others.unique().tolist()[:3]))
             raise DataError(
@@ -68,7 +72,9 @@ def count_tokens(model: nn.Module, path: str, rows: Iterable[Batch]) -> Int[Tens
             )
         real = ids if mask is None or mask.shape != ids.shape else ids[mask]
         counts.add_(real.flatten().cpu().bincount(minlength=len(counts)))
-        raise Enough
+        pending -= 1
+        if pending == 0:
+            raise Enough
 
     handle = attach(model, Stream(module=path, side="input", writers=()), see)
     try:
@@ -76,8 +82,10 @@ def count_tokens(model: nn.Module, path: str, rows: Iterable[Batch]) -> Int[Tens
             for batch in rows:
                 mask = batching.real_positions(batch)
                 mask = None if mask is None else mask.to(device)
+                pending = calls or 0  # counting down from 0 never gets there
                 with suppress(Enough):
                     batching.logits(model, batching.to(batch, device))
+                calls = -pending if calls is None else calls
     finally:
         handle.remove()
     return counts
