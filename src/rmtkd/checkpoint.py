@@ -13,8 +13,8 @@ import re
 import secrets
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from torch import Tensor
 from rmtkd.errors import OptionError, PlanError, RunError
 from rmtkd.planning import Plan, Spectrum, Target
 from rmtkd.storage import apart
-from rmtkd.writing import check_writable, write_atomically, write_json
+from rmtkd.writing import check_writable, write_atomically, write_json, written_to
 
 REPORT = "report.html"
 """The page that tells what a folder holds, made from the rest at any time."""
@@ -156,7 +156,7 @@ class RunFolder:
             RunError: if the folder holds a run or other files, or cannot be written.
         """
         cls.check_free(path)
-        with _told(path):
+        with written_to(path):
             path.mkdir(parents=True, exist_ok=True)
         return cls(path)
 
@@ -224,7 +224,7 @@ class RunFolder:
         except PlanError:
             found, is_same = begun, False
         if found is None:
-            with _told(self.path):
+            with written_to(self.path):
                 write_atomically(self.path / "plan.json", (begun.to_json() + "\n").encode())
         elif not is_same:
             raise RunError(
@@ -262,12 +262,12 @@ class RunFolder:
     def append(self, event: Mapping[str, Any]) -> None:
         """Add one event to the record; the steps of training are left out, rounds sum them up."""
         if event["event"] != "step":
-            with _told(self.path), (self.path / "record.jsonl").open("a") as file:
+            with written_to(self.path), (self.path / "record.jsonl").open("a") as file:
                 file.write(json.dumps(event) + "\n")
 
     def save_json(self, name: str, value: Any) -> None:
         """Write a JSON file."""
-        with _told(self.path):
+        with written_to(self.path):
             write_json(self.path / name, value)
 
     def save_state(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -278,7 +278,7 @@ class RunFolder:
             tensors: by name; copied, from any device.
             facts: plain JSON values.
         """
-        with _told(self.path):
+        with written_to(self.path):
             (self.path / "last").mkdir(exist_ok=True)
             own = {**facts, "run": self.config()["id"], "state": name}
             write_state(self.path / "last" / f"{name}.safetensors", tensors, own)
@@ -319,7 +319,7 @@ class RunFolder:
                 arrays |= {f"{name}/{i}/{field}": np.asarray(value) for field, value in known.items()}
         packed = io.BytesIO()
         np.savez_compressed(packed, **arrays)
-        with _told(self.path):
+        with written_to(self.path):
             if current.exists() and current.read_bytes() != content:
                 number = next(n for n in itertools.count(1) if not (self.path / f"plan.{n}.json").exists())
                 for name in ("plan{}.json", "spectra{}.npz"):
@@ -344,7 +344,7 @@ class RunFolder:
             import fcntl
         except ImportError:  # a system without it goes without
             return
-        with _told(self.path):
+        with written_to(self.path):
             self._lock = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -364,18 +364,6 @@ def _sealed(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration, as JSON has it, with the SHA-256 of all the rest as its last entry."""
     rest = json.loads(json.dumps({key: value for key, value in config.items() if key != "checksum"}))
     return {**rest, "checksum": checksum({}, json.dumps(rest))}
-
-
-@contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """Errors of the file system in our own words."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(
-            f"the run folder must take what is written to it. {path} does not: {error.strerror or error}. "
-            f"What was written before stays. Make room or change its permissions, then: rmtkd resume {path}"
-        ) from error
 
 
 def checksum(tensors: Mapping[str, Tensor], text: str = "") -> str:

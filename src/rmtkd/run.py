@@ -5,15 +5,13 @@ Where a run stands is saved after every round and now and then within one; `Run.
 
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from rmtkd import artifact, progress, reporting
@@ -57,6 +55,7 @@ from rmtkd.sites import (
 from rmtkd.standing import Standing, shaped
 from rmtkd.subject import Subject
 from rmtkd.surgery import check_cut
+from rmtkd.writing import written_to
 
 
 class Planned(NamedTuple):
@@ -196,7 +195,7 @@ class Run:
 
     def finish(self, folder: RunFolder, compressed: Compressed, extra_files: Iterable[Path]) -> None:
         """Write the result, and the page about it. A run is finished when its summary is there."""
-        with written_to(folder.path, f"rmtkd resume {folder.path}"):
+        with written_to(folder.path):
             for name in ("model", "model-so-far"):
                 if (folder.path / name).exists():  # of a session that ended before its summary
                     shutil.rmtree(folder.path / name)
@@ -439,24 +438,6 @@ class Run:
             return {**told, "accuracy": asdict(accuracy(scratch, rows, pieces=subject.pieces))}
         except DataError as error:
             return {**told, "accuracy": None, "failed": str(error)}
-
-
-@contextmanager
-def written_to(path: Path, then: str) -> Iterator[None]:
-    """Errors of the file system while models are written, in our own words.
-
-    Args:
-        path: where to.
-        then: what goes on from what was written before.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:  # a disk that fills up under weights is told by safetensors
-        told = getattr(error, "strerror", None) or error
-        raise RunError(
-            f"models must be written whole. {path} does not take all of it: {told}. What was written before stays. "
-            f"Make room or change its permissions, then: {then}"
-        ) from error
 
 
 def report_on(folder: Path, emit: progress.Emitter) -> None:

@@ -18,11 +18,10 @@ from rmtkd.progress import Emitter, Listener
 from rmtkd.recipes.checkpoints import save_classifier
 from rmtkd.recipes.recipe import Recipe
 from rmtkd.roles import fingerprint
-from rmtkd.run import written_to
 from rmtkd.seeding import seeded
 from rmtkd.storage import tensors_of
 from rmtkd.training import Phase, PhaseState, steps_of
-from rmtkd.writing import check_new, new_folder, write_json
+from rmtkd.writing import check_new, new_folder, write_json, written_to
 
 SAVE_EVERY = 60.0
 """Seconds between two saves of where a training stands."""

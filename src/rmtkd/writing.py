@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from rmtkd.errors import RmtkdError, RunError
 
 
@@ -29,6 +31,24 @@ def write_atomically(path: Path, content: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, whole or not at all."""
     write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+@contextmanager
+def written_to(path: Path, then: str = "") -> Iterator[None]:
+    """Errors of the file system in our own words.
+
+    Args:
+        path: what is written to.
+        then: what goes on from what was written before: the run in a folder of this path by default.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # a disk that fills up under weights is told by safetensors
+        told = getattr(error, "strerror", None) or error
+        raise RunError(
+            f"{path} must take what is written to it. It does not: {told}. What was written before stays. Make room or "
+            f"change its permissions, then: {then or f'rmtkd resume {path}'}"
+        ) from error
 
 
 def check_new(path: Path, what: str, kind: type[RmtkdError] = RunError) -> Path:
