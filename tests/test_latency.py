@@ -294,7 +294,8 @@ def test_another_batch_model_attention_or_number_of_threads_is_measured_anew(
 def test_another_order_of_memory_is_measured_anew(cache: Path) -> None:
     """Convolutions take other times with their channels last."""
     images = (torch.randn(4, 3, 8, 8), torch.zeros(4).long())
-    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    between = (nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 3, 3))
+    model: Any = nn.Sequential(*between, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     sites = find_sites(model, images)
     for order in (torch.contiguous_format, torch.channels_last, torch.channels_last):
         LatencyTable.cached(model.to(memory_format=order), sites, images, stopwatch=flops)

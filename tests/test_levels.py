@@ -223,7 +223,7 @@ def test_levels_know_the_padding_token_as_the_table_did() -> None:
             self.words = nn.Embedding(60, 24, padding_idx=0)
 
         def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            real = ids.ne(self.words.padding_idx)[..., None]
+            real = ids.ne(self.words.padding_idx or 0)[..., None]
             return self.head(self.inner((self.words(ids) * real).sum(1) / real.sum(1).clamp_min(1)))
 
     torch.manual_seed(0)

@@ -263,14 +263,16 @@ class Attentive(nn.Module):
 def test_a_model_of_which_an_attention_has_no_heads_left_comes_back(tmp_path: Path):
     torch.manual_seed(0)
     model = Attentive().eval()
-    parts = {"query": "q", "key": "k", "value": "v", "output": "o"}
     sites = [
         site
         for name in ("first", "second")
         for site in attention_sites(
             model,
             name,
-            **{part: f"{name}.{leaf}" for part, leaf in parts.items()},
+            query=f"{name}.q",
+            key=f"{name}.k",
+            value=f"{name}.v",
+            output=f"{name}.o",
             heads=2,
             attributes={f"{name}.heads": "groups"},
             absent=Absent(module=name, after=("o",)),

@@ -576,10 +576,12 @@ def test_a_forward_that_gives_other_things_in_training_is_refused_before_anythin
             scores = super().forward(x, scale)
             return (scores, scores) if self.training else scores
 
-    deep, events = Deep(), []
+    deep = Deep()
+    events: list[Any] = []
     deep.load_state_dict(model.state_dict())
-    given = {**parts(points), "sites": sites(model), "on_event": events.append, **OPTIONS}
+    given: dict[str, Any] = {**parts(points), "sites": sites(model), "on_event": events.append, **OPTIONS}
     with pytest.raises(UnsupportedModelError, match=r"must return class scores.*Deep returned tuple"):
         rmtkd.compress(deep.eval(), **given)
     assert "plan" not in [event["event"] for event in events]
-    assert rmtkd.compress(deep, **given | {"epochs": 0.0}).rounds[0].steps == 0
+    given["epochs"] = 0.0
+    assert rmtkd.compress(deep, **given).rounds[0].steps == 0

@@ -61,7 +61,11 @@ def channel_dim(module: nn.Module) -> int:
     return 1 if isinstance(module, _ConvNd) else -1
 
 
-def attach(model: nn.Module, stream: Stream, see: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+Look = Callable[[Tensor], Tensor | None]
+"""Is given the activations of a stream; what it returns, unless None, takes their place."""
+
+
+def attach(model: nn.Module, stream: Stream, see: Look) -> RemovableHandle:
     """Hook `see` onto a stream of the model. It is given the activations with the units in their last dimension. What
     it returns, unless None, takes their place.
 
@@ -74,10 +78,7 @@ def attach(model: nn.Module, stream: Stream, see: Callable[[Tensor], Tensor | No
     return module.register_forward_hook(partial(_after, shown))
 
 
-Seen = Callable[[Tensor], Tensor | None]
-
-
-def _shown(see: Seen, dim: int, positions: int, activations: Tensor) -> Tensor | None:
+def _shown(see: Look, dim: int, positions: int, activations: Tensor) -> Tensor | None:
     if positions > 1:
         activations = activations.unflatten(-1, (-1, positions)).transpose(-1, -2)
     replaced = see(activations.movedim(dim, -1))
@@ -87,7 +88,7 @@ def _shown(see: Seen, dim: int, positions: int, activations: Tensor) -> Tensor |
     return replaced.transpose(-1, -2).flatten(-2) if positions > 1 else replaced
 
 
-def _before(shown: Seen, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+def _before(shown: Look, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     if args:
         replaced = shown(args[0])
         return None if replaced is None else ((replaced, *args[1:]), kwargs)
@@ -96,7 +97,7 @@ def _before(shown: Seen, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     return None if replaced is None else (args, {**kwargs, name: replaced})
 
 
-def _after(shown: Seen, _: nn.Module, __: Any, output: Tensor) -> Tensor | None:
+def _after(shown: Look, _: nn.Module, __: Any, output: Tensor) -> Tensor | None:
     return shown(output)
 
 

@@ -127,15 +127,16 @@ def _unfused_layers(model: nn.Module) -> Iterator[None]:
     """`nn.TransformerEncoderLayer`, `nn.MultiheadAttention` and recurrent layers call their parts one by one."""
     was_fused = mha.get_fastpath_enabled()
     is_recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    were_enabled = {backend: backend.enabled for backend in (mkldnn, cudnn) if is_recurrent}
+    backends: tuple[Any, ...] = (mkldnn, cudnn) if is_recurrent else ()
+    were_enabled = [backend.enabled for backend in backends]
     mha.set_fastpath_enabled(False)
     try:
-        for backend in were_enabled:
+        for backend in backends:
             backend.enabled = False
         yield
     finally:
         mha.set_fastpath_enabled(was_fused)
-        for backend, was_enabled in were_enabled.items():
+        for backend, was_enabled in zip(backends, were_enabled, strict=True):
             backend.enabled = was_enabled
 
 

@@ -115,7 +115,10 @@ def _summary(run: RunFolder) -> Mapping[str, Any] | None:
         return None
     summary: Any = run.summary()
     try:
-        summary_rows(summary), stopped(summary), [Round.from_dict(done) for done in summary["rounds"]]
+        for show in (summary_rows, stopped):
+            show(summary)
+        for done in summary["rounds"]:
+            Round.from_dict(done)
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise RunError(f"{path} must be as it was written. Reading it gave: {error!r}. Restore it.") from None
     return summary

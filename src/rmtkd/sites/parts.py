@@ -370,6 +370,8 @@ def _check_pointwise(model: nn.Module, path: str) -> None:
         )
     values = torch.linspace(-3, 3, 24, device="cpu").view(2, 1, 12)
     units = [7, 2, 11, 0, 5]
+    whole: Any
+    part: Any
     try:
         if isinstance(activation, nn.Module):
             own = list(activation.parameters())
