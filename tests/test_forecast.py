@@ -1,5 +1,6 @@
 """What a run will take is told before it is spent, and leaves no trace."""
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -15,8 +16,9 @@ from rmtkd.progress import describe
 from rmtkd.sites import find_sites
 
 
-def look(model: torch.nn.Module, **options) -> Forecast:
-    sites = find_sites(model)
+def look(model: torch.nn.Module, rows: Iterable[Any] | None = None, **options) -> Forecast:
+    rows = random_rows(96) if rows is None else rows
+    sites = find_sites(model, next(iter(rows)))
     widths = {site.name: max(2, site.width // 4) for site in sites}
     given = {
         "steps": 100,
@@ -27,7 +29,7 @@ def look(model: torch.nn.Module, **options) -> Forecast:
         "seconds_observed": 2.0,
         **options,
     }
-    return forecast(model, sites, widths, random_rows(96), **given)
+    return forecast(model, sites, widths, rows, **given)
 
 
 def test_the_model_and_the_random_numbers_are_left_alone():
@@ -102,21 +104,8 @@ class Divided(torch.nn.Module):
 
 
 def test_a_network_that_divides_by_parameters_can_be_forecast() -> None:
-    model, rows = Divided().eval(), [(torch.randn(8, 3, 8, 8), torch.arange(8) % 4) for _ in range(6)]
-    sites = find_sites(model, rows[0])
-    seen = forecast(
-        model,
-        sites,
-        {site.name: 4 for site in sites},
-        rows,
-        steps=3,
-        recovery=Recovery(),
-        blend=False,
-        precision="fp32",
-        calibration=rows,
-        seconds_observed=1.0,
-    )
-    assert seen.seconds_step > 0
+    rows = [(torch.randn(8, 3, 8, 8), torch.arange(8) % 4) for _ in range(6)]
+    assert look(Divided().eval(), rows, calibration=rows).seconds_step > 0
 
 
 class Rooted(torch.nn.Module):
@@ -134,17 +123,5 @@ class Rooted(torch.nn.Module):
 
 
 def test_a_network_that_gives_no_numbers_from_a_random_start_can_be_forecast() -> None:
-    model, rows = Rooted().eval(), [(torch.rand(8, 6), torch.arange(8) % 4) for _ in range(6)]
-    sites = find_sites(model, rows[0])
-    options: dict[str, Any] = {"recovery": Recovery(), "blend": False, "precision": "fp32"}
-    seen = forecast(
-        model,
-        sites,
-        {site.name: 4 for site in sites},
-        rows,
-        steps=3,
-        calibration=rows,
-        seconds_observed=1.0,
-        **options,
-    )
-    assert seen.seconds_step > 0
+    rows = [(torch.rand(8, 6), torch.arange(8) % 4) for _ in range(6)]
+    assert look(Rooted().eval(), rows, calibration=rows).seconds_step > 0

@@ -3,7 +3,6 @@
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -210,10 +209,11 @@ class Desk:
         """The largest width below the full one at which the model has no more parameters than at full width: an
         embedding in two factors may have more."""
         # Parameters rise with the width: what is too wide lies behind what is not.
-        return bisect_left(range(1, group[0].width), True, key=partial(self._costs_more, group))
-
-    def _costs_more(self, group: Sequence[Site], width: int) -> bool:
-        return self.count("params", {site.name: width for site in group}) > self.baseline["params"]
+        return bisect_left(
+            range(1, group[0].width),
+            True,
+            key=lambda width: self.count("params", {site.name: width for site in group}) > self.baseline["params"],
+        )
 
     def _settings(self) -> str:
         """The entries of a stock configuration that are all that is narrowed; empty if the plan is not uniform."""
